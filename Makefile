@@ -1,0 +1,26 @@
+# Every target makes .venv when it is missing (scripts/setup_venv.sh); nothing else is needed beforehand than
+# Python 3.11 or later and a C compiler.
+BIN := .venv/bin
+
+.PHONY: setup demo test lint format clean
+
+setup:
+	@scripts/setup_venv.sh
+
+demo: setup  ## quantize the tiny model, serve it, show what it cost and saved
+	$(BIN)/python scripts/demo.py
+
+test: setup  ## all tests, the real vLLM servers included
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv demo-out .mypy_cache .pytest_cache .ruff_cache

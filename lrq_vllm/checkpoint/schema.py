@@ -1,0 +1,257 @@
+"""What an LRQ checkpoint says about itself: the ``quantization_config`` of config.json, and the tensors it implies.
+
+docs/checkpoint-format.md is the specification in words; tests/test_checkpoint.py holds both to literal bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from lrq_vllm.checkpoint.packing import packed_width, storage_dtype, values_per_group
+from lrq_vllm.errors import CheckpointError, one_paragraph
+
+__all__ = [
+    "FORMAT_VERSION",
+    "QUANT_METHOD",
+    "RESERVED_SUFFIXES",
+    "SCHEMES",
+    "ActivationFormat",
+    "Manifest",
+    "Scheme",
+    "TensorSpec",
+    "WeightFormat",
+    "config_without_quantization",
+]
+
+QUANT_METHOD = "lrq"
+FORMAT_VERSION = 1
+# The low-rank correction pair of a later format: y = W_hat Q(x) + U (V^T x). Refused for now.
+RESERVED_SUFFIXES = ("low_rank_u", "low_rank_v")
+
+
+@dataclass(frozen=True)
+class ActivationFormat:
+    """8-bit asymmetric activations: ``static`` has one step per tensor, calibrated; else one per token, at run time."""
+
+    bits: int
+    static: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object under ``activation`` in config.json."""
+        rule = (
+            {"granularity": "tensor", "mode": "static"} if self.static else {"granularity": "token", "mode": "dynamic"}
+        )
+        return {"bits": self.bits, **rule, "symmetric": False}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Bit widths that go by one name, e.g. w4a8: 4-bit weights, 8-bit activations quantized per token."""
+
+    weight_bits: int
+    activation: ActivationFormat | None
+
+
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        "w8a8": Scheme(8, ActivationFormat(8, static=True)),
+        "w4a8": Scheme(4, ActivationFormat(8, static=False)),
+        "w4a16": Scheme(4, None),
+        "w3a16": Scheme(3, None),
+    }
+)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How every quantized weight W [out, in] is stored: one step per channel (a row), or per ``group_size`` inputs."""
+
+    bits: int
+    symmetric: bool = False
+    group_size: int | None = None
+
+    def groups(self, in_features: int) -> int:
+        """Steps per row: 1, or in_features / group_size."""
+        return 1 if self.group_size is None else in_features // self.group_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object under ``weight`` in config.json."""
+        granularity = "channel" if self.group_size is None else "group"
+        return {
+            "bits": self.bits,
+            "granularity": granularity,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "packed_along": "input",
+        }
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Dtype and shape that a stored tensor must have."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole ``quantization_config``.
+
+    quantized maps each quantized module to its weight's (out, in); skipped lists the linear modules left in 16 bits.
+    """
+
+    scheme: str
+    weight: WeightFormat
+    quantized: Mapping[str, tuple[int, int]]
+    skipped: tuple[str, ...]
+    tool_version: str
+
+    @property
+    def activation(self) -> ActivationFormat | None:
+        """How this scheme quantizes activations; None leaves them in 16 bits."""
+        return SCHEMES[self.scheme].activation
+
+    def tensors_of(self, module: str) -> dict[str, TensorSpec]:
+        """Tensor-name suffix -> what that tensor must be, for one quantized module.
+
+        Raises KeyError for a module that the manifest does not list as quantized.
+        """
+        out_features, in_features = self.quantized[module]
+        per_group = (out_features, self.weight.groups(in_features))
+        bits = self.weight.bits
+        specs = {
+            "qweight": TensorSpec(storage_dtype(bits), (out_features, packed_width(in_features, bits))),
+            "weight_step": TensorSpec(torch.float32, per_group),
+            "weight_zero_point": TensorSpec(torch.uint8, per_group),
+        }
+        if self.activation is not None and self.activation.static:
+            specs["input_step"] = TensorSpec(torch.float32, (1,))
+            specs["input_zero_point"] = TensorSpec(torch.uint8, (1,))
+        return specs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object for config.json."""
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "tool_version": self.tool_version,
+            "scheme": self.scheme,
+            "weight": self.weight.to_dict(),
+            "activation": None if self.activation is None else self.activation.to_dict(),
+            "kv_cache": None,
+            "quantized": {name: list(shape) for name, shape in self.quantized.items()},
+            "skipped": list(self.skipped),
+        }
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Manifest":
+        """Read and check a ``quantization_config``.
+
+        Raises CheckpointError with every problem found: another method or version, unknown keys, contradictions.
+        """
+        _check_version(config)
+        problems = _key_problems(config)
+        if problems:
+            raise CheckpointError(_manifest_error(problems))
+        weight_config, scheme = config["weight"], str(config["scheme"])
+        try:
+            manifest = cls(
+                scheme=scheme,
+                weight=WeightFormat(
+                    bits=int(weight_config["bits"]),
+                    symmetric=bool(weight_config["symmetric"]),
+                    group_size=None if weight_config["group_size"] is None else int(weight_config["group_size"]),
+                ),
+                quantized=MappingProxyType({k: (int(v[0]), int(v[1])) for k, v in config["quantized"].items()}),
+                skipped=tuple(config["skipped"]),
+                tool_version=str(config["tool_version"]),
+            )
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(_manifest_error([f"a value has the wrong form ({error!r})"])) from error
+        problems = _contradictions(manifest, config)
+        if problems:
+            raise CheckpointError(_manifest_error(problems))
+        return manifest
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy cannot be pickled, and vLLM sends its quantization config to worker processes.
+        return (Manifest.from_dict, (self.to_dict(),))
+
+
+def config_without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json's content as it was before quantization."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
+_KEYS = frozenset(
+    [
+        "quant_method",
+        "format_version",
+        "tool_version",
+        "scheme",
+        "weight",
+        "activation",
+        "kv_cache",
+        "quantized",
+        "skipped",
+    ]
+)
+
+
+def _check_version(config: Mapping[str, Any]) -> None:
+    method = config.get("quant_method")
+    if method != QUANT_METHOD:
+        raise CheckpointError(
+            f"config.json says quant_method {method!r}, which is not an LRQ checkpoint. "
+            "Quantize a model with `lrq-offline quantize`, or serve this one with the method that its config names."
+        )
+    version = config.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint has format_version {version!r}; this installation of lrq reads version {FORMAT_VERSION}. "
+            "Upgrade lrq, or quantize the model again with the version installed here."
+        )
+
+
+def _key_problems(config: Mapping[str, Any]) -> list[str]:
+    problems = [f"key {key!r} is missing" for key in sorted(_KEYS - set(config))]
+    problems += [f"key {key!r} is unknown" for key in sorted(set(config) - _KEYS)]
+    if "scheme" in config and config["scheme"] not in SCHEMES:
+        problems.append(f"scheme {config['scheme']!r} is none of {', '.join(SCHEMES)}")
+    return problems
+
+
+def _contradictions(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    expected_bits = SCHEMES[manifest.scheme].weight_bits
+    if manifest.weight.bits != expected_bits:
+        problems.append(
+            f"scheme {manifest.scheme} has {expected_bits}-bit weights, weight.bits says {manifest.weight.bits}"
+        )
+    written = manifest.to_dict()
+    for key in ("weight", "activation", "kv_cache"):
+        if config[key] != written[key] and not (key == "weight" and problems):
+            problems.append(f"{key} is {config[key]!r} where scheme {manifest.scheme} means {written[key]!r}")
+    if not manifest.quantized:
+        problems.append("no module is listed as quantized")
+    size = manifest.weight.group_size
+    if size is not None:
+        if size <= 0 or size % values_per_group(expected_bits):
+            problems.append(f"group_size {size} is no positive multiple of {values_per_group(expected_bits)}")
+        else:
+            problems += [
+                f"group_size {size} does not divide the {shape[1]} inputs of {name}"
+                for name, shape in manifest.quantized.items()
+                if shape[1] % size
+            ]
+    return problems
+
+
+def _manifest_error(problems: list[str]) -> str:
+    return "The quantization_config of config.json is damaged: " + one_paragraph(
+        problems, "Quantize the model again with `lrq-offline quantize`; the file is not meant to be edited by hand."
+    )

@@ -1,0 +1,219 @@
+"""Folders of safetensors: read by name without loading the rest, and written shard by shard.
+
+Only safetensors are read; a pickle is never opened. A reader keeps no tensor, a writer keeps one shard.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lrq_vllm.checkpoint.schema import RESERVED_SUFFIXES, Manifest, TensorSpec
+from lrq_vllm.errors import CheckpointError, ModelFolderError, one_paragraph
+
+__all__ = ["ShardWriter", "TensorFolder", "check_tensors", "is_weight_file", "read_config", "read_manifest"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+_WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".safetensors.index.json",
+    ".bin.index.json",
+)
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether a file holds weights or their index, in any format (such files are not carried over to an output)."""
+    return path.name.endswith(_WEIGHT_SUFFIXES)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as a dictionary. Raises ModelFolderError if the folder or the file is missing or is no JSON object."""
+    path = folder / CONFIG_NAME
+    if not folder.is_dir():
+        raise ModelFolderError(
+            f"{folder} is not a folder. Give the folder of a downloaded model (config.json and weights)."
+        )
+    if not path.is_file():
+        raise ModelFolderError(
+            f"{folder} has no {CONFIG_NAME}. Give the folder of a Hugging Face model, downloaded whole."
+        )
+    try:
+        config = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelFolderError(f"{path} is not valid JSON ({error}). Download the model again.") from error
+    if not isinstance(config, dict):
+        raise ModelFolderError(f"{path} is not a JSON object. Download the model again.")
+    return config
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of an LRQ checkpoint. Raises CheckpointError if the folder's model is not quantized by lrq."""
+    config = read_config(folder).get("quantization_config")
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{folder} is not quantized (no quantization_config). Run `lrq-offline quantize {folder}` first."
+        )
+    return Manifest.from_dict(config)
+
+
+class TensorFolder:
+    """The safetensors files of one folder as a read-only mapping from tensor name to tensor, opened lazily.
+
+    Raises ModelFolderError when there are no safetensors (a pickle-only folder is said so), when a file is truncated
+    or when the index names a file or a tensor that is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file_of: dict[str, Path] = {}
+        self._specs: dict[str, TensorSpec] = {}
+        for path in self._files():
+            self._read_header(path)
+        self._check_index()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._specs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor, from the header."""
+        return self._specs[name]
+
+    def file_of(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file_of[name]
+
+    def get(self, name: str) -> Tensor:
+        """Read one tensor. Raises ModelFolderError if the folder has none of that name."""
+        if name not in self._file_of:
+            raise ModelFolderError(
+                f"{self.folder} has no tensor {name}. The folder is incomplete: download or quantize it again."
+            )
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def _files(self) -> list[Path]:
+        files = sorted(self.folder.glob("*.safetensors"))
+        if files:
+            return files
+        pickles = sorted(path.name for path in self.folder.iterdir() if path.name.endswith((".bin", ".pt", ".pth")))
+        if pickles:
+            raise ModelFolderError(
+                f"{self.folder} has its weights only as pickle ({', '.join(pickles[:3])}), which can run code when opened. "
+                "Convert the model to safetensors first (transformers: model.save_pretrained(folder))."
+            )
+        raise ModelFolderError(f"{self.folder} has no *.safetensors files. Download the model's weights too.")
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    view = file.get_slice(name)
+                    dtype = _DTYPES.get(view.get_dtype())
+                    if dtype is None:
+                        raise ModelFolderError(
+                            f"{path} holds {name} as {view.get_dtype()}, which lrq does not read. "
+                            "Give the model in bfloat16, float16 or float32."
+                        )
+                    self._file_of[name] = path
+                    self._specs[name] = TensorSpec(dtype, tuple(view.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise ModelFolderError(
+                f"{path} is not a complete safetensors file ({error}). Download or copy it again; it may be truncated."
+            ) from error
+
+    def _check_index(self) -> None:
+        path = self.folder / INDEX_NAME
+        if not path.is_file():
+            return
+        try:
+            weight_map = json.loads(path.read_text())["weight_map"]
+            missing = [name for name in weight_map if name not in self._specs]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ModelFolderError(f"{path} is damaged ({error!r}). Download the model again.") from error
+        if missing:
+            absent = sorted({weight_map[name] for name in missing if not (self.folder / weight_map[name]).is_file()})
+            detail = f"file {absent[0]} is missing" if absent else f"tensor {missing[0]} is in no file"
+            raise ModelFolderError(
+                f"{self.folder} is incomplete: {detail}, but {INDEX_NAME} names it. Download it again."
+            )
+
+
+def check_tensors(folder: TensorFolder, manifest: Manifest) -> None:
+    """Compare the headers with the manifest: every tensor there, with its dtype and shape, and none that is reserved.
+
+    Raises CheckpointError naming each tensor that is wrong.
+    """
+    problems = []
+    for module in manifest.quantized:
+        for suffix, expected in manifest.tensors_of(module).items():
+            name = f"{module}.{suffix}"
+            if name not in folder:
+                problems.append(f"tensor {name} is missing")
+            elif folder.spec(name) != expected:
+                problems.append(f"tensor {name} is {_show(folder.spec(name))}, expected {_show(expected)}")
+        if f"{module}.weight" in folder:
+            problems.append(f"{module}.weight stands beside the quantized tensors of the same module")
+    problems += [
+        f"tensor {name} belongs to the low-rank correction, which this version of lrq cannot serve"
+        for name in folder
+        if name.endswith(RESERVED_SUFFIXES)
+    ]
+    if problems:
+        cure = "Quantize the model again, or copy the folder again if it was moved."
+        raise CheckpointError(f"{folder.folder} cannot be loaded: " + one_paragraph(problems, cure))
+
+
+def _show(spec: TensorSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+
+
+class ShardWriter:
+    """Writes tensors to ``folder`` as numbered safetensors shards; nothing reads as a model before :meth:`finish`.
+
+    Each :meth:`write_shard` is one file. The final names and the index, which need the number of shards, come last.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shards: list[tuple[Path, list[str]]] = []
+        self.total_bytes = 0
+
+    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write one shard. ``tensors`` maps full names to tensors; an empty mapping writes nothing."""
+        if not tensors:
+            return
+        path = self._folder / f"shard-{len(self._shards) + 1:05d}.partial"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        self._shards.append((path, list(tensors)))
+        self.total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def finish(self) -> None:
+        """Give the shards their names and write the index."""
+        count = len(self._shards)
+        weight_map = {}
+        for number, (path, names) in enumerate(self._shards, start=1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            path.rename(self._folder / final)
+            weight_map.update(dict.fromkeys(names, final))
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

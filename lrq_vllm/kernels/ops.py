@@ -1,0 +1,83 @@
+"""The Triton kernels as torch ops: opaque to torch.compile, with shapes that it can follow. Registered on import.
+
+Arguments are those of the kernels, flattened: a NamedTuple cannot cross an op's schema.
+"""
+
+import torch
+from torch import Tensor
+
+from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
+
+__all__ = ["integer_linear", "quantize_per_token", "quantize_static", "weight_only_linear"]
+
+_Tokens = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("lrq::quantize_per_token", mutates_args=())
+def quantize_per_token(x: Tensor) -> _Tokens:
+    """q, step, zero_point and total of reference.QuantizedTokens."""
+    from lrq_vllm.kernels import activation_quant
+
+    return tuple(activation_quant.quantize_per_token(x))  # type: ignore[return-value]
+
+
+@torch.library.custom_op("lrq::quantize_static", mutates_args=())
+def quantize_static(x: Tensor, step: Tensor, zero_point: Tensor) -> _Tokens:
+    """q, step, zero_point and total of reference.QuantizedTokens."""
+    from lrq_vllm.kernels import activation_quant
+
+    return tuple(activation_quant.quantize_static(x, step, zero_point))  # type: ignore[return-value]
+
+
+@quantize_per_token.register_fake
+def _(x: Tensor) -> _Tokens:
+    return _fake_tokens(x)
+
+
+@quantize_static.register_fake
+def _(x: Tensor, step: Tensor, zero_point: Tensor) -> _Tokens:
+    return _fake_tokens(x)
+
+
+def _fake_tokens(x: Tensor) -> _Tokens:
+    rows = (x.shape[0], 1)
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    step = torch.empty(rows, dtype=torch.float32, device=x.device)
+    return q, step, torch.empty_like(step, dtype=torch.int32), torch.empty_like(step, dtype=torch.int32)
+
+
+@torch.library.custom_op("lrq::integer_linear", mutates_args=())
+def integer_linear(
+    x_q: Tensor, x_step: Tensor, x_zero_point: Tensor, x_total: Tensor,
+    w_q: Tensor, w_step: Tensor, w_zero_point: Tensor, w_total: Tensor,
+    bias: Tensor | None, bits: int, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """reference.integer_linear."""
+    from lrq_vllm.kernels import integer_gemm
+
+    tokens = QuantizedTokens(x_q, x_step, x_zero_point, x_total)
+    return integer_gemm.integer_linear(tokens, IntegerWeight(w_q, w_step, w_zero_point, w_total, bits), bias, out_dtype)
+
+
+@integer_linear.register_fake
+def _(
+    x_q: Tensor, x_step: Tensor, x_zero_point: Tensor, x_total: Tensor,
+    w_q: Tensor, w_step: Tensor, w_zero_point: Tensor, w_total: Tensor,
+    bias: Tensor | None, bits: int, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return torch.empty((x_q.shape[0], w_step.shape[0]), dtype=out_dtype, device=x_q.device)
+
+
+@torch.library.custom_op("lrq::weight_only_linear", mutates_args=())
+def weight_only_linear(
+    x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None
+) -> Tensor:
+    """reference.weight_only_linear."""
+    from lrq_vllm.kernels import weight_only_gemm
+
+    return weight_only_gemm.weight_only_linear(x, qweight, step, zero_point, bits, bias)
+
+
+@weight_only_linear.register_fake
+def _(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None) -> Tensor:
+    return torch.empty((x.shape[0], step.shape[0]), dtype=x.dtype, device=x.device)

@@ -1,0 +1,113 @@
+"""Every kernel again in plain torch: the definition of correct. Exact, unhurried, and free of Triton and vLLM.
+
+Letters: T tokens, N output features, K input features, G groups of inputs that share a step (1 = per channel).
+
+Kernels see int8 operands, so grids are shifted by 128 where a value has 8 bits: q is the unsigned grid's q - 128 and a
+zero-point is the unsigned grid's zero_point - 128. Differences q - zero_point are the same either way. 3- and 4-bit
+weights stay on their unsigned grid, and so do their zero-points.
+
+    y[t, n] = step_w[n] * step_x[t] * sum_k (q_w[n, k] - z_w[n]) * (q_x[t, k] - z_x[t])
+
+The sum is evaluated as  sum_k q_w q_x  -  z_x * sum_k (q_w - z_w)  -  z_w * sum_k q_x,  in integers: the only roundings
+are the quantization of x and the final conversion. Integer sums fit int32 for K <= 33,025.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrq_vllm.checkpoint.affine import quantize, token_step_and_zero_point
+from lrq_vllm.checkpoint.packing import unpack
+
+__all__ = [
+    "IntegerWeight",
+    "QuantizedTokens",
+    "dequantize_weight",
+    "integer_linear",
+    "integer_weight",
+    "quantize_per_token",
+    "quantize_static",
+    "weight_only_linear",
+]
+
+_SHIFT = 128  # unsigned 8-bit grid to int8
+
+
+class QuantizedTokens(NamedTuple):
+    """8-bit activations of T tokens."""
+
+    q: Tensor  # int8 [T, K]
+    step: Tensor  # float32 [T, 1]
+    zero_point: Tensor  # int32 [T, 1], on q's shifted grid
+    total: Tensor  # int32 [T, 1], sum over K of q
+
+
+class IntegerWeight(NamedTuple):
+    """A weight as the integer kernels take it. ``bits`` is 8 (q is int8 [N, K]) or 4 (q is int32 words [N, ceil(K/8)])."""
+
+    q: Tensor
+    step: Tensor  # float32 [N]
+    zero_point: Tensor  # int32 [N], on q's grid
+    total: Tensor  # int32 [N], sum over K of q - zero_point
+    bits: int
+
+
+def quantize_per_token(x: Tensor) -> QuantizedTokens:
+    """Quantize x [T, K] (floating point) with one asymmetric step per token, from that token's minimum and maximum."""
+    step, zero_point = token_step_and_zero_point(x, bits=8)
+    return _shifted(quantize(x, step, zero_point, bits=8), step, zero_point)
+
+
+def quantize_static(x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
+    """Quantize x [T, K] with one calibrated step (float32 [1]) and zero-point (uint8 [1], unsigned grid) for the tensor."""
+    rows = (x.shape[0], 1)
+    zero_point = zero_point.float()
+    return _shifted(quantize(x, step, zero_point, bits=8), step.repeat(rows), zero_point.repeat(rows))
+
+
+def _shifted(q: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
+    shifted = q - _SHIFT
+    # Sums of at most 2^24 / 128 = 131,072 values below 128 in size are exact in float32.
+    total = shifted.sum(dim=-1, keepdim=True).to(torch.int32)
+    return QuantizedTokens(shifted.to(torch.int8), step, (zero_point - _SHIFT).to(torch.int32), total)
+
+
+def integer_weight(qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, in_features: int) -> IntegerWeight:
+    """A stored weight (checkpoint layout, per channel) with the sums that the kernels need, computed once at load.
+
+    qweight [N, packed_width(K)], step float32 [N, 1], zero_point uint8 [N, 1] on the unsigned grid.
+    """
+    shift = _SHIFT if bits == 8 else 0
+    zero = zero_point.flatten().to(torch.int32)
+    total = unpack(qweight, bits, in_features).sum(dim=1, dtype=torch.int32) - in_features * zero
+    return IntegerWeight(qweight, step.flatten(), zero - shift, total, bits)
+
+
+def integer_linear(x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """y [T, N] in ``out_dtype`` from integer activations and an integer weight; bias [N] is added in float32."""
+    q_weight = weight.q if weight.bits == 8 else unpack(weight.q, weight.bits, x.q.shape[1])
+    # float64 holds integers below 2^53 exactly.
+    products = x.q.double() @ q_weight.double().T
+    sums = products - x.zero_point.double() * weight.total.double() - weight.zero_point.double() * x.total.double()
+    y = sums.float() * x.step * weight.step
+    return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def dequantize_weight(qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, in_features: int) -> Tensor:
+    """W_hat [N, K] float32 = step * (q - zero_point) from the checkpoint layout; step and zero_point are [N, G]."""
+    q = unpack(qweight, bits, in_features).float()
+    groups = step.shape[1]
+    centred = q.unflatten(1, (groups, -1)) - zero_point.float().unsqueeze(2)
+    return (centred * step.unsqueeze(2)).flatten(1)
+
+
+def weight_only_linear(
+    x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None
+) -> Tensor:
+    """y [T, N] = x [T, K] W_hat^T + bias, accumulated in float32 and returned in x's dtype.
+
+    W_hat is rounded to x's dtype first: both operands of a 16-bit product have 16 bits. For float32 x it is exact.
+    """
+    weight = dequantize_weight(qweight, step, zero_point, bits, x.shape[1]).to(x.dtype).float()
+    return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)

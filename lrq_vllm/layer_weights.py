@@ -1,0 +1,111 @@
+"""The parameters of a quantized vLLM layer, and the loader that lets nothing wrong or missing slip through.
+
+vLLM checks neither that every tensor of a quantized model arrives, nor (under tensor parallelism) that it has the full
+size: a wrong one can be sliced without an error. So each parameter's loader is wrapped: it compares what comes from the
+file with the manifest, and remembers what has come.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.parameter import (
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    ModelWeightParameter,
+    PerTensorScaleParameter,
+)
+
+from lrq_vllm.checkpoint.packing import packed_width, storage_dtype, values_per_group
+from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.errors import CheckpointError, one_paragraph
+
+__all__ = ["LayerWeights"]
+
+_SHARD_POSITION = {"q": 0, "k": 1, "v": 2}
+
+
+class LayerWeights:
+    """The tensors of one layer while they load. ``modules`` are the checkpoint's modules that vLLM fused into it."""
+
+    def __init__(self, manifest: Manifest, modules: Sequence[str]) -> None:
+        self._manifest = manifest
+        self._modules = list(modules)
+        self._arrived: set[str] = set()
+        self._nothing_will_arrive = False
+
+    def create(
+        self, layer: torch.nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        weight_loader: Callable[..., None],
+    ) -> None:  # fmt: skip
+        """Register qweight, weight_step, weight_zero_point and, for static activations, input_step and input_zero_point.
+
+        Raises CheckpointError if this rank's share of the inputs cuts through packed words or groups.
+        """
+        weight, out_features = self._manifest.weight, sum(output_partition_sizes)
+        self._check_cut(input_size_per_partition, input_size)
+        self._nothing_will_arrive = get_current_vllm_config().load_config.load_format == "dummy"
+        groups = weight.groups(input_size_per_partition)
+
+        def register(name: str, kind: type, shape: tuple[int, ...], dtype: torch.dtype, **dims: int) -> None:
+            data = torch.zeros(shape, dtype=dtype)
+            layer.register_parameter(name, kind(data=data, weight_loader=self._checked(name, weight_loader), **dims))
+
+        width = packed_width(input_size_per_partition, weight.bits)
+        dtype = storage_dtype(weight.bits)
+        register("qweight", ModelWeightParameter, (out_features, width), dtype, input_dim=1, output_dim=0)
+        for name, dtype in (("weight_step", torch.float32), ("weight_zero_point", torch.uint8)):
+            if weight.group_size is None:
+                register(name, ChannelQuantScaleParameter, (out_features, 1), dtype, output_dim=0)
+            else:
+                register(name, GroupQuantScaleParameter, (out_features, groups), dtype, input_dim=1, output_dim=0)
+        if self._manifest.activation is not None and self._manifest.activation.static:
+            shards = len(output_partition_sizes)
+            register("input_step", PerTensorScaleParameter, (shards,), torch.float32)
+            register("input_zero_point", PerTensorScaleParameter, (shards,), torch.uint8)
+
+    def check_complete(self) -> None:
+        """Raise CheckpointError if a tensor of the layer has not been loaded (unless vLLM was told to load none)."""
+        wanted = [f"{module}.{suffix}" for module in self._modules for suffix in self._manifest.tensors_of(module)]
+        missing = [f"tensor {name} was not loaded" for name in wanted if name not in self._arrived]
+        if missing and not self._nothing_will_arrive:
+            raise CheckpointError(
+                "The checkpoint is incomplete: " + one_paragraph(missing, "Quantize or copy it again.")
+            )
+
+    def shared_value(self, parameter: Tensor, name: str) -> Tensor:
+        """The one value [1] that every part of a fused layer carries; raises CheckpointError if they differ."""
+        if not (parameter == parameter[0]).all():
+            raise CheckpointError(
+                f"{', '.join(self._modules)} read one input but carry different {name} ({parameter.tolist()}). "
+                "Quantize the model again: lrq-offline writes one value for the layers that a server fuses."
+            )
+        return parameter[:1]
+
+    def _check_cut(self, per_partition: int, input_size: int) -> None:
+        weight = self._manifest.weight
+        unit = weight.group_size or values_per_group(weight.bits)
+        if per_partition != input_size and per_partition % unit:
+            parts = input_size // per_partition
+            raise CheckpointError(
+                f"{self._modules[0]}: {input_size} inputs on {parts} GPUs give {per_partition} each, which is no multiple of "
+                f"{unit} ({weight.bits}-bit weights{f', groups of {weight.group_size}' if weight.group_size else ''}). "
+                "Use a smaller --tensor-parallel-size, or quantize with a scheme or group size that divides."
+            )
+
+    def _checked(self, suffix: str, load: Callable[..., None]) -> Callable[..., None]:
+        def checked_load(parameter: Tensor, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
+            shard_id = shard[0] if shard else keywords.get("loaded_shard_id")
+            module = self._modules[_SHARD_POSITION.get(shard_id, shard_id) or 0]
+            expected = self._manifest.tensors_of(module)[suffix]
+            if (loaded.dtype, tuple(loaded.shape)) != (expected.dtype, expected.shape):
+                raise CheckpointError(
+                    f"Tensor {module}.{suffix} is {loaded.dtype} {list(loaded.shape)} in the checkpoint, its config.json "
+                    f"implies {expected.dtype} {list(expected.shape)}. Quantize or copy the model again."
+                )
+            load(parameter, loaded, *shard, **keywords)
+            self._arrived.add(f"{module}.{suffix}")
+
+        return checked_load

@@ -1,0 +1,85 @@
+"""W8A8 and W4A8: 8-bit activations times 8- or 4-bit weights, in integers."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
+
+from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.integer_backends import IntegerBackend, choose_integer_backend
+from lrq_vllm.kernels.reference import QuantizedTokens, integer_weight
+from lrq_vllm.layer_weights import LayerWeights
+
+__all__ = ["LrqW4A8LinearMethod", "LrqW8A8LinearMethod"]
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+class _IntegerLinearMethod(LinearMethodBase):
+    """What both schemes share; they differ in how they quantize the activations."""
+
+    def __init__(self, manifest: Manifest, modules: Sequence[str]) -> None:
+        self._bits = manifest.weight.bits
+        self._name = f"{manifest.scheme} {modules[0]}"
+        self._weights = LayerWeights(manifest, modules)
+        self._backend: IntegerBackend | None = None
+
+    def create_weights(
+        self, layer: torch.nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra: Any,
+    ) -> None:  # fmt: skip
+        """Register the parameters that the loader fills."""
+        layer.lrq_in_features = input_size_per_partition
+        self._weights.create(
+            layer, input_size_per_partition, output_partition_sizes, input_size, extra["weight_loader"]
+        )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Check that everything came, and bring the weight into the layout of the kernel that will run."""
+        self._weights.check_complete()
+        # Column sums are taken here, from this rank's share of the inputs.
+        weight = integer_weight(
+            layer.qweight.data, layer.weight_step.data, layer.weight_zero_point.data, self._bits, layer.lrq_in_features
+        )
+        backend = choose_integer_backend(layer.qweight.device)
+        self._prepare_activations(layer)
+        for name in ("qweight", "weight_step", "weight_zero_point"):
+            delattr(layer, name)
+        backend.prepare(layer, weight)
+        self._backend = backend
+        layer.lrq_kernel = backend.name
+        logger.debug("%s runs on %s", self._name, backend.name)
+
+    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] to [..., out], in x's dtype."""
+        assert self._backend is not None
+        tokens = self._quantize(self._backend, layer, x.reshape(-1, x.shape[-1]))
+        return self._backend.multiply(layer, tokens, bias, x.dtype).view(*x.shape[:-1], -1)
+
+    def _prepare_activations(self, layer: torch.nn.Module) -> None:
+        """Settle the activation parameters after loading; dynamic quantization has none."""
+
+    def _quantize(self, backend: IntegerBackend, layer: torch.nn.Module, x: Tensor) -> QuantizedTokens:
+        return backend.quantize_per_token(x)
+
+
+@register_weight_loader_v2_supported_method
+class LrqW8A8LinearMethod(_IntegerLinearMethod):
+    """8-bit weights per channel, 8-bit activations with one calibrated step per tensor."""
+
+    def _prepare_activations(self, layer: torch.nn.Module) -> None:
+        for name in ("input_step", "input_zero_point"):
+            value = self._weights.shared_value(getattr(layer, name).data, name)
+            setattr(layer, name, Parameter(value.clone(), requires_grad=False))
+
+    def _quantize(self, backend: IntegerBackend, layer: torch.nn.Module, x: Tensor) -> QuantizedTokens:
+        return backend.quantize_static(x, layer.input_step, layer.input_zero_point)
+
+
+@register_weight_loader_v2_supported_method
+class LrqW4A8LinearMethod(_IntegerLinearMethod):
+    """4-bit weights per channel, 8-bit activations with a step for each token."""

@@ -1,0 +1,126 @@
+"""vLLM's QuantizationConfig for LRQ: the manifest in, one linear method per layer out."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from lrq_vllm.checkpoint.schema import QUANT_METHOD, Manifest
+from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
+from lrq_vllm.errors import CheckpointError
+
+__all__ = ["LrqConfig"]
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+class LrqConfig(QuantizationConfig):
+    """What ``--quantization lrq``, or quant_method in config.json, turns into. Sent to vLLM's worker processes."""
+
+    def __init__(self, manifest: Manifest | None = None) -> None:
+        super().__init__()
+        if manifest is None:  # vLLM's way of saying that the model's config.json has no quantization_config
+            raise CheckpointError(
+                "--quantization lrq was given, but this model's config.json has no quantization_config. "
+                "Quantize it first (lrq-offline quantize MODEL_DIR --scheme w4a16), or leave the flag out."
+            )
+        self.manifest = manifest
+
+    def __repr__(self) -> str:
+        return f"LrqConfig(scheme={self.manifest.scheme}, quantized={len(self.manifest.quantized)} modules)"
+
+    def get_name(self) -> str:
+        """The name on vLLM's command line."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """float32 is for tests on the CPU."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere: int8 tensor cores and bfloat16."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: everything stands in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "LrqConfig":
+        """From config.json's ``quantization_config``. Raises CheckpointError if it is not one that we read."""
+        return cls(Manifest.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, **_: Any) -> None:
+        """Check a local folder's tensor headers, in vLLM's main process and before anything is loaded.
+
+        Raises CheckpointError or ModelFolderError naming what is missing or has the wrong shape.
+        """
+        folder = Path(model_name)
+        # A folder without any weights is vLLM's to judge: --load-format dummy needs none.
+        if folder.is_dir() and any(folder.glob("*.safetensors")):
+            check_tensors(TensorFolder(folder), self.manifest)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Follow a model that renames its modules, so that the lists keep matching."""
+
+        def renamed(name: str) -> str:
+            return (hf_to_vllm_mapper.apply_list([name]) or [name])[0]
+
+        manifest = self.manifest
+        self.manifest = Manifest(
+            manifest.scheme,
+            manifest.weight,
+            {renamed(name): shape for name, shape in manifest.quantized.items()},
+            tuple(renamed(name) for name in manifest.skipped),
+            manifest.tool_version,
+        )
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The linear method for a layer; None leaves embeddings, the output head and attention to vLLM.
+
+        Raises CheckpointError for a linear layer that the checkpoint lists nowhere, or quantizes only in part.
+        """
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        if not isinstance(layer, LinearBase):
+            return None
+        modules = self.modules_of(prefix)
+        quantized = [name for name in modules if name in self.manifest.quantized]
+        if not quantized:
+            unknown = [name for name in modules if name not in self.manifest.skipped]
+            if unknown:
+                raise CheckpointError(
+                    f"vLLM builds a layer {prefix}, but the checkpoint lists {unknown[0]} neither as quantized nor as skipped. "
+                    "It was made for another architecture: quantize this model again with this version of lrq."
+                )
+            return UnquantizedLinearMethod()
+        if len(quantized) != len(modules):
+            raise CheckpointError(
+                f"vLLM fuses {', '.join(modules)} into {prefix}, but only {', '.join(quantized)} is quantized. "
+                "Quantize all of them or none."
+            )
+        return self._method(prefix, modules)
+
+    def modules_of(self, prefix: str) -> list[str]:
+        """The checkpoint's modules behind a layer of vLLM: qkv_proj stands for q_proj, k_proj and v_proj, and so on."""
+        parent, _, name = prefix.rpartition(".")
+        shards = self.packed_modules_mapping.get(name, [name])
+        if prefix in self.manifest.quantized or prefix in self.manifest.skipped:
+            shards = [name]  # fused in the checkpoint already
+        return [f"{parent}.{shard}" if parent else shard for shard in shards]
+
+    def _method(self, prefix: str, modules: list[str]) -> QuantizeMethodBase:
+        from lrq_vllm.linear_integer import LrqW4A8LinearMethod, LrqW8A8LinearMethod
+        from lrq_vllm.linear_weight_only import LrqWeightOnlyLinearMethod
+
+        match self.manifest.scheme:
+            case "w8a8":
+                return LrqW8A8LinearMethod(self.manifest, modules)
+            case "w4a8":
+                return LrqW4A8LinearMethod(self.manifest, modules)
+            case _:
+                return LrqWeightOnlyLinearMethod(self.manifest, modules)

@@ -1,0 +1,79 @@
+"""Where the decoder blocks and their linear layers are in a model family, and how one block is brought into memory.
+
+Modelling code is transformers' own. A family is declared, not coded: add an entry to FAMILIES.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+__all__ = ["FAMILIES", "Family", "empty_model", "load_block", "restore_rotary"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names inside a decoder model.
+
+    blocks: the list of decoder blocks. embedding, rotary: modules that run before the blocks. final_norm: after them.
+    norms: per block, each norm and the module that reads it and whose output joins the residual stream.
+    activation_functions: how the names of the MLP's activation functions end.
+    linear_groups: per block, the linear layers to quantize; those of one group read the same input, and a server
+    fuses them into one layer, so they share one activation step.
+    """
+
+    blocks: str
+    embedding: str
+    rotary: str
+    final_norm: str
+    norms: tuple[tuple[str, str], ...]
+    activation_functions: str
+    linear_groups: tuple[tuple[str, ...], ...]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """All linear layers of a block, by their names within the block."""
+        return tuple(name for group in self.linear_groups for name in group)
+
+
+FAMILIES = {
+    "llama": Family(
+        blocks="model.layers",
+        embedding="model.embed_tokens",
+        rotary="model.rotary_emb",
+        final_norm="model.norm",
+        norms=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
+        activation_functions="mlp.act_fn",
+        linear_groups=(
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        ),
+    )
+}
+
+
+def empty_model(config: PreTrainedConfig) -> nn.Module:
+    """transformers' model for ``config`` with every parameter on the meta device: shapes and no memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def restore_rotary(model: nn.Module, family: Family, config: PreTrainedConfig) -> None:
+    """Build the rotary embedding's tables, which no checkpoint holds, for a model made by :func:`empty_model`."""
+    rotary = model.get_submodule(family.rotary)
+    model.set_submodule(family.rotary, type(rotary)(config=config))
+
+
+def load_block(
+    model: nn.Module, name: str, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """A copy of the module ``name`` of an empty model with its tensors read, in ``dtype`` on ``device``."""
+    block = copy.deepcopy(model.get_submodule(name))
+    state = {key: read(f"{name}.{key}").to(device=device, dtype=dtype) for key in block.state_dict()}
+    block.load_state_dict(state, strict=True, assign=True)
+    return block.requires_grad_(False)

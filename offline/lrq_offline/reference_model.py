@@ -1,0 +1,97 @@
+"""The reference path: an LRQ checkpoint as a transformers model that computes exactly what its integers mean.
+
+Plain torch in float32, activations really quantized. Every kernel and every server is tested against it.
+"""
+
+from pathlib import Path
+
+import torch
+from lrq_vllm.checkpoint.schema import Manifest, config_without_quantization
+from lrq_vllm.checkpoint.store import TensorFolder, check_tensors, read_config, read_manifest
+from lrq_vllm.errors import ModelFolderError
+from lrq_vllm.kernels import reference
+from torch import Tensor, nn
+
+from lrq_offline.decoder_blocks import FAMILIES, empty_model, restore_rotary
+from lrq_offline.served_precision import round_like_a_server
+from lrq_offline.source_model import model_config
+
+__all__ = ["ReferenceLinear", "load_model"]
+
+
+class ReferenceLinear(nn.Module):
+    """A quantized linear layer from its stored tensors (buffers named as in the checkpoint), per lrq_vllm's reference."""
+
+    def __init__(self, manifest: Manifest, module: str, bias: Tensor | None) -> None:
+        super().__init__()
+        self._bits = manifest.weight.bits
+        self._in_features = manifest.quantized[module][1]
+        self._activation = manifest.activation
+        for suffix, spec in manifest.tensors_of(module).items():
+            self.register_buffer(suffix, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out], in x's dtype."""
+        flat = x.reshape(-1, self._in_features)
+        weight = (self.qweight, self.weight_step, self.weight_zero_point)
+        if self._activation is None:
+            y = reference.weight_only_linear(flat, *weight, self._bits, self.bias)
+        else:
+            tokens = (
+                reference.quantize_static(flat, self.input_step, self.input_zero_point)
+                if self._activation.static
+                else reference.quantize_per_token(flat)
+            )
+            integers = reference.integer_weight(*weight, self._bits, self._in_features)
+            y = reference.integer_linear(tokens, integers, self.bias, x.dtype)
+        return y.view(*x.shape[:-1], -1)
+
+
+def load_model(folder: Path, *, served_in: torch.dtype | None = None) -> nn.Module:
+    """A transformers causal LM from a float folder or an LRQ checkpoint, on the CPU, in evaluation mode.
+
+    It computes in float32, whatever the checkpoint's precision. With ``served_in`` it rounds where a server that runs in
+    that dtype rounds (see served_precision.py), for comparing the two.
+
+    Raises ModelFolderError or CheckpointError when the folder is incomplete or inconsistent.
+    """
+    raw_config = read_config(folder)
+    config = model_config(config_without_quantization(raw_config), folder)
+    tensors = TensorFolder(folder)
+    model = empty_model(config)
+    if "quantization_config" in raw_config:
+        manifest = read_manifest(folder)
+        check_tensors(tensors, manifest)
+        _replace_linears(model, manifest)
+    expected = set(model.state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    missing = sorted(expected - set(tensors))
+    if missing:
+        raise ModelFolderError(
+            f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}. Download or quantize it again."
+        )
+    for name in sorted(expected):
+        if tensors.spec(name).shape != tuple(model.state_dict()[name].shape):
+            raise ModelFolderError(
+                f"{folder}: tensor {name} has shape {list(tensors.spec(name).shape)}, config.json implies another."
+            )
+    state = {name: _widened(tensors.get(name)) for name in expected}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    family = FAMILIES[config.model_type]
+    restore_rotary(model, family, config)
+    if served_in is not None:
+        round_like_a_server(model, family, served_in)
+    return model.requires_grad_(False)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """16-bit floats as float32; integers, and what the quantizers keep in float32, as they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _replace_linears(model: nn.Module, manifest: Manifest) -> None:
+    for module in manifest.quantized:
+        linear = model.get_submodule(module)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(module, ReferenceLinear(manifest, module, linear.bias))

@@ -1,0 +1,100 @@
+"""Make a reference model round where a 16-bit server rounds, so that the two can be compared to the last bit.
+
+The model keeps computing in float32; a value is rounded to the server's dtype wherever a server writes it out: after
+every linear layer, norm, activation function and attention, and in the residual stream. The one place that needs care is
+the residual addition: vLLM's fused add-and-normalize rounds the sum for the residual stream, and normalizes the sum as it
+was before. Attention weights stay in float32, as in vLLM's CPU attention.
+
+Integer layers depend on it: where rounding noise flips one 8-bit activation in a thousand, the difference grows block by
+block until it is as large as the quantization error itself.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from lrq_offline.decoder_blocks import Family
+
+__all__ = ["round_like_a_server"]
+
+_ATTENTION = "lrq_float32_weights"
+
+
+def round_like_a_server(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
+    """Add the roundings of a server that runs in ``dtype`` to a float32 model, in place."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).float()
+
+    def attention(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        return rounded(_causal_attention(rounded(q), rounded(k), rounded(v), scaling)), None
+
+    AttentionInterface.register(_ATTENTION, attention)
+    model.config._attn_implementation = _ATTENTION
+    for name, module in model.named_modules():
+        if _is_linear(module):
+            module.register_forward_pre_hook(lambda module, inputs: (_as_input(module, inputs[0].to(dtype)),))
+            module.register_forward_hook(lambda module, inputs, output: rounded(output))
+        elif name == family.rotary:
+            module.register_forward_hook(lambda module, inputs, output: tuple(rounded(table) for table in output))
+        elif name.endswith(family.activation_functions):
+            module.register_forward_hook(lambda module, inputs, output: rounded(output))
+    for norm in _norms(model, family):
+        norm.forward = _Norm(norm, dtype)
+    for block in model.get_submodule(family.blocks):
+        for norm_name, consumer_name in family.norms:
+            norm = block.get_submodule(norm_name)
+            block.get_submodule(consumer_name).register_forward_hook(_residual_rounding(norm.forward))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or hasattr(module, "qweight")
+
+
+def _as_input(module: nn.Module, x: Tensor) -> Tensor:
+    """A quantized layer is defined by its input's dtype; a float one multiplies the same values in float32."""
+    return x if hasattr(module, "qweight") else x.float()
+
+
+def _norms(model: nn.Module, family: Family) -> list[nn.Module]:
+    blocks = model.get_submodule(family.blocks)
+    inside = [block.get_submodule(norm) for block in blocks for norm, _ in family.norms]
+    return [*inside, model.get_submodule(family.final_norm)]
+
+
+class _Norm:
+    """RMSNorm as a server computes it: the input as it is, the normalized value and the product with the gain rounded."""
+
+    def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
+        self._weight, self._epsilon, self._dtype = norm.weight, norm.variance_epsilon, dtype
+        self.residual_rounding = torch.zeros(())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.residual_rounding = x.to(self._dtype).float() - x
+        normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._epsilon)
+        return (normalized.to(self._dtype).float() * self._weight).to(self._dtype).float()
+
+
+def _residual_rounding(norm: _Norm) -> Any:
+    """A hook on what a norm feeds: the block adds its output to the residual, which the server has rounded by now."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if isinstance(output, tuple):  # attention also returns its weights
+            return (output[0] + norm.residual_rounding, *output[1:])
+        return output + norm.residual_rounding
+
+    return hook
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """q [batch, heads, tokens, dim]; k, v [batch, key-value heads, tokens, dim]; out [batch, tokens, heads, dim]."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    tokens = q.shape[2]
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.transpose(-1, -2) * scaling).masked_fill(future, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous()

@@ -1,0 +1,100 @@
+"""A float model's folder, checked before anything long starts: a known family, complete weights, no foreign code."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lrq_vllm.checkpoint.store import TensorFolder, read_config
+from lrq_vllm.errors import ModelFolderError, one_paragraph
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from lrq_offline.decoder_blocks import FAMILIES, Family, empty_model
+
+__all__ = ["SourceModel", "load_tokenizer", "model_config"]
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """An opened folder. ``raw_config`` is config.json as it stands, ``config`` the same as transformers sees it."""
+
+    folder: Path
+    raw_config: dict[str, Any]
+    config: PreTrainedConfig
+    tensors: TensorFolder
+    family: Family
+
+    @classmethod
+    def open(cls, folder: Path) -> "SourceModel":
+        """Open and check a float model. Raises ModelFolderError with all that stands in the way of quantizing it."""
+        raw_config = read_config(folder)
+        if "quantization_config" in raw_config:
+            raise ModelFolderError(
+                f"{folder} is already quantized (quantization_config in config.json). Give the float model it was made from."
+            )
+        config = model_config(raw_config, folder)
+        source = cls(folder, raw_config, config, TensorFolder(folder), FAMILIES[config.model_type])
+        source._check_tensors()
+        return source
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored. Raises ModelFolderError if it holds NaN or infinity."""
+        tensor = self.tensors.get(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelFolderError(
+                f"{self.tensors.file_of(name)}: tensor {name} holds NaN or infinite values. "
+                "The model is damaged: download it again, or check how it was trained."
+            )
+        return tensor
+
+    def _check_tensors(self) -> None:
+        expected = empty_model(self.config).state_dict()
+        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        problems = []
+        for name, parameter in expected.items():
+            if name not in self.tensors:
+                if name not in tied:
+                    problems.append(f"tensor {name} is missing")
+            elif self.tensors.spec(name).shape != tuple(parameter.shape):
+                found = list(self.tensors.spec(name).shape)
+                problems.append(f"tensor {name} has shape {found}, config.json implies {list(parameter.shape)}")
+        if problems:
+            raise ModelFolderError(
+                f"{self.folder} does not hold the model that its config.json describes: "
+                + one_paragraph(problems, "Download the model again.")
+            )
+
+
+def model_config(raw_config: dict[str, Any], folder: Path) -> PreTrainedConfig:
+    """transformers' configuration object for a config.json. Raises ModelFolderError for a family that is not known here."""
+    model_type = raw_config.get("model_type")
+    if "auto_map" in raw_config:
+        raise ModelFolderError(
+            f"{folder} needs code from its own folder (auto_map in config.json, trust_remote_code), which lrq does not run. "
+            f"Use a model that transformers knows by itself: {', '.join(sorted(FAMILIES))}."
+        )
+    if model_type not in FAMILIES:
+        raise ModelFolderError(
+            f"{folder} is a {model_type or 'model of an unnamed type'}; lrq quantizes {', '.join(sorted(FAMILIES))}. "
+            "Another family needs an entry in lrq_offline/decoder_blocks.py: where its blocks, norms and linears are."
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(raw_config)
+    except Exception as error:  # transformers validates with exceptions of several libraries
+        reason = " ".join(str(error).split())
+        raise ModelFolderError(
+            f"{folder}/config.json is not a valid {model_type} config: {reason}. Download it again."
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, without network and without the folder's own code. Raises ModelFolderError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and the tokenizers library's own
+        reason = " ".join(str(error).split())[:300]
+        raise ModelFolderError(
+            f"{folder} has no tokenizer that can be loaded ({reason}). Download the model's tokenizer files too."
+        ) from error

@@ -1,0 +1,1 @@
+"""lrq-server: serves LRQ checkpoints with vLLM."""

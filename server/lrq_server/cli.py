@@ -1,0 +1,46 @@
+"""lrq-server serve: check the checkpoint, then become ``vllm serve``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from lrq_vllm.checkpoint import TensorFolder, check_tensors, read_manifest
+from lrq_vllm.errors import LrqError
+
+from lrq_server.vllm_process import serving_environment, vllm_command
+
+__all__ = ["main"]
+
+_EXAMPLES = """examples:
+  lrq-server serve ./Llama-3-8B-lrq-w4a16
+  lrq-server serve ./Llama-3-8B-lrq-w8a8 --port 8080 --tensor-parallel-size 2
+
+Options after MODEL are handed to vLLM as they are: see `vllm serve --help`.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 2 for a problem that the message tells how to fix; a good ``serve`` does not return."""
+    parser = argparse.ArgumentParser(
+        prog="lrq-server",
+        description="Serve LRQ checkpoints with vLLM's OpenAI server.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version("lrq"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="check a checkpoint's files, then serve it")
+    serve.add_argument("model", type=Path, help="LRQ checkpoint folder")
+    # parse_known_args keeps what it does not know in order: everything else is vLLM's.
+    parsed, vllm_options = parser.parse_known_args(arguments)
+    try:
+        check_tensors(TensorFolder(parsed.model), read_manifest(parsed.model))
+    except LrqError as error:
+        print(f"lrq-server: {error}", file=sys.stderr)
+        return 2
+    command = vllm_command(parsed.model, "--quantization", "lrq", *vllm_options)
+    sys.stdout.flush()
+    os.execvpe(command[0], command, serving_environment())

@@ -1,0 +1,89 @@
+"""A vLLM server as a child process: started with ``vllm serve``, waited for, and stopped with all its children."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from lrq_vllm.errors import LrqError
+
+__all__ = ["VllmServer", "serving_environment", "start_vllm", "vllm_command"]
+
+
+@dataclass(frozen=True)
+class VllmServer:
+    """A child process that is, or will be, a vLLM server. ``log`` is the file that takes its output."""
+
+    url: str
+    log: Path
+    process: "subprocess.Popen[bytes]"
+
+    def wait_until_ready(self, timeout_s: float = 300) -> None:
+        """Return when the server answers. Raises LrqError with the log's last lines if it ends or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise LrqError(
+                    f"vLLM ended with code {self.process.returncode} before it served. Its log ends:\n{self._log_end()}"
+                )
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == httpx.codes.OK:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        raise LrqError(f"vLLM did not answer within {timeout_s:.0f} s. Its log ends:\n{self._log_end()}")
+
+    def _log_end(self, lines: int = 25) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def vllm_command(model: Path | str, *options: str) -> list[str]:
+    """``vllm serve MODEL OPTIONS`` with the vllm of this Python environment."""
+    return [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *options]
+
+
+def serving_environment() -> dict[str, str]:
+    """This process's environment with offline defaults and, for a CPU, 1 GiB of KV cache; what is set already stays."""
+    defaults = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "auto",
+    }
+    return defaults | dict(os.environ)
+
+
+@contextmanager
+def start_vllm(model: Path, port: int, log: Path, options: Sequence[str] = ()) -> Iterator[VllmServer]:
+    """Start ``vllm serve`` on 127.0.0.1 and stop it at the end. It loads while the block goes on: wait_until_ready."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            vllm_command(model, "--host", "127.0.0.1", "--port", str(port), *options),
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env=serving_environment(), start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield VllmServer(f"http://127.0.0.1:{port}", log, process)
+    finally:
+        _stop(process)
+
+
+def _stop(process: "subprocess.Popen[bytes]", patience_s: float = 20) -> None:
+    """Ask the server to end, then end whatever is left of its process group."""
+    process.terminate()
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        pass
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()

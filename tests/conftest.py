@@ -1,0 +1,33 @@
+"""Seeds, the device, and the Triton interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Triton decides when it is imported whether kernels are interpreted, so this stands before any test module is loaded.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples in every run, no time limit for one example, nothing remembered on disk.
+settings.register_profile("lrq", derandomize=True, deadline=None, database=None, max_examples=60)
+settings.load_profile("lrq")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests marked gpu where there is none."""
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run: the GPU if there is one, else the CPU under Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
