@@ -1,6 +1,6 @@
 """Who multiplies integers on which device. Each backend computes the scheme exactly, or says why it cannot run."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class IntegerBackend(Protocol):
     def why_not(self, device: torch.device) -> str | None:
         """The reason why this backend cannot run here, or None if it can."""
 
-    def prepare(self, layer: torch.nn.Module, weight: IntegerWeight) -> None:
+    def prepare(self, layer: Any, weight: IntegerWeight) -> None:
         """Put the weight on the layer in this backend's layout, as parameters."""
 
     def quantize_per_token(self, x: Tensor) -> QuantizedTokens:
@@ -31,9 +31,7 @@ class IntegerBackend(Protocol):
     def quantize_static(self, x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
         """x [tokens, in] with one calibrated step."""
 
-    def multiply(
-        self, layer: torch.nn.Module, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype
-    ) -> Tensor:
+    def multiply(self, layer: Any, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """y [tokens, out]."""
 
 
@@ -61,7 +59,7 @@ class TritonBackend:
         """Needs CUDA."""
         return None if device.type == "cuda" else "needs a CUDA device"
 
-    def prepare(self, layer: torch.nn.Module, weight: IntegerWeight) -> None:
+    def prepare(self, layer: Any, weight: IntegerWeight) -> None:
         """Keep the checkpoint's layout, and the column sums beside it."""
         for field in ("q", "step", "zero_point", "total"):
             value = getattr(weight, field).contiguous()
@@ -80,9 +78,7 @@ class TritonBackend:
 
         return QuantizedTokens(*ops.quantize_static(x, step, zero_point))
 
-    def multiply(
-        self, layer: torch.nn.Module, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype
-    ) -> Tensor:
+    def multiply(self, layer: Any, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """int8 tensor cores; exact int32 sums."""
         from lrq_vllm.kernels import ops
 
@@ -109,7 +105,7 @@ class OneDnnBackend:
             return "this vLLM build has no oneDNN int8 product"
         return None
 
-    def prepare(self, layer: torch.nn.Module, weight: IntegerWeight) -> None:
+    def prepare(self, layer: Any, weight: IntegerWeight) -> None:
         """Pack the weight into oneDNN's own layout; the int8 tensor is not kept."""
         from vllm import _custom_ops
 
@@ -143,9 +139,7 @@ class OneDnnBackend:
         """Plain torch."""
         return reference.quantize_static(x, step, zero_point)
 
-    def multiply(
-        self, layer: torch.nn.Module, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype
-    ) -> Tensor:
+    def multiply(self, layer: Any, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """int32 sums in oneDNN, zero-points and steps in float32."""
         from vllm import _custom_ops
 

@@ -71,9 +71,7 @@ class LayerWeights:
         wanted = [f"{module}.{suffix}" for module in self._modules for suffix in self._manifest.tensors_of(module)]
         missing = [f"tensor {name} was not loaded" for name in wanted if name not in self._arrived]
         if missing and not self._nothing_will_arrive:
-            raise CheckpointError(
-                "The checkpoint is incomplete: " + one_paragraph(missing, "Quantize or copy it again.")
-            )
+            raise CheckpointError("The checkpoint is incomplete: " + one_paragraph(missing, "Quantize or copy it again."))
 
     def shared_value(self, parameter: Tensor, name: str) -> Tensor:
         """The one value [1] that every part of a fused layer carries; raises CheckpointError if they differ."""
@@ -97,7 +95,8 @@ class LayerWeights:
 
     def _checked(self, suffix: str, load: Callable[..., None]) -> Callable[..., None]:
         def checked_load(parameter: Tensor, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
-            shard_id = shard[0] if shard else keywords.get("loaded_shard_id")
+            # vLLM says which of the fused modules this is: "q", "k", "v", a position, or nothing for a layer of one.
+            shard_id: Any = shard[0] if shard else keywords.get("loaded_shard_id")
             module = self._modules[_SHARD_POSITION.get(shard_id, shard_id) or 0]
             expected = self._manifest.tensors_of(module)[suffix]
             if (loaded.dtype, tuple(loaded.shape)) != (expected.dtype, expected.shape):

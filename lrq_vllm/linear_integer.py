@@ -29,16 +29,14 @@ class _IntegerLinearMethod(LinearMethodBase):
         self._backend: IntegerBackend | None = None
 
     def create_weights(
-        self, layer: torch.nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         output_size: int, params_dtype: torch.dtype, **extra: Any,
     ) -> None:  # fmt: skip
         """Register the parameters that the loader fills."""
         layer.lrq_in_features = input_size_per_partition
-        self._weights.create(
-            layer, input_size_per_partition, output_partition_sizes, input_size, extra["weight_loader"]
-        )
+        self._weights.create(layer, input_size_per_partition, output_partition_sizes, input_size, extra["weight_loader"])
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything came, and bring the weight into the layout of the kernel that will run."""
         self._weights.check_complete()
         # Column sums are taken here, from this rank's share of the inputs.
@@ -54,16 +52,16 @@ class _IntegerLinearMethod(LinearMethodBase):
         layer.lrq_kernel = backend.name
         logger.debug("%s runs on %s", self._name, backend.name)
 
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
         assert self._backend is not None
         tokens = self._quantize(self._backend, layer, x.reshape(-1, x.shape[-1]))
         return self._backend.multiply(layer, tokens, bias, x.dtype).view(*x.shape[:-1], -1)
 
-    def _prepare_activations(self, layer: torch.nn.Module) -> None:
+    def _prepare_activations(self, layer: Any) -> None:
         """Settle the activation parameters after loading; dynamic quantization has none."""
 
-    def _quantize(self, backend: IntegerBackend, layer: torch.nn.Module, x: Tensor) -> QuantizedTokens:
+    def _quantize(self, backend: IntegerBackend, layer: Any, x: Tensor) -> QuantizedTokens:
         return backend.quantize_per_token(x)
 
 
@@ -71,12 +69,12 @@ class _IntegerLinearMethod(LinearMethodBase):
 class LrqW8A8LinearMethod(_IntegerLinearMethod):
     """8-bit weights per channel, 8-bit activations with one calibrated step per tensor."""
 
-    def _prepare_activations(self, layer: torch.nn.Module) -> None:
+    def _prepare_activations(self, layer: Any) -> None:
         for name in ("input_step", "input_zero_point"):
             value = self._weights.shared_value(getattr(layer, name).data, name)
             setattr(layer, name, Parameter(value.clone(), requires_grad=False))
 
-    def _quantize(self, backend: IntegerBackend, layer: torch.nn.Module, x: Tensor) -> QuantizedTokens:
+    def _quantize(self, backend: IntegerBackend, layer: Any, x: Tensor) -> QuantizedTokens:
         return backend.quantize_static(x, layer.input_step, layer.input_zero_point)
 
 

@@ -31,16 +31,14 @@ class LrqWeightOnlyLinearMethod(LinearMethodBase):
         self._weights = LayerWeights(manifest, modules)
 
     def create_weights(
-        self, layer: torch.nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         output_size: int, params_dtype: torch.dtype, **extra: Any,
     ) -> None:  # fmt: skip
         """Register the parameters that the loader fills."""
         layer.lrq_in_features, layer.lrq_dtype = input_size_per_partition, params_dtype
-        self._weights.create(
-            layer, input_size_per_partition, output_partition_sizes, input_size, extra["weight_loader"]
-        )
+        self._weights.create(layer, input_size_per_partition, output_partition_sizes, input_size, extra["weight_loader"])
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything came; on a CPU, expand. Raises SettingsError on a device without a kernel."""
         self._weights.check_complete()
         packed = (layer.qweight.data, layer.weight_step.data, layer.weight_zero_point.data)
@@ -59,7 +57,7 @@ class LrqWeightOnlyLinearMethod(LinearMethodBase):
         else:
             raise SettingsError(f"lrq has no {self._scheme} kernel for {device}. Serve on an NVIDIA GPU or on a CPU.")
 
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
         if hasattr(layer, "lrq_weight"):
             return torch.nn.functional.linear(x, layer.lrq_weight, bias)

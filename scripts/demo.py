@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from lrq_server.vllm_process import VllmServer, start_vllm
 from rich.console import Console
 from rich.table import Table
+
+from lrq_server.vllm_process import VllmServer, start_vllm
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests" / "models" / "tiny"

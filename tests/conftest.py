@@ -1,4 +1,4 @@
-"""Seeds, the device, and the Triton interpreter where there is no GPU."""
+"""Seeds, the device, the Triton interpreter where there is no GPU, and checkpoints that several tests share."""
 
 import os
 
@@ -10,6 +10,9 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# After the line above: what this imports may import Triton.
+from tests.checkpoints import Checkpoints, checkpoint_maker
+
 # The same examples in every run, no time limit for one example, nothing remembered on disk.
 settings.register_profile("lrq", derandomize=True, deadline=None, database=None, max_examples=60)
 settings.load_profile("lrq")
@@ -19,6 +22,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the tests marked gpu where there is none."""
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """Checkpoints of the tiny model at the tool's default settings, by scheme and method."""
+    return checkpoint_maker(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture

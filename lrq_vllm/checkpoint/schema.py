@@ -41,9 +41,7 @@ class ActivationFormat:
 
     def to_dict(self) -> dict[str, Any]:
         """The object under ``activation`` in config.json."""
-        rule = (
-            {"granularity": "tensor", "mode": "static"} if self.static else {"granularity": "token", "mode": "dynamic"}
-        )
+        rule = {"granularity": "tensor", "mode": "static"} if self.static else {"granularity": "token", "mode": "dynamic"}
         return {"bits": self.bits, **rule, "symmetric": False}
 
 
@@ -229,9 +227,7 @@ def _contradictions(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
     problems = []
     expected_bits = SCHEMES[manifest.scheme].weight_bits
     if manifest.weight.bits != expected_bits:
-        problems.append(
-            f"scheme {manifest.scheme} has {expected_bits}-bit weights, weight.bits says {manifest.weight.bits}"
-        )
+        problems.append(f"scheme {manifest.scheme} has {expected_bits}-bit weights, weight.bits says {manifest.weight.bits}")
     written = manifest.to_dict()
     for key in ("weight", "activation", "kv_cache"):
         if config[key] != written[key] and not (key == "weight" and problems):

@@ -47,13 +47,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json as a dictionary. Raises ModelFolderError if the folder or the file is missing or is no JSON object."""
     path = folder / CONFIG_NAME
     if not folder.is_dir():
-        raise ModelFolderError(
-            f"{folder} is not a folder. Give the folder of a downloaded model (config.json and weights)."
-        )
+        raise ModelFolderError(f"{folder} is not a folder. Give the folder of a downloaded model (config.json and weights).")
     if not path.is_file():
-        raise ModelFolderError(
-            f"{folder} has no {CONFIG_NAME}. Give the folder of a Hugging Face model, downloaded whole."
-        )
+        raise ModelFolderError(f"{folder} has no {CONFIG_NAME}. Give the folder of a Hugging Face model, downloaded whole.")
     try:
         config = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -67,9 +63,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of an LRQ checkpoint. Raises CheckpointError if the folder's model is not quantized by lrq."""
     config = read_config(folder).get("quantization_config")
     if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{folder} is not quantized (no quantization_config). Run `lrq-offline quantize {folder}` first."
-        )
+        raise CheckpointError(f"{folder} is not quantized (no quantization_config). Run `lrq-offline quantize {folder}` first.")
     return Manifest.from_dict(config)
 
 
@@ -126,7 +120,7 @@ class TensorFolder:
     def _read_header(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                for name in file.keys():
                     view = file.get_slice(name)
                     dtype = _DTYPES.get(view.get_dtype())
                     if dtype is None:
@@ -153,9 +147,7 @@ class TensorFolder:
         if missing:
             absent = sorted({weight_map[name] for name in missing if not (self.folder / weight_map[name]).is_file()})
             detail = f"file {absent[0]} is missing" if absent else f"tensor {missing[0]} is in no file"
-            raise ModelFolderError(
-                f"{self.folder} is incomplete: {detail}, but {INDEX_NAME} names it. Download it again."
-            )
+            raise ModelFolderError(f"{self.folder} is incomplete: {detail}, but {INDEX_NAME} names it. Download it again.")
 
 
 def check_tensors(folder: TensorFolder, manifest: Manifest) -> None:

@@ -69,9 +69,7 @@ def _(
 
 
 @torch.library.custom_op("lrq::weight_only_linear", mutates_args=())
-def weight_only_linear(
-    x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None
-) -> Tensor:
+def weight_only_linear(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     """reference.weight_only_linear."""
     from lrq_vllm.kernels import weight_only_gemm
 

@@ -102,9 +102,7 @@ def dequantize_weight(qweight: Tensor, step: Tensor, zero_point: Tensor, bits: i
     return (centred * step.unsqueeze(2)).flatten(1)
 
 
-def weight_only_linear(
-    x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None
-) -> Tensor:
+def weight_only_linear(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     """y [T, N] = x [T, K] W_hat^T + bias, accumulated in float32 and returned in x's dtype.
 
     W_hat is rounded to x's dtype first: both operands of a 16-bit product have 16 bits. For float32 x it is exact.

@@ -14,9 +14,7 @@ from lrq_vllm.kernels.triton_tiles import load_weight_tile
 __all__ = ["weight_only_linear"]
 
 
-def weight_only_linear(
-    x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None
-) -> Tensor:
+def weight_only_linear(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     """As reference.weight_only_linear. x [T, K] bfloat16 or float16, any strides; groups of 32 inputs or more."""
     tokens, in_features = x.shape
     out_features, groups = step.shape
@@ -47,9 +45,7 @@ def _weight_only_kernel(
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         k_ok = k < K
-        x = tl.load(
-            x_ptr + t[:, None] * x_stride_t + k[None, :] * x_stride_k, mask=t_ok[:, None] & k_ok[None, :], other=0.0
-        )
+        x = tl.load(x_ptr + t[:, None] * x_stride_t + k[None, :] * x_stride_k, mask=t_ok[:, None] & k_ok[None, :], other=0.0)
         group = start // group_size
         zero = tl.load(zero_ptr + n * groups + group, mask=n_ok, other=0).to(tl.int32)
         step = tl.load(step_ptr + n * groups + group, mask=n_ok, other=0.0)

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize, quantize, step_and_zero_point
 from torch import Tensor, nn
 
 from lrq_offline.decoder_blocks import Family
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize, quantize, step_and_zero_point
 
 __all__ = ["calibrate_static_ranges"]
 

@@ -3,8 +3,9 @@
 The arithmetic is that of lrq_vllm.checkpoint.affine; here round() passes its gradient through unchanged.
 """
 
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint, token_step_and_zero_point
 from torch import Tensor
+
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint, token_step_and_zero_point
 
 __all__ = ["fake_quantize", "fake_quantize_per_token", "straight_through_round"]
 

@@ -40,9 +40,7 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any], batch
 
 
 @torch.no_grad()
-def relative_error(
-    block: nn.Module, hidden: Tensor, target: Tensor, arguments: dict[str, Any], batch_size: int
-) -> float:
+def relative_error(block: nn.Module, hidden: Tensor, target: Tensor, arguments: dict[str, Any], batch_size: int) -> float:
     """|| block(hidden) - target ||^2 / || target ||^2 over all windows."""
     squared_error = squared_norm = 0.0
     for inputs, wanted in zip(hidden.split(batch_size), target.split(batch_size), strict=True):
@@ -86,9 +84,7 @@ def learn_block(
         optimizer.step()
     after = relative_error(block, hidden, target, arguments, settings.batch_size)
     if not after < before:
-        logger.warning(
-            "learning did not lower the error (%.3g to %.3g): the block keeps round-to-nearest", before, after
-        )
+        logger.warning("learning did not lower the error (%.3g to %.3g): the block keeps round-to-nearest", before, after)
         with torch.no_grad():
             for parameter, value in zip(parameters, initial, strict=True):
                 parameter.copy_(value)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from lrq_vllm.errors import CalibrationDataError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lrq_offline.decoder_blocks import Family
+from lrq_vllm.errors import CalibrationDataError
 
 __all__ = ["BlockInputs", "capture_block_inputs", "read_texts", "shipped_calibration", "token_windows"]
 
@@ -31,14 +31,10 @@ def read_texts(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationDataError(
-            f"{path} cannot be read as text ({error}). Give a .jsonl or a plain UTF-8 file."
-        ) from error
+        raise CalibrationDataError(f"{path} cannot be read as text ({error}). Give a .jsonl or a plain UTF-8 file.") from error
     texts = list(_jsonl_texts(path, content)) if path.suffix == ".jsonl" else [content]
     if not any(text.strip() for text in texts):
-        raise CalibrationDataError(
-            f'{path} holds no text. Give a .jsonl with a "text" in each line, or a plain text file.'
-        )
+        raise CalibrationDataError(f'{path} holds no text. Give a .jsonl with a "text" in each line, or a plain text file.')
     return texts
 
 
@@ -54,9 +50,7 @@ def _jsonl_texts(path: Path, content: str) -> Iterator[str]:
             ) from error
 
 
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], samples: int | None, seq_len: int
-) -> Tensor:
+def token_windows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], samples: int | None, seq_len: int) -> Tensor:
     """Token ids int64 [samples, seq_len]: windows spread evenly over the tokenized texts, end to end.
 
     samples None takes every whole window. Raises CalibrationDataError if the texts have too few tokens.

@@ -10,12 +10,12 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from lrq_vllm.checkpoint.schema import SCHEMES
-from lrq_vllm.errors import LrqError
 from rich.console import Console
 from rich.table import Table
 
 from lrq_offline.config import METHODS, QuantizeSettings
+from lrq_vllm.checkpoint.schema import SCHEMES
+from lrq_vllm.errors import LrqError
 
 __all__ = ["main"]
 
@@ -71,13 +71,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     defaults = QuantizeSettings(scheme="w4a16")
     parser = commands.add_parser("quantize", help="quantize a model folder into an LRQ checkpoint")
-    parser.add_argument(
-        "model_dir", type=Path, help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer)"
-    )
+    parser.add_argument("model_dir", type=Path, help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer)")
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<model>-lrq-<scheme>")
-    parser.add_argument(
-        "--scheme", required=True, choices=list(SCHEMES), help="bits of weights (w) and activations (a)"
-    )
+    parser.add_argument("--scheme", required=True, choices=list(SCHEMES), help="bits of weights (w) and activations (a)")
     parser.add_argument("--method", choices=METHODS, default=defaults.method, help="default: %(default)s")
     parser.add_argument(
         "--group-size",
@@ -89,19 +85,11 @@ def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--rank", type=int, metavar="K", help="rank of LRQ's scale matrix (default: width / 4)")
     parser.add_argument("--iters", type=int, default=defaults.iters, help="steps per block (default: %(default)s)")
     parser.add_argument("--lr", type=float, help="learning rate (default: by method and scheme, docs/quantize.md)")
-    parser.add_argument(
-        "--samples", type=int, default=defaults.samples, help="calibration windows (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seq-len", type=int, default=defaults.seq_len, help="tokens per window (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=defaults.batch_size, help="windows per step (default: %(default)s)"
-    )
+    parser.add_argument("--samples", type=int, default=defaults.samples, help="calibration windows (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=defaults.seq_len, help="tokens per window (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="windows per step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
-    parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="text to calibrate on (default: what ships with lrq)"
-    )
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate on (default: what ships with lrq)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an LRQ checkpoint")
     parser.set_defaults(command=_quantize)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Family", "empty_model", "load_block", "restore_rotary"]
+__all__ = ["FAMILIES", "Family", "blocks_of", "empty_model", "load_block", "restore_rotary"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,17 @@ FAMILIES = {
 }
 
 
-def empty_model(config: PreTrainedConfig) -> nn.Module:
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """transformers' model for ``config`` with every parameter on the meta device: shapes and no memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
+    """The model's decoder blocks, in order."""
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 def restore_rotary(model: nn.Module, family: Family, config: PreTrainedConfig) -> None:

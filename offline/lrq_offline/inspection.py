@@ -40,11 +40,7 @@ def inspect_checkpoint(folder: Path) -> CheckpointSummary:
     layers = tuple(_layer(module, manifest, tensors) for module in manifest.quantized)
     weight, activation = manifest.weight, manifest.activation
     granularity = "per channel" if weight.group_size is None else f"per group of {weight.group_size}"
-    inputs = (
-        "16-bit"
-        if activation is None
-        else f"8-bit, {'static per tensor' if activation.static else 'dynamic per token'}"
-    )
+    inputs = "16-bit" if activation is None else f"8-bit, {'static per tensor' if activation.static else 'dynamic per token'}"
     return CheckpointSummary(
         headline=(
             f"scheme       {manifest.scheme} (written by lrq {manifest.tool_version})",

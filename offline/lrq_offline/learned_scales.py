@@ -10,10 +10,10 @@ Both start at S2 = 0, that is, at round-to-nearest. Only s1, z and the integers 
 import math
 
 import torch
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 from torch import Tensor, nn
 
 from lrq_offline.affine import straight_through_round
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 
 __all__ = ["FlexRoundScale", "FrozenRounding", "LearnedRounding", "LrqScale", "QuantizedWeight"]
 
@@ -25,6 +25,9 @@ class LearnedRounding(nn.Module):
 
     initial: steps and zero-points [out, groups]. The step s1 is learned as its logarithm, the zero-point stays.
     """
+
+    weight: Tensor
+    zero_point: Tensor
 
     def __init__(self, weight: Tensor, initial: StepAndZeroPoint, bits: int) -> None:
         super().__init__()
@@ -82,9 +85,7 @@ class FlexRoundScale(LearnedRounding):
 class LrqScale(LearnedRounding):
     """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5). rank is capped by W's sides."""
 
-    def __init__(
-        self, weight: Tensor, initial: StepAndZeroPoint, bits: int, rank: int, generator: torch.Generator
-    ) -> None:
+    def __init__(self, weight: Tensor, initial: StepAndZeroPoint, bits: int, rank: int, generator: torch.Generator) -> None:
         super().__init__(weight, initial, bits)
         out_features, in_features = weight.shape
         rank = min(rank, out_features, in_features)

@@ -17,17 +17,13 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
     An existing folder must be empty, or be an LRQ checkpoint that ``overwrite`` allows to replace.
     """
     if output.resolve() == source.resolve() or source.resolve().is_relative_to(output.resolve()):
-        raise SettingsError(
-            f"The output {output} is or contains the model {source} itself. Choose another folder with -o."
-        )
+        raise SettingsError(f"The output {output} is or contains the model {source} itself. Choose another folder with -o.")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir():
         raise SettingsError(f"The output {output} exists and is a file. Choose another folder with -o.")
     if not overwrite:
-        raise SettingsError(
-            f"The output {output} exists and is not empty. Choose another folder with -o, or pass --overwrite."
-        )
+        raise SettingsError(f"The output {output} exists and is not empty. Choose another folder with -o, or pass --overwrite.")
     try:
         read_manifest(output)
     except LrqError as error:
@@ -50,9 +46,7 @@ def new_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(output)
         partial.rename(output)
     except OSError as error:
-        raise SettingsError(
-            f"{output} cannot be written ({error}). Choose a folder on a disk with space with -o."
-        ) from error
+        raise SettingsError(f"{output} cannot be written ({error}). Choose a folder on a disk with space with -o.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -64,8 +58,6 @@ def carry_over(source: Path, target: Path) -> None:
         if destination.exists() or is_weight_file(path) or path.name.startswith("."):
             continue
         if path.is_dir():
-            shutil.copytree(
-                path, destination, ignore=lambda folder, names: [n for n in names if is_weight_file(Path(n))]
-            )
+            shutil.copytree(path, destination, ignore=lambda folder, names: [n for n in names if is_weight_file(Path(n))])
         else:
             shutil.copyfile(path, destination)

@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lrq_vllm.checkpoint.packing import pack
-from lrq_vllm.checkpoint.schema import Manifest
-from lrq_vllm.checkpoint.store import ShardWriter
 from torch import Tensor, nn
 
 from lrq_offline.activation_ranges import calibrate_static_ranges
 from lrq_offline.block_learning import LearningResult, learn_block, run_block
 from lrq_offline.calibration import BlockInputs, capture_block_inputs, read_texts, shipped_calibration, token_windows
 from lrq_offline.config import QuantizeSettings, default_learning_rate
-from lrq_offline.decoder_blocks import empty_model, load_block, restore_rotary
+from lrq_offline.decoder_blocks import blocks_of, empty_model, load_block, restore_rotary
 from lrq_offline.learned_scales import FlexRoundScale, FrozenRounding, LearnedRounding, LrqScale
 from lrq_offline.output_folder import carry_over, check_output, new_folder
 from lrq_offline.quantized_block import (
@@ -34,6 +31,9 @@ from lrq_offline.quantized_block import (
 )
 from lrq_offline.source_model import SourceModel, load_tokenizer
 from lrq_offline.step_search import search_steps
+from lrq_vllm.checkpoint.packing import pack
+from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.checkpoint.store import ShardWriter
 
 __all__ = ["REPORT_NAME", "BlockReport", "quantize_model"]
 
@@ -75,9 +75,7 @@ def quantize_model(
         writer = ShardWriter(folder)
         reports = _quantize_blocks(source, manifest, settings, windows, writer, on_block)
         writer.finish()
-        report = _report(
-            source, manifest, settings, calibration, reports, writer.total_bytes, time.monotonic() - started
-        )
+        report = _report(source, manifest, settings, calibration, reports, writer.total_bytes, time.monotonic() - started)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
         carry_over(model_dir, folder)
         config = {**source.raw_config, "quantization_config": manifest.to_dict()}
@@ -111,7 +109,7 @@ def _quantize_blocks(
     generator = torch.Generator().manual_seed(settings.seed)
     device = torch.device("cpu")
     family, model = source.family, empty_model(source.config)
-    names = [f"{family.blocks}.{index}" for index in range(len(model.get_submodule(family.blocks)))]
+    names = [f"{family.blocks}.{index}" for index in range(len(blocks_of(model, family)))]
     outside = [name for name in source.tensors if not name.startswith(f"{family.blocks}.")]
     writer.write_shard({name: source.read(name) for name in outside})
     inputs = _first_block_inputs(source, model, windows, device)
@@ -153,7 +151,9 @@ def _roundings(
     rank = settings.rank or max(source.config.hidden_size // 4, 1)
     roundings: dict[str, LearnedRounding] = {}
     for name in source.family.linears:
-        weight, bits = block.get_submodule(name).weight, settings.bits.weight_bits
+        linear, bits = block.get_submodule(name), settings.bits.weight_bits
+        assert isinstance(linear, nn.Linear)
+        weight = linear.weight
         initial = search_steps(weight, bits, settings.group_size, symmetric=settings.symmetric)
         match settings.method:
             case "lrq":

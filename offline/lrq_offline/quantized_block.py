@@ -4,11 +4,11 @@ import copy
 from collections.abc import Callable, Mapping
 
 import torch
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 from torch import Tensor, nn
 
 from lrq_offline.affine import fake_quantize, fake_quantize_per_token
 from lrq_offline.learned_scales import LearnedRounding
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 
 __all__ = ["ActivationQuantizer", "FakeQuantizedLinear", "dynamic_activations", "quantized_copy", "static_activations"]
 
@@ -27,6 +27,8 @@ def dynamic_activations(bits: int) -> ActivationQuantizer:
 
 class FakeQuantizedLinear(nn.Module):
     """y = Q(x) W_hat^T + bias, where ``rounding`` gives W_hat and Q is the activations' fake quantizer (None: x as is)."""
+
+    bias: Tensor | None
 
     def __init__(self, rounding: LearnedRounding, bias: Tensor | None, activation: ActivationQuantizer | None) -> None:
         super().__init__()

@@ -6,21 +6,28 @@ Plain torch in float32, activations really quantized. Every kernel and every ser
 from pathlib import Path
 
 import torch
-from lrq_vllm.checkpoint.schema import Manifest, config_without_quantization
-from lrq_vllm.checkpoint.store import TensorFolder, check_tensors, read_config, read_manifest
-from lrq_vllm.errors import ModelFolderError
-from lrq_vllm.kernels import reference
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lrq_offline.decoder_blocks import FAMILIES, empty_model, restore_rotary
 from lrq_offline.served_precision import round_like_a_server
 from lrq_offline.source_model import model_config
+from lrq_vllm.checkpoint.schema import Manifest, config_without_quantization
+from lrq_vllm.checkpoint.store import TensorFolder, check_tensors, read_config, read_manifest
+from lrq_vllm.errors import ModelFolderError
+from lrq_vllm.kernels import reference
 
 __all__ = ["ReferenceLinear", "load_model"]
 
 
 class ReferenceLinear(nn.Module):
     """A quantized linear layer from its stored tensors (buffers named as in the checkpoint), per lrq_vllm's reference."""
+
+    qweight: Tensor
+    weight_step: Tensor
+    weight_zero_point: Tensor
+    input_step: Tensor
+    input_zero_point: Tensor
 
     def __init__(self, manifest: Manifest, module: str, bias: Tensor | None) -> None:
         super().__init__()
@@ -48,7 +55,7 @@ class ReferenceLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
-def load_model(folder: Path, *, served_in: torch.dtype | None = None) -> nn.Module:
+def load_model(folder: Path, *, served_in: torch.dtype | None = None) -> PreTrainedModel:
     """A transformers causal LM from a float folder or an LRQ checkpoint, on the CPU, in evaluation mode.
 
     It computes in float32, whatever the checkpoint's precision. With ``served_in`` it rounds where a server that runs in

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
-from lrq_offline.decoder_blocks import Family
+from lrq_offline.decoder_blocks import Family, blocks_of
 
 __all__ = ["round_like_a_server"]
 
 _ATTENTION = "lrq_float32_weights"
 
 
-def round_like_a_server(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
+def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dtype) -> None:
     """Add the roundings of a server that runs in ``dtype`` to a float32 model, in place."""
 
     def rounded(x: Tensor) -> Tensor:
@@ -43,12 +43,11 @@ def round_like_a_server(model: nn.Module, family: Family, dtype: torch.dtype) ->
             module.register_forward_hook(lambda module, inputs, output: tuple(rounded(table) for table in output))
         elif name.endswith(family.activation_functions):
             module.register_forward_hook(lambda module, inputs, output: rounded(output))
-    for norm in _norms(model, family):
-        norm.forward = _Norm(norm, dtype)
-    for block in model.get_submodule(family.blocks):
+    _replace_norm(model, family.final_norm, dtype)
+    for block in blocks_of(model, family):
         for norm_name, consumer_name in family.norms:
-            norm = block.get_submodule(norm_name)
-            block.get_submodule(consumer_name).register_forward_hook(_residual_rounding(norm.forward))
+            norm = _replace_norm(block, norm_name, dtype)
+            block.get_submodule(consumer_name).register_forward_hook(_residual_rounding(norm))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -60,26 +59,30 @@ def _as_input(module: nn.Module, x: Tensor) -> Tensor:
     return x if hasattr(module, "qweight") else x.float()
 
 
-def _norms(model: nn.Module, family: Family) -> list[nn.Module]:
-    blocks = model.get_submodule(family.blocks)
-    inside = [block.get_submodule(norm) for block in blocks for norm, _ in family.norms]
-    return [*inside, model.get_submodule(family.final_norm)]
-
-
-class _Norm:
+class _ServedNorm(nn.Module):
     """RMSNorm as a server computes it: the input as it is, the normalized value and the product with the gain rounded."""
 
-    def __init__(self, norm: nn.Module, dtype: torch.dtype) -> None:
-        self._weight, self._epsilon, self._dtype = norm.weight, norm.variance_epsilon, dtype
+    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight: nn.Parameter = norm.weight
+        self._epsilon: float = norm.variance_epsilon
+        self._dtype = dtype
         self.residual_rounding = torch.zeros(())
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width], not rounded yet, to [..., width]."""
         self.residual_rounding = x.to(self._dtype).float() - x
         normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._epsilon)
-        return (normalized.to(self._dtype).float() * self._weight).to(self._dtype).float()
+        return (normalized.to(self._dtype).float() * self.weight).to(self._dtype).float()
 
 
-def _residual_rounding(norm: _Norm) -> Any:
+def _replace_norm(parent: nn.Module, name: str, dtype: torch.dtype) -> _ServedNorm:
+    norm = _ServedNorm(parent.get_submodule(name), dtype)
+    parent.set_submodule(name, norm)
+    return norm
+
+
+def _residual_rounding(norm: _ServedNorm) -> Any:
     """A hook on what a norm feeds: the block adds its output to the residual, which the server has rounded by now."""
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:

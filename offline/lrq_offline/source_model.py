@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lrq_vllm.checkpoint.store import TensorFolder, read_config
-from lrq_vllm.errors import ModelFolderError, one_paragraph
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lrq_offline.decoder_blocks import FAMILIES, Family, empty_model
+from lrq_vllm.checkpoint.store import TensorFolder, read_config
+from lrq_vllm.errors import ModelFolderError, one_paragraph
 
 __all__ = ["SourceModel", "load_tokenizer", "model_config"]
 

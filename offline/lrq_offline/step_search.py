@@ -1,8 +1,9 @@
 """First step sizes and zero-points of a weight, before any learning: the best clipping of each channel's range."""
 
 import torch
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize, quantize, step_and_zero_point
 from torch import Tensor
+
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize, quantize, step_and_zero_point
 
 __all__ = ["search_steps"]
 
@@ -11,9 +12,7 @@ _FINE = [0.01 * i for i in range(-4, 5)]
 _ERROR_POWER = 2.4
 
 
-def search_steps(
-    weight: Tensor, bits: int, group_size: int | None = None, *, symmetric: bool = False
-) -> StepAndZeroPoint:
+def search_steps(weight: Tensor, bits: int, group_size: int | None = None, *, symmetric: bool = False) -> StepAndZeroPoint:
     """Steps and zero-points [out, groups] that minimise sum |W - W_hat|^2.4 per group, for W [out, in].
 
     The min-max range of each group is shrunk by a common ratio, searched coarse to fine (LRQ's authors search ratio and
@@ -23,9 +22,7 @@ def search_steps(
     low, high = torch.aminmax(grouped, dim=2)
 
     def error(ratio: Tensor) -> Tensor:
-        step, zero_point = (
-            t.unsqueeze(2) for t in step_and_zero_point(low * ratio, high * ratio, bits, symmetric=symmetric)
-        )
+        step, zero_point = (t.unsqueeze(2) for t in step_and_zero_point(low * ratio, high * ratio, bits, symmetric=symmetric))
         difference = dequantize(quantize(grouped, step, zero_point, bits), step, zero_point) - grouped
         return difference.abs_().pow_(_ERROR_POWER).sum(dim=2)
 

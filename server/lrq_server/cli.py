@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from lrq_server.vllm_process import serving_environment, vllm_command
 from lrq_vllm.checkpoint import TensorFolder, check_tensors, read_manifest
 from lrq_vllm.errors import LrqError
-
-from lrq_server.vllm_process import serving_environment, vllm_command
 
 __all__ = ["main"]
 
@@ -38,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, vllm_options = parser.parse_known_args(arguments)
     try:
         check_tensors(TensorFolder(parsed.model), read_manifest(parsed.model))
+        command = vllm_command(parsed.model, "--quantization", "lrq", *vllm_options)
     except LrqError as error:
         print(f"lrq-server: {error}", file=sys.stderr)
         return 2
-    command = vllm_command(parsed.model, "--quantization", "lrq", *vllm_options)
     sys.stdout.flush()
     os.execvpe(command[0], command, serving_environment())

