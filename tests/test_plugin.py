@@ -1,0 +1,216 @@
+"""The plugin inside vLLM's own layers, without an engine: loading, sharding rules, arithmetic, torch.compile."""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrq_offline.reference_model import ReferenceLinear
+from lrq_vllm.checkpoint.packing import pack
+from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, WeightFormat
+from lrq_vllm.errors import CheckpointError
+
+pytestmark = pytest.mark.vllm
+
+PREFIX = "model.layers.0.self_attn"
+QKV = {f"{PREFIX}.q_proj": (256, 256), f"{PREFIX}.k_proj": (128, 256), f"{PREFIX}.v_proj": (128, 256)}
+OUTPUT = {f"{PREFIX}.o_proj": (256, 256)}
+SHARDS = ("q", "k", "v")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def vllm_world() -> Iterator[None]:
+    """One process, one rank, bfloat16: what vLLM's layers need around them."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+    from vllm.plugins import load_general_plugins
+
+    before = torch.get_default_dtype()
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
+        torch.set_default_dtype(torch.bfloat16)
+        method = f"file://{folder}/store"
+        init_distributed_environment(1, 0, distributed_init_method=method, local_rank=0, backend="gloo")
+        initialize_model_parallel(1, 1)
+        load_general_plugins()
+        yield
+        cleanup_dist_env_and_memory()
+        torch.set_default_dtype(before)
+
+
+@dataclass
+class Loaded:
+    """A layer of vLLM's with its tensors loaded, and each module's tensors by suffix."""
+
+    layer: Any
+    tensors: dict[str, dict[str, Tensor]]
+    manifest: Manifest
+
+    def expected(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The reference path's output: the modules side by side."""
+        outputs = []
+        for module, tensors in self.tensors.items():
+            linear = ReferenceLinear(self.manifest, module, None)
+            linear.load_state_dict(tensors, assign=True)
+            outputs.append(linear(x))
+        y = torch.cat(outputs, dim=-1)
+        return y if bias is None else (y.float() + bias.float()).to(y.dtype)
+
+
+def manifest_for(scheme: str, modules: dict[str, tuple[int, int]], group_size: int | None = None) -> Manifest:
+    return Manifest(scheme, WeightFormat(SCHEMES[scheme].weight_bits, group_size=group_size), modules, ("lm_head",), "test")
+
+
+def random_tensors(manifest: Manifest, module: str) -> dict[str, Tensor]:
+    out_features, in_features = manifest.quantized[module]
+    bits, groups = manifest.weight.bits, manifest.weight.groups(in_features)
+    tensors = {
+        "qweight": pack(torch.randint(0, 2**bits, (out_features, in_features)), bits),
+        "weight_step": torch.rand(out_features, groups, dtype=torch.float32) * 0.01 + 0.001,
+        "weight_zero_point": torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8),
+    }
+    if scheme_is_static(manifest):
+        tensors["input_step"] = torch.tensor([0.03], dtype=torch.float32)
+        tensors["input_zero_point"] = torch.tensor([117], dtype=torch.uint8)
+    return tensors
+
+
+def scheme_is_static(manifest: Manifest) -> bool:
+    return manifest.activation is not None and manifest.activation.static
+
+
+def empty_layer(manifest: Manifest, *, bias: bool = False) -> Any:
+    from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    config = get_quantization_config("lrq").from_config(manifest.to_dict())
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    if manifest.quantized.keys() == QKV.keys():
+        return QKVParallelLinear(256, 64, 4, 2, bias=bias, quant_config=config, prefix=f"{PREFIX}.qkv_proj", return_bias=False)
+    return RowParallelLinear(256, 256, bias=bias, quant_config=config, prefix=f"{PREFIX}.o_proj", return_bias=False)
+
+
+def load(layer: Any, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Load as the engine does: each tensor through its parameter's loader, with the shard's name in a fused layer."""
+    for (_module, by_suffix), shard in zip(tensors.items(), SHARDS, strict=False):
+        for suffix, tensor in by_suffix.items():
+            parameter = getattr(layer, suffix)
+            if len(tensors) > 1:
+                parameter.weight_loader(parameter, tensor, shard)
+            else:
+                parameter.weight_loader(parameter, tensor)
+
+
+def loaded_layer(manifest: Manifest, *, bias: bool = False) -> Loaded:
+    layer = empty_layer(manifest, bias=bias)
+    tensors = {module: random_tensors(manifest, module) for module in manifest.quantized}
+    load(layer, tensors)
+    if bias:
+        layer.bias.data.copy_(torch.randn_like(layer.bias))
+    layer.quant_method.process_weights_after_loading(layer)
+    return Loaded(layer, tensors, manifest)
+
+
+def check_agreement(y: Tensor, expected: Tensor, scheme: str, bias: bool) -> None:
+    if scheme in ("w8a8", "w4a8") and not bias:
+        assert torch.equal(y, expected)  # integers: the same bits
+    else:  # bfloat16 keeps 8 bits of a sum whose terms may be larger than it
+        assert (y.float() - expected.float()).norm() <= 4e-3 * expected.float().norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("modules", [QKV, OUTPUT], ids=["qkv", "o"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_computes_what_the_reference_says(scheme: str, modules: dict[str, tuple[int, int]], bias: bool) -> None:
+    loaded = loaded_layer(manifest_for(scheme, modules), bias=bias)
+    for shape in ((1, 256), (7, 256), (2, 3, 256)):
+        x = torch.randn(shape, dtype=torch.bfloat16) * 3
+        y = loaded.layer(x)
+        assert y.dtype == torch.bfloat16
+        check_agreement(y, loaded.expected(x, loaded.layer.bias), scheme, bias)
+
+
+def test_groups_of_inputs_are_served() -> None:
+    loaded = loaded_layer(manifest_for("w4a16", QKV, group_size=64))
+    x = torch.randn(5, 256, dtype=torch.bfloat16)
+    check_agreement(loaded.layer(x), loaded.expected(x, None), "w4a16", False)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+def test_a_strided_input_is_taken_as_it_is(scheme: str) -> None:
+    loaded = loaded_layer(manifest_for(scheme, OUTPUT))
+    x = torch.randn(5, 512, dtype=torch.bfloat16)[:, ::2]
+    assert torch.equal(loaded.layer(x), loaded.expected(x.contiguous(), None))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_compiles_whole_and_for_any_number_of_tokens(scheme: str) -> None:
+    loaded = loaded_layer(manifest_for(scheme, OUTPUT))
+    compiled = torch.compile(loaded.layer, fullgraph=True, dynamic=True)
+    for tokens in (3, 8):
+        x = torch.randn(tokens, 256, dtype=torch.bfloat16)
+        expected = loaded.expected(x, None).float()
+        assert (compiled(x).float() - expected).norm() <= 4e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_tensor_that_never_comes_is_named(scheme: str) -> None:
+    manifest = manifest_for(scheme, QKV)
+    layer = empty_layer(manifest)
+    tensors = {module: random_tensors(manifest, module) for module in manifest.quantized}
+    del tensors[f"{PREFIX}.k_proj"]["weight_zero_point"]
+    load(layer, tensors)
+    with pytest.raises(CheckpointError, match=r"k_proj\.weight_zero_point was not loaded"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "weight_step", "weight_zero_point"])
+def test_a_tensor_of_the_wrong_shape_is_named(suffix: str) -> None:
+    manifest = manifest_for("w3a16", QKV)
+    layer, tensor = empty_layer(manifest), random_tensors(manifest, f"{PREFIX}.q_proj")[suffix]
+    with pytest.raises(CheckpointError, match=rf"q_proj\.{suffix} is .* in the checkpoint"):
+        getattr(layer, suffix).weight_loader(getattr(layer, suffix), torch.cat([tensor, tensor]), "q")
+
+
+def test_fused_layers_with_different_activation_steps_are_refused() -> None:
+    manifest = manifest_for("w8a8", QKV)
+    layer = empty_layer(manifest)
+    tensors = {module: random_tensors(manifest, module) for module in manifest.quantized}
+    tensors[f"{PREFIX}.v_proj"]["input_step"] *= 2
+    load(layer, tensors)
+    with pytest.raises(CheckpointError, match="carry different input_step"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_a_layer_that_the_checkpoint_does_not_know_is_refused() -> None:
+    manifest = manifest_for("w4a16", {"model.layers.7.mlp.up_proj": (256, 256)})
+    with pytest.raises(CheckpointError, match=r"o_proj neither as quantized nor as skipped"):
+        empty_layer(manifest)
+
+
+def test_a_skipped_layer_stays_unquantized() -> None:
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    manifest = manifest_for("w4a16", {"model.layers.7.mlp.up_proj": (256, 256)})
+    skipping = Manifest(manifest.scheme, manifest.weight, manifest.quantized, (f"{PREFIX}.o_proj",), "test")
+    assert isinstance(empty_layer(skipping).quant_method, UnquantizedLinearMethod)
+
+
+def test_registering_twice_changes_nothing() -> None:
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    import lrq_vllm
+    from lrq_vllm.quant_config import LrqConfig
+
+    lrq_vllm.register()
+    assert get_quantization_config("lrq") is LrqConfig
+
+
+def test_a_folder_without_weights_is_left_to_vllm(tmp_path: Path) -> None:
+    from lrq_vllm.quant_config import LrqConfig
+
+    LrqConfig(manifest_for("w4a16", OUTPUT)).maybe_update_config(str(tmp_path))
