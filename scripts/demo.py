@@ -5,13 +5,11 @@ Run it with `make demo`. It needs no network and no GPU; results stay in demo-ou
 """
 
 import json
-import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from lrq_server.vllm_process import VllmServer, start_vllm
+from lrq_server.vllm_process import start_vllm
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tests" / "models" / "tiny"
@@ -27,6 +25,8 @@ HELDOUT = ROOT / "tests" / "data" / "heldout.jsonl"
 OUT = ROOT / "demo-out"
 SCHEMES = ("w8a8", "w4a8", "w4a16", "w3a16")
 PROMPT = "This PEP describes"
+# Half of the default, to be done sooner.
+ITERS = 100
 
 
 @dataclass
@@ -38,35 +38,23 @@ class Row:
     share: str
     perplexity: float
     kl: float | None
-    completion: str = ""
+    completion: str
 
 
 def main() -> None:
     started = time.monotonic()
-    # A server loads while the next scheme is learned: on few cores, threads that wait must not spin.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     console = Console(highlight=False, soft_wrap=True)
     OUT.mkdir(exist_ok=True)
-    rows: list[Row] = []
-    with ExitStack() as running:
-        loading: VllmServer | None = None
-        for scheme in SCHEMES:
-            # While one scheme is quantized, the server of the one before loads.
-            folder = OUT / f"tiny-{scheme}"
-            console.rule(scheme)
-            lrq_offline("quantize", MODEL, "-o", folder, "--scheme", scheme, "--overwrite")
-            if loading is not None:
-                rows[-1].completion = ask(loading, OUT / f"tiny-{rows[-1].scheme}", console)
-                running.close()
-            rows.append(measured(scheme, folder))
-            log = OUT / f"vllm-{scheme}.log"
-            options = ["--quantization", "lrq", "--max-model-len", "512", "--enforce-eager"]
-            loading = running.enter_context(start_vllm(folder, free_port(), log, options))
-        assert loading is not None
-        rows[-1].completion = ask(loading, OUT / f"tiny-{rows[-1].scheme}", console)
+    rows = []
+    for scheme in SCHEMES:
+        console.rule(scheme)
+        folder = OUT / f"tiny-{scheme}"
+        lrq_offline("quantize", MODEL, "-o", folder, "--scheme", scheme, "--iters", ITERS, "--overwrite")
+        rows.append(measured(scheme, folder))
+        console.print(f"{folder.name} over HTTP: {PROMPT} … {rows[-1].completion}")
     report = json.loads((OUT / f"tiny-{SCHEMES[0]}" / "lrq_report.json").read_text())
-    quality = evaluate(MODEL)
-    rows.insert(0, Row("bf16", report["quantized_linears"]["float_bytes"], "100%", quality["perplexity"], None))
+    float_bytes = report["quantized_linears"]["float_bytes"]
+    rows.insert(0, Row("bf16", float_bytes, "100%", evaluate(MODEL)["perplexity"], None, ""))
     show(rows, console, time.monotonic() - started)
 
 
@@ -82,17 +70,17 @@ def evaluate(folder: Path, *options: object) -> dict[str, float]:
 def measured(scheme: str, folder: Path) -> Row:
     quality = evaluate(folder, "--reference", MODEL)
     linears = json.loads((folder / "lrq_report.json").read_text())["quantized_linears"]
-    return Row(scheme, linears["bytes"], f"{linears['ratio']:.1%}", quality["perplexity"], quality["kl"])
+    return Row(scheme, linears["bytes"], f"{linears['ratio']:.1%}", quality["perplexity"], quality["kl"], ask(scheme, folder))
 
 
-def ask(server: VllmServer, folder: Path, console: Console) -> str:
-    """One completion over the OpenAI API."""
-    server.wait_until_ready()
-    request = {"model": str(folder), "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-    answer = httpx.post(f"{server.url}/v1/completions", json=request, timeout=60).raise_for_status().json()
-    text = " ".join(answer["choices"][0]["text"].split())
-    console.print(f"{folder.name} over HTTP: {PROMPT} … {text}")
-    return text
+def ask(scheme: str, folder: Path) -> str:
+    """Serve a checkpoint, take one completion over the OpenAI API, stop the server."""
+    options = ["--quantization", "lrq", "--max-model-len", "512", "--enforce-eager"]
+    with start_vllm(folder, free_port(), OUT / f"vllm-{scheme}.log", options) as server:
+        server.wait_until_ready()
+        request = {"model": str(folder), "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+        answer = httpx.post(f"{server.url}/v1/completions", json=request, timeout=60).raise_for_status().json()
+    return " ".join(answer["choices"][0]["text"].split())
 
 
 def free_port() -> int:

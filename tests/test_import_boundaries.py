@@ -23,7 +23,7 @@ def loaded_by(module: str) -> set[str]:
         ("lrq_vllm.checkpoint", HEAVY),
         ("lrq_vllm.kernels.reference", HEAVY),
         ("lrq_vllm.kernels.ops", tuple(name for name in HEAVY if name != "triton")),
-        ("lrq_offline.pipeline", ("vllm", "triton", "lrq_server")),
+        ("lrq_offline.pipeline", ("vllm", "lrq_server")),
         ("lrq_offline.reference_model", ("vllm", "lrq_server")),
         ("lrq_server.cli", ("vllm", "transformers", "lrq_offline")),
     ],

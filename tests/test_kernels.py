@@ -198,8 +198,8 @@ def test_integer_kernel_equals_its_reference_at_the_ends_of_both_grids(
     assert_same_product(device, uniform_tokens(x_value, x_zero_point, 600), weight, None, torch.float32)
 
 
-@pytest.mark.parametrize(("x_value", "x_zero_point"), [(127, -128), (-128, 127)], ids=["positive", "negative"])
-def test_integer_sums_do_not_overflow_up_to_33025_inputs(device: torch.device, x_value: int, x_zero_point: int) -> None:
+@pytest.mark.parametrize(("x_value", "x_zero_point"), [(127, -128), (-128, 127), (127, 127)])
+def test_integer_sums_are_exact_up_to_33025_inputs(device: torch.device, x_value: int, x_zero_point: int) -> None:
     in_features = 33_025  # 255 * 255 * 33,025 < 2^31
     x, weight = uniform_tokens(x_value, x_zero_point, in_features), uniform_weight(8, 255, 0, in_features)
     assert_same_product(device, x, weight, None, torch.float32)

@@ -39,14 +39,15 @@ def step_and_zero_point(low: Tensor, high: Tensor, bits: int, *, symmetric: bool
     A range that is {0} gets step 1, so that nothing divides by zero.
     """
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
-    levels = 2**bits - 1
+    # A tensor, because CUDA turns a division by a number into a multiplication, and steps must not depend on the device.
+    levels = torch.full_like(low, 2**bits - 1)
     if symmetric:
         step = torch.maximum(-low, high) / (levels / 2)
         zero_point = torch.full_like(step, 2 ** (bits - 1))
         return StepAndZeroPoint(torch.where(step > 0, step, torch.ones_like(step)), zero_point)
     step = (high - low) / levels
     step = torch.where(step > 0, step, torch.ones_like(step))
-    return StepAndZeroPoint(step, torch.round(-low / step).clamp(0, levels))
+    return StepAndZeroPoint(step, torch.round(-low / step).clamp(0, 2**bits - 1))
 
 
 def token_step_and_zero_point(x: Tensor, bits: int) -> StepAndZeroPoint:

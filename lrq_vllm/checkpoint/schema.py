@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from lrq_vllm.checkpoint.packing import packed_width, storage_dtype, values_per_group
+from lrq_vllm.checkpoint.packing import packed_width, storage_dtype
 from lrq_vllm.errors import CheckpointError, one_paragraph
 
 __all__ = [
     "FORMAT_VERSION",
+    "GROUP_UNIT",
     "QUANT_METHOD",
     "RESERVED_SUFFIXES",
     "SCHEMES",
@@ -28,6 +29,8 @@ __all__ = [
 
 QUANT_METHOD = "lrq"
 FORMAT_VERSION = 1
+# Groups of inputs that share a step are multiples of this: whole packed words and whole kernel blocks.
+GROUP_UNIT = 32
 # The low-rank correction pair of a later format: y = W_hat Q(x) + U (V^T x). Refused for now.
 RESERVED_SUFFIXES = ("low_rank_u", "low_rank_v")
 
@@ -218,7 +221,7 @@ def _check_version(config: Mapping[str, Any]) -> None:
 def _key_problems(config: Mapping[str, Any]) -> list[str]:
     problems = [f"key {key!r} is missing" for key in sorted(_KEYS - set(config))]
     problems += [f"key {key!r} is unknown" for key in sorted(set(config) - _KEYS)]
-    if "scheme" in config and config["scheme"] not in SCHEMES:
+    if "scheme" in config and config["scheme"] not in tuple(SCHEMES):
         problems.append(f"scheme {config['scheme']!r} is none of {', '.join(SCHEMES)}")
     return problems
 
@@ -228,16 +231,26 @@ def _contradictions(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
     expected_bits = SCHEMES[manifest.scheme].weight_bits
     if manifest.weight.bits != expected_bits:
         problems.append(f"scheme {manifest.scheme} has {expected_bits}-bit weights, weight.bits says {manifest.weight.bits}")
+    # What was read must say the same when it is written again: no value may have been bent into shape.
     written = manifest.to_dict()
-    for key in ("weight", "activation", "kv_cache"):
+    for key in sorted(_KEYS - {"quantized"}):
         if config[key] != written[key] and not (key == "weight" and problems):
             problems.append(f"{key} is {config[key]!r} where scheme {manifest.scheme} means {written[key]!r}")
+    problems += [
+        f"the shape of {name} is {config['quantized'][name]!r}, not two positive numbers"
+        for name, shape in manifest.quantized.items()
+        if config["quantized"][name] != list(shape) or min(shape) <= 0
+    ]
     if not manifest.quantized:
         problems.append("no module is listed as quantized")
     size = manifest.weight.group_size
     if size is not None:
-        if size <= 0 or size % values_per_group(expected_bits):
-            problems.append(f"group_size {size} is no positive multiple of {values_per_group(expected_bits)}")
+        if manifest.activation is not None:
+            problems.append(
+                f"group_size {size} does not go with {manifest.scheme}, whose integer sums need one step per channel"
+            )
+        elif size <= 0 or size % GROUP_UNIT:
+            problems.append(f"group_size {size} is no positive multiple of {GROUP_UNIT}")
         else:
             problems += [
                 f"group_size {size} does not divide the {shape[1]} inputs of {name}"

@@ -4,6 +4,7 @@ Only safetensors are read; a pickle is never opened. A reader keeps no tensor, a
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ class TensorFolder:
             return file.get_tensor(name)
 
     def _files(self) -> list[Path]:
+        if not self.folder.is_dir():
+            raise ModelFolderError(f"{self.folder} is not a folder. Give the folder of a downloaded or quantized model.")
         files = sorted(self.folder.glob("*.safetensors"))
         if files:
             return files
@@ -121,6 +124,11 @@ class TensorFolder:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
+                    if name in self._file_of:
+                        raise ModelFolderError(
+                            f"{self.folder} holds tensor {name} twice, in {self._file_of[name].name} and {path.name}. "
+                            "Remove the file that does not belong to the model."
+                        )
                     view = file.get_slice(name)
                     dtype = _DTYPES.get(view.get_dtype())
                     if dtype is None:
@@ -140,10 +148,12 @@ class TensorFolder:
         if not path.is_file():
             return
         try:
-            weight_map = json.loads(path.read_text())["weight_map"]
-            missing = [name for name in weight_map if name not in self._specs]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            weight_map: dict[str, str] = dict(json.loads(path.read_text())["weight_map"])
+            if not all(isinstance(file, str) for file in weight_map.values()):
+                raise TypeError("weight_map names something other than files")
+        except (ValueError, KeyError, TypeError) as error:
             raise ModelFolderError(f"{path} is damaged ({error!r}). Download the model again.") from error
+        missing = [name for name in weight_map if name not in self._specs]
         if missing:
             absent = sorted({weight_map[name] for name in missing if not (self.folder / weight_map[name]).is_file()})
             detail = f"file {absent[0]} is missing" if absent else f"tensor {missing[0]} is in no file"
@@ -179,6 +189,12 @@ def _show(spec: TensorSpec) -> str:
     return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
 
 
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 class ShardWriter:
     """Writes tensors to ``folder`` as numbered safetensors shards; nothing reads as a model before :meth:`finish`.
 
@@ -195,7 +211,12 @@ class ShardWriter:
         if not tensors:
             return
         path = self._folder / f"shard-{len(self._shards) + 1:05d}.partial"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} cannot be written ({error}). Is the disk full? Choose another with -o.") from error
+        # safetensors writes through a private temporary file; a server may run as another user.
+        path.chmod(0o666 & ~_umask())
         self._shards.append((path, list(tensors)))
         self.total_bytes += sum(tensor.nbytes for tensor in tensors.values())
 

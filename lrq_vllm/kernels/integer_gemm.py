@@ -26,6 +26,7 @@ def integer_linear(x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | Non
             x.q, x.step, x.zero_point, x.total, weight.q, weight.step, weight.zero_point, weight.total, bias, y,
             tokens, out_features, in_features, weight.q.stride(0),
             BITS=weight.bits, HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_N=64, BLOCK_K=64,
+            enable_fp_fusion=False,  # step and bias are rounded one after the other, as in the reference
         )  # fmt: skip
     return y
 

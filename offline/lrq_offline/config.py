@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrq_vllm.checkpoint.packing import values_per_group
-from lrq_vllm.checkpoint.schema import SCHEMES, Scheme, WeightFormat
+from lrq_vllm.checkpoint.schema import GROUP_UNIT, SCHEMES, Scheme, WeightFormat
 from lrq_vllm.errors import SettingsError, one_paragraph
 
 __all__ = ["METHODS", "QuantizeSettings", "default_learning_rate"]
@@ -77,13 +76,13 @@ class QuantizeSettings:
             raise SettingsError("The settings do not fit: " + one_paragraph(problems, "Change these options."))
 
     def _group_problems(self) -> list[str]:
-        size, bits = self.group_size, self.bits.weight_bits
+        size = self.group_size
         if size is None:
             return []
         if self.bits.activation is not None:
             return [f"group-size is only served for 16-bit activations, not for {self.scheme} (one step per channel)"]
-        if size <= 0 or size % 32:
-            return [f"group-size is {size}, but must be a multiple of {max(32, values_per_group(bits))}"]
+        if size <= 0 or size % GROUP_UNIT:
+            return [f"group-size is {size}, but must be a multiple of {GROUP_UNIT}"]
         return []
 
     @property

@@ -57,7 +57,8 @@ class LearnedRounding(nn.Module):
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """Integers uint8 [out, in] on the unsigned grid, with steps and zero-points [out, groups]."""
-        step, q = self._step_and_integers()
+        with torch.autocast(self.weight.device.type, enabled=False):
+            step, q = self._step_and_integers()
         return q.flatten(1).to(torch.uint8), StepAndZeroPoint(step.squeeze(2), self.zero_point.squeeze(2))
 
 

@@ -35,27 +35,38 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A working folder beside ``output`` that takes its place when the block ends well and is removed when it does not."""
-    partial = output.with_name(f".{output.name}.partial")
-    if partial.exists():  # left behind by a run that was killed
-        shutil.rmtree(partial)
+    """A working folder beside ``output`` that takes its place when the block ends well and is removed when it does not.
+
+    Raises SettingsError if the folder cannot be made.
+    """
+    output = output.resolve()
+    partial, replaced = (output.with_name(f".{output.name}.{suffix}") for suffix in ("partial", "replaced"))
+    # What a killed run left behind: the folder it was about to replace, or its unfinished work.
+    if replaced.exists() and not output.exists():
+        replaced.rename(output)
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
+    except OSError as error:
+        raise SettingsError(f"{output} cannot be written ({error}). Choose another folder with -o.") from error
+    try:
         yield partial
         if output.exists():
-            shutil.rmtree(output)
+            output.rename(replaced)
         partial.rename(output)
-    except OSError as error:
-        raise SettingsError(f"{output} cannot be written ({error}). Choose a folder on a disk with space with -o.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if not output.exists() and replaced.exists():
+            replaced.rename(output)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def carry_over(source: Path, target: Path) -> None:
     """Copy everything of a model folder that is not a weight and is not there yet: tokenizer, templates, licence, cards."""
     for path in sorted(source.iterdir()):
         destination = target / path.name
-        if destination.exists() or is_weight_file(path) or path.name.startswith("."):
+        if destination.exists() or is_weight_file(path) or path.name.startswith(".") or not path.exists():
             continue
         if path.is_dir():
             shutil.copytree(path, destination, ignore=lambda folder, names: [n for n in names if is_weight_file(Path(n))])
