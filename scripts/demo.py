@@ -6,7 +6,6 @@ Run it with `make demo`. It needs no network and no GPU; results stay in demo-ou
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -76,17 +75,11 @@ def measured(scheme: str, folder: Path) -> Row:
 def ask(scheme: str, folder: Path) -> str:
     """Serve a checkpoint, take one completion over the OpenAI API, stop the server."""
     options = ["--quantization", "lrq", "--max-model-len", "512", "--enforce-eager"]
-    with start_vllm(folder, free_port(), OUT / f"vllm-{scheme}.log", options) as server:
+    with start_vllm(folder, OUT / f"vllm-{scheme}.log", options) as server:
         server.wait_until_ready()
         request = {"model": str(folder), "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
         answer = httpx.post(f"{server.url}/v1/completions", json=request, timeout=60).raise_for_status().json()
     return " ".join(answer["choices"][0]["text"].split())
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def show(rows: list[Row], console: Console, seconds: float) -> None:

@@ -7,7 +7,6 @@ differently is what says whether the arithmetic agrees.)
 
 import json
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ def served(scheme_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         patch.delenv("TRITON_INTERPRET", raising=False)
         log = tmp_path_factory.mktemp("log") / "vllm.log"
         options = ("--quantization", "lrq", *OPTIONS)
-        with start_vllm(scheme_folder, free_port(), log, options) as server:
+        with start_vllm(scheme_folder, log, options) as server:
             server.wait_until_ready()
             prompts = token_windows(load_tokenizer(TINY), read_texts(HELDOUT), PROMPTS, PROMPT_TOKENS)
             answer = complete(server, scheme_folder, prompts.tolist())
@@ -86,12 +85,6 @@ def parse(prompts: torch.Tensor, choices: list[dict[str, Any]]) -> Served:
     return Served(prompts, torch.tensor(log_probabilities), continuations)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @torch.inference_mode()
 def test_served_numbers_are_those_of_the_reference_path(scheme_folder: Path, served: Served) -> None:
     model = load_model(scheme_folder, served_in=torch.bfloat16)
@@ -108,7 +101,7 @@ def test_served_numbers_are_those_of_the_reference_path(scheme_folder: Path, ser
 
 
 def test_an_unquantized_model_is_served_as_before(tmp_path: Path) -> None:
-    with start_vllm(TINY, free_port(), tmp_path / "vllm.log", OPTIONS) as server:
+    with start_vllm(TINY, tmp_path / "vllm.log", OPTIONS) as server:
         server.wait_until_ready()
         answer = complete(server, TINY, [[0, 280, 670]])
     assert len(answer["choices"][0]["token_ids"]) == NEW_TOKENS
@@ -116,7 +109,7 @@ def test_an_unquantized_model_is_served_as_before(tmp_path: Path) -> None:
 
 def run_vllm(model: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        vllm_command(model, "--port", str(free_port()), *OPTIONS, *options),
+        vllm_command(model, *OPTIONS, *options),
         env=serving_environment(), text=True, capture_output=True, timeout=240,
     )  # fmt: skip
 

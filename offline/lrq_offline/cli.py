@@ -144,10 +144,13 @@ def _inspect(parsed: argparse.Namespace, console: Console) -> None:
     summary = inspect_checkpoint(parsed.model_dir)
     for line in summary.headline:
         console.print(line)
-    table = Table("layer", "out", "in", "bits", "steps", "step min", "step max", "clipped", "bytes")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("layer", "out", "in", "bits", "steps", "step min", "step max", "clipped", "bytes"):
+        table.add_column(heading, no_wrap=True, justify="left" if heading == "layer" else "right")
     for row in summary.layers:
         table.add_row(
             row.module, str(row.out_features), str(row.in_features), str(row.bits), str(row.steps),
             f"{row.step_min:.3e}", f"{row.step_max:.3e}", f"{row.at_bounds:.1%}", f"{row.stored_bytes:,}",
         )  # fmt: skip
-    console.print(table)
+    # Also into a pipe or a narrow terminal each layer is one whole line.
+    Console(highlight=False, width=max(console.width, 140)).print(table)

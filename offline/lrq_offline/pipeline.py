@@ -85,15 +85,11 @@ def quantize_model(
 
 def plan(source: SourceModel, settings: QuantizeSettings) -> Manifest:
     """The manifest of the result. Raises CheckpointError (a group size that does not divide, say) before any work."""
-    family = source.family
-    quantized, skipped = {}, []
-    for name, module in empty_model(source.config).named_modules():
-        if isinstance(module, nn.Linear):
-            in_block = name.startswith(f"{family.blocks}.") and name.split(".", family.blocks.count(".") + 2)[-1]
-            if in_block in family.linears:
-                quantized[name] = (module.out_features, module.in_features)
-            else:
-                skipped.append(name)
+    family, model = source.family, empty_model(source.config)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = [f"{family.blocks}.{i}.{linear}" for i in range(len(blocks_of(model, family))) for linear in family.linears]
+    quantized = {name: (linears[name].out_features, linears[name].in_features) for name in modules}
+    skipped = [name for name in linears if name not in quantized]
     manifest = Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"))
     return Manifest.from_dict(manifest.to_dict())
 

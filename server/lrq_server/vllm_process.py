@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -72,8 +73,12 @@ def serving_environment() -> dict[str, str]:
 
 
 @contextmanager
-def start_vllm(model: Path, port: int, log: Path, options: Sequence[str] = ()) -> Iterator[VllmServer]:
-    """Start ``vllm serve`` on 127.0.0.1 and stop it at the end. It loads while the block goes on: wait_until_ready."""
+def start_vllm(model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[VllmServer]:
+    """Start ``vllm serve`` on a free port of 127.0.0.1 and stop it at the end.
+
+    It loads while the block goes on; VllmServer.wait_until_ready waits for it.
+    """
+    port = _free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
             vllm_command(model, "--host", "127.0.0.1", "--port", str(port), *options),
@@ -84,6 +89,12 @@ def start_vllm(model: Path, port: int, log: Path, options: Sequence[str] = ()) -
         yield VllmServer(f"http://127.0.0.1:{port}", log, process)
     finally:
         _stop(process)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _stop(process: "subprocess.Popen[bytes]", patience_s: float = 20) -> None:

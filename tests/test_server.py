@@ -1,0 +1,65 @@
+"""lrq-server serve: what it checks before it becomes vLLM, and what it hands over."""
+
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.pipeline import quantize_model
+from lrq_server.cli import main
+from lrq_vllm.checkpoint.store import INDEX_NAME
+from tests.checkpoints import QUICK, TINY
+
+
+class ExecutedError(Exception):
+    """Stands for the process that would have been replaced."""
+
+
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The arguments of the exec call that a good ``serve`` ends with."""
+    calls: list[Any] = []
+
+    def execvpe(file: str, arguments: list[str], environment: dict[str, str]) -> NoReturn:
+        calls.extend([file, arguments, environment])
+        raise ExecutedError
+
+    monkeypatch.setattr(os, "execvpe", execvpe)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("server") / "w4a16"
+    quantize_model(TINY, output, QuantizeSettings(scheme="w4a16", method="rtn", **QUICK))
+    return output
+
+
+def test_serve_hands_every_option_to_vllm(checkpoint: Path, executed: list[Any]) -> None:
+    with pytest.raises(ExecutedError):
+        main(["serve", str(checkpoint), "--port", "8080", "--enforce-eager"])
+    program, arguments, environment = executed
+    assert Path(program).name == "vllm"
+    assert arguments[1:] == ["serve", str(checkpoint), "--quantization", "lrq", "--port", "8080", "--enforce-eager"]
+    assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_serve_refuses_an_unquantized_model(executed: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(TINY)]) == 2
+    assert "lrq-offline quantize" in capsys.readouterr().err
+    assert not executed
+
+
+def test_serve_names_a_missing_file(
+    checkpoint: Path, tmp_path: Path, executed: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    for path in (checkpoint / "config.json", checkpoint / INDEX_NAME, *shards[1:]):
+        (damaged / path.name).write_bytes(path.read_bytes())
+    assert main(["serve", str(damaged)]) == 2
+    assert f"file {shards[0].name} is missing" in capsys.readouterr().err
+    assert not executed
