@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrq_offline.cli import main
 from lrq_offline.config import QuantizeSettings
@@ -100,6 +101,27 @@ def test_inspect_names_every_layer(checkpoints: Checkpoints, capsys: pytest.Capt
     printed = capsys.readouterr().out
     for module in read_manifest(folder).quantized:
         assert module in printed
+
+
+def test_biases_an_untied_head_and_many_shards_survive(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=4096, attention_bias=True, mlp_bias=True, tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    source, output = tmp_path / "source", tmp_path / "out"
+    model.save_pretrained(source, max_shard_size="200KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY / name, source / name)
+    assert len(list(source.glob("*.safetensors"))) > 1
+    quantize_model(source, output, QuantizeSettings(scheme="w8a8", method="rtn", **QUICK))
+    assert torch.equal(TensorFolder(output).get("lm_head.weight"), model.lm_head.weight)
+    kl = evaluate_folder(output, HELDOUT, reference=source, windows=2, seq_len=64).kl
+    assert kl is not None and kl < 1e-3
 
 
 # Bad input: exit code 2, one paragraph that names the cause, and nothing written.

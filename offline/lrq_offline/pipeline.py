@@ -34,6 +34,7 @@ from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.checkpoint.store import ShardWriter
+from lrq_vllm.errors import SettingsError, one_paragraph
 
 __all__ = ["REPORT_NAME", "BlockReport", "quantize_model"]
 
@@ -84,14 +85,19 @@ def quantize_model(
 
 
 def plan(source: SourceModel, settings: QuantizeSettings) -> Manifest:
-    """The manifest of the result. Raises CheckpointError (a group size that does not divide, say) before any work."""
+    """The manifest of the result. Raises SettingsError before any work if the group size does not divide a layer's inputs."""
     family, model = source.family, empty_model(source.config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     modules = [f"{family.blocks}.{i}.{linear}" for i in range(len(blocks_of(model, family))) for linear in family.linears]
     quantized = {name: (linears[name].out_features, linears[name].in_features) for name in modules}
     skipped = [name for name in linears if name not in quantized]
-    manifest = Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"))
-    return Manifest.from_dict(manifest.to_dict())
+    size = settings.group_size
+    problems = [f"{size} does not divide the {n} inputs of {name}" for name, (_, n) in quantized.items() if size and n % size]
+    if problems:
+        raise SettingsError(
+            "--group-size: " + one_paragraph(problems, "Choose a size that divides all of them, or leave it out.")
+        )
+    return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"))
 
 
 def _quantize_blocks(
