@@ -15,7 +15,10 @@ from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, WeightFormat
 from lrq_vllm.errors import CheckpointError
 
-pytestmark = pytest.mark.vllm
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="builds vLLM's layers on the CPU, which needs its CPU build"),
+]
 
 PREFIX = "model.layers.0.self_attn"
 QKV = {f"{PREFIX}.q_proj": (256, 256), f"{PREFIX}.k_proj": (128, 256), f"{PREFIX}.v_proj": (128, 256)}

@@ -23,7 +23,11 @@ from lrq_offline.source_model import load_tokenizer
 from lrq_server.vllm_process import VllmServer, serving_environment, start_vllm, vllm_command
 from tests.checkpoints import HELDOUT, SCHEMES, TINY, Checkpoints
 
-pytestmark = pytest.mark.server
+pytestmark = [
+    pytest.mark.server,
+    # A GPU rounds elsewhere, and quantized activations magnify that: bench/served_agreement.py measures it there.
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the reference path rounds like vLLM on a CPU"),
+]
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 32
 # bfloat16, run operation by operation: torch.compile leaves out roundings in between, see README, "Limits".

@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LrqError as error:
         print(f"lrq-offline: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"lrq-offline: {error}. Check the disk's free space and the folder's permissions.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("lrq-offline: interrupted, nothing was written.", file=sys.stderr)
         return 130
