@@ -59,6 +59,8 @@ def main() -> None:
 
 def lrq_offline(*arguments: object, capture: bool = False) -> str:
     command = [str(Path(sys.executable).with_name("lrq-offline")), *map(str, arguments)]
+    if not capture:
+        print("$ lrq-offline", *arguments, flush=True)
     return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None).stdout or ""
 
 
