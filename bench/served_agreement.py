@@ -13,11 +13,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lrq_server.vllm_process import serving_environment
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 32
 
@@ -53,12 +56,9 @@ def main() -> None:
 
 
 def measure_in_child(folder: Path, text: Path, mode: str) -> dict[str, Any]:
-    defaults = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"} | serving_environment()
     command = [sys.executable, __file__, str(folder), "--text", str(text), "--modes", mode, "--child"]
-    ended = subprocess.run(command, env=defaults | dict(os.environ), text=True, capture_output=True)
+    ended = subprocess.run(command, env=environment, text=True, capture_output=True)
     results = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
     if not results:
         sys.exit(f"{folder} {mode} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
@@ -70,6 +70,7 @@ def measure(folder: Path, text: Path, mode: str) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
+    from lrq_offline.agreement import agreement_with_reference
     from lrq_offline.calibration import read_texts, token_windows
     from lrq_offline.source_model import load_tokenizer
 
@@ -87,26 +88,12 @@ def measure(folder: Path, text: Path, mode: str) -> dict[str, Any]:
         ]
     )
     continuations = torch.tensor([list(answer.outputs[0].token_ids) for answer in answers])
-    expected = reference(folder, torch.cat([prompts, continuations], dim=1))
-    of_prompts = expected[:, : PROMPT_TOKENS - 1].gather(2, prompts[:, 1:, None]).squeeze(2)
-    difference = (served - of_prompts).abs()
-    greedy = expected[:, PROMPT_TOKENS - 1 : -1].argmax(-1)
     return {
         "checkpoint": folder.name,
         "mode": mode,
-        "mean_difference": difference.mean().item(),
-        "max_difference": difference.max().item(),
-        "greedy_agreement": (continuations == greedy).float().mean().item(),
+        **asdict(agreement_with_reference(folder, prompts, served, continuations)),
         "kernels": sorted(kernels(llm)),
     }
-
-
-@torch.inference_mode()
-def reference(folder: Path, texts: torch.Tensor) -> torch.Tensor:
-    from lrq_offline.reference_model import load_model
-
-    model = load_model(folder, served_in=torch.bfloat16)
-    return torch.stack([model(input_ids=text[None], use_cache=False).logits[0] for text in texts]).log_softmax(-1)
 
 
 def kernels(llm: Any) -> set[str]:

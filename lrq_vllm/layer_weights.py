@@ -66,12 +66,17 @@ class LayerWeights:
             register("input_step", PerTensorScaleParameter, (shards,), torch.float32)
             register("input_zero_point", PerTensorScaleParameter, (shards,), torch.uint8)
 
-    def check_complete(self) -> None:
-        """Raise CheckpointError if a tensor of the layer has not been loaded (unless vLLM was told to load none)."""
-        wanted = [f"{module}.{suffix}" for module in self._modules for suffix in self._manifest.tensors_of(module)]
-        missing = [f"tensor {name} was not loaded" for name in wanted if name not in self._arrived]
-        if missing and not self._nothing_will_arrive:
-            raise CheckpointError("The checkpoint is incomplete: " + one_paragraph(missing, "Quantize or copy it again."))
+    def take(self, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """qweight, weight_step and weight_zero_point as loaded; the layer keeps none of them.
+
+        Raises CheckpointError if a tensor of the layer has not been loaded (unless vLLM was told to load none).
+        """
+        self._check_complete()
+        names = ("qweight", "weight_step", "weight_zero_point")
+        qweight, step, zero_point = (getattr(layer, name).data for name in names)
+        for name in names:
+            delattr(layer, name)
+        return qweight, step, zero_point
 
     def shared_value(self, parameter: Tensor, name: str) -> Tensor:
         """The one value [1] that every part of a fused layer carries; raises CheckpointError if they differ."""
@@ -81,6 +86,12 @@ class LayerWeights:
                 "Quantize the model again: lrq-offline writes one value for the layers that a server fuses."
             )
         return parameter[:1]
+
+    def _check_complete(self) -> None:
+        wanted = [f"{module}.{suffix}" for module in self._modules for suffix in self._manifest.tensors_of(module)]
+        missing = [f"tensor {name} was not loaded" for name in wanted if name not in self._arrived]
+        if missing and not self._nothing_will_arrive:
+            raise CheckpointError("The checkpoint is incomplete: " + one_paragraph(missing, "Quantize or copy it again."))
 
     def _check_cut(self, per_partition: int, input_size: int) -> None:
         weight = self._manifest.weight

@@ -38,15 +38,11 @@ class _IntegerLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything came, and bring the weight into the layout of the kernel that will run."""
-        self._weights.check_complete()
-        # Column sums are taken here, from this rank's share of the inputs.
-        weight = integer_weight(
-            layer.qweight.data, layer.weight_step.data, layer.weight_zero_point.data, self._bits, layer.lrq_in_features
-        )
-        backend = choose_integer_backend(layer.qweight.device)
+        packed = self._weights.take(layer)
+        backend = choose_integer_backend(packed[0].device)
         self._prepare_activations(layer)
-        for name in ("qweight", "weight_step", "weight_zero_point"):
-            delattr(layer, name)
+        # Column sums are taken here, from this rank's share of the inputs.
+        weight = integer_weight(*packed, self._bits, layer.lrq_in_features)
         backend.prepare(layer, weight)
         self._backend = backend
         layer.lrq_kernel = backend.name

@@ -40,11 +40,8 @@ class LrqWeightOnlyLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything came; on a CPU, expand. Raises SettingsError on a device without a kernel."""
-        self._weights.check_complete()
-        packed = (layer.qweight.data, layer.weight_step.data, layer.weight_zero_point.data)
-        device = layer.qweight.device.type
-        for name in ("qweight", "weight_step", "weight_zero_point"):
-            delattr(layer, name)
+        packed = self._weights.take(layer)
+        device = packed[0].device.type
         if device == "cuda":
             for name, value in zip(("lrq_q", "lrq_step", "lrq_zero_point"), packed, strict=True):
                 setattr(layer, name, Parameter(value.contiguous(), requires_grad=False))

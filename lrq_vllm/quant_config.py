@@ -1,6 +1,5 @@
 """vLLM's QuantizationConfig for LRQ: the manifest in, one linear method per layer out."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,6 @@ from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
 from lrq_vllm.errors import CheckpointError
 
 __all__ = ["LrqConfig"]
-
-logger = logging.getLogger(f"vllm.{__name__}")
 
 
 class LrqConfig(QuantizationConfig):
@@ -103,7 +100,7 @@ class LrqConfig(QuantizationConfig):
                 f"vLLM fuses {', '.join(modules)} into {prefix}, but only {', '.join(quantized)} is quantized. "
                 "Quantize all of them or none."
             )
-        return self._method(prefix, modules)
+        return self._method(modules)
 
     def modules_of(self, prefix: str) -> list[str]:
         """The checkpoint's modules behind a layer of vLLM: qkv_proj stands for q_proj, k_proj and v_proj, and so on."""
@@ -113,7 +110,7 @@ class LrqConfig(QuantizationConfig):
             shards = [name]  # fused in the checkpoint already
         return [f"{parent}.{shard}" if parent else shard for shard in shards]
 
-    def _method(self, prefix: str, modules: list[str]) -> QuantizeMethodBase:
+    def _method(self, modules: list[str]) -> QuantizeMethodBase:
         from lrq_vllm.linear_integer import LrqW4A8LinearMethod, LrqW8A8LinearMethod
         from lrq_vllm.linear_weight_only import LrqWeightOnlyLinearMethod
 

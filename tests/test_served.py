@@ -1,9 +1,4 @@
-"""The real thing: ``vllm serve`` as a child process, asked over HTTP, against the reference path.
-
-Greedy tokens are compared position by position: at each place the reference's most likely token, given what the server
-has generated up to there. (Two greedy texts part for good at the first near-tie; the share of places where they choose
-differently is what says whether the arithmetic agrees.)
-"""
+"""The real thing: ``vllm serve`` as a child process, asked over HTTP, against the reference path."""
 
 import json
 import shutil
@@ -17,8 +12,8 @@ import httpx
 import pytest
 import torch
 
+from lrq_offline.agreement import agreement_with_reference
 from lrq_offline.calibration import read_texts, token_windows
-from lrq_offline.reference_model import load_model
 from lrq_offline.source_model import load_tokenizer
 from lrq_server.vllm_process import VllmServer, serving_environment, start_vllm, vllm_command
 from tests.checkpoints import HELDOUT, SCHEMES, TINY, Checkpoints
@@ -89,19 +84,12 @@ def parse(prompts: torch.Tensor, choices: list[dict[str, Any]]) -> Served:
     return Served(prompts, torch.tensor(log_probabilities), continuations)
 
 
-@torch.inference_mode()
 def test_served_numbers_are_those_of_the_reference_path(scheme_folder: Path, served: Served) -> None:
-    model = load_model(scheme_folder, served_in=torch.bfloat16)
-    texts = torch.cat([served.prompts, served.continuations], dim=1)
-    expected = torch.stack([model(input_ids=text[None], use_cache=False).logits[0] for text in texts]).log_softmax(-1)
-    of_prompts = expected[:, : PROMPT_TOKENS - 1].gather(2, served.prompts[:, 1:, None]).squeeze(2)
-    greedy = expected[:, PROMPT_TOKENS - 1 : -1].argmax(-1)
-    difference = (served.log_probabilities - of_prompts).abs().mean().item()
-    agreement = (served.continuations == greedy).float().mean().item()
-    print(f"{scheme_folder.name}: mean absolute difference {difference:.2e}, greedy agreement {agreement:.2%}")
+    agreement = agreement_with_reference(scheme_folder, served.prompts, served.log_probabilities, served.continuations)
+    print(f"{scheme_folder.name}: {agreement}")
     assert served.continuations.shape == (PROMPTS, NEW_TOKENS)
-    assert difference <= 0.02
-    assert agreement >= 0.97
+    assert agreement.mean_difference <= 0.02
+    assert agreement.greedy_agreement >= 0.97
 
 
 def test_an_unquantized_model_is_served_as_before(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ __all__ = [
     "TensorSpec",
     "WeightFormat",
     "config_without_quantization",
+    "undivided_layers",
 ]
 
 QUANT_METHOD = "lrq"
@@ -188,6 +189,15 @@ def config_without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "quantization_config"}
 
 
+def undivided_layers(group_size: int, quantized: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A sentence for each module (name -> (out, in)) whose inputs are no multiple of the group size."""
+    return [
+        f"group_size {group_size} does not divide the {in_features} inputs of {name}"
+        for name, (_, in_features) in quantized.items()
+        if in_features % group_size
+    ]
+
+
 _KEYS = frozenset(
     [
         "quant_method",
@@ -252,11 +262,7 @@ def _contradictions(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
         elif size <= 0 or size % GROUP_UNIT:
             problems.append(f"group_size {size} is no positive multiple of {GROUP_UNIT}")
         else:
-            problems += [
-                f"group_size {size} does not divide the {shape[1]} inputs of {name}"
-                for name, shape in manifest.quantized.items()
-                if shape[1] % size
-            ]
+            problems += undivided_layers(size, manifest.quantized)
     return problems
 
 

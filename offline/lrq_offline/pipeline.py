@@ -26,13 +26,14 @@ from lrq_offline.quantized_block import (
     ActivationQuantizer,
     FakeQuantizedLinear,
     dynamic_activations,
+    fix_weights,
     quantized_copy,
     static_activations,
 )
 from lrq_offline.source_model import SourceModel, load_tokenizer
 from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.packing import pack
-from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.checkpoint.schema import Manifest, undivided_layers
 from lrq_vllm.checkpoint.store import ShardWriter
 from lrq_vllm.errors import SettingsError, one_paragraph
 
@@ -91,12 +92,9 @@ def plan(source: SourceModel, settings: QuantizeSettings) -> Manifest:
     modules = [f"{family.blocks}.{i}.{linear}" for i in range(len(blocks_of(model, family))) for linear in family.linears]
     quantized = {name: (linears[name].out_features, linears[name].in_features) for name in modules}
     skipped = [name for name in linears if name not in quantized]
-    size = settings.group_size
-    problems = [f"{size} does not divide the {n} inputs of {name}" for name, (_, n) in quantized.items() if size and n % size]
+    problems = [] if settings.group_size is None else undivided_layers(settings.group_size, quantized)
     if problems:
-        raise SettingsError(
-            "--group-size: " + one_paragraph(problems, "Choose a size that divides all of them, or leave it out.")
-        )
+        raise SettingsError(one_paragraph(problems, "Choose a --group-size that divides all of them, or leave it out."))
     return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"))
 
 
@@ -127,6 +125,7 @@ def _quantize_blocks(
         )
         linears = {linear: quantized.get_submodule(linear) for linear in family.linears}
         writer.write_shard(_block_tensors(name, source, manifest, linears, activations.stored))
+        fix_weights(quantized)
         quantized_hidden = run_block(quantized, quantized_hidden, inputs.arguments, settings.batch_size)
         float_hidden = target
         reports.append(_block_report(index, len(names), result))
@@ -184,6 +183,7 @@ class _Activations:
         settings: QuantizeSettings,
         generator: torch.Generator,
     ) -> "_Activations":
+        """What the scheme asks for: nothing, a quantizer for each token, or ranges calibrated on ``hidden``."""
         rule = settings.bits.activation
         if rule is None:
             return cls({}, {})
@@ -206,7 +206,7 @@ def _block_tensors(
     linears: Mapping[str, nn.Module],
     activations: Mapping[str, dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """One block as stored: every quantized linear's tensors, and the rest exactly as in the source. Fixes W_hat."""
+    """One block as stored: every quantized linear's tensors, and the rest exactly as in the source."""
     tensors = {}
     replaced = {f"{block_name}.{name}.weight" for name in linears}
     for name in source.tensors:
@@ -216,7 +216,6 @@ def _block_tensors(
         assert isinstance(linear, FakeQuantizedLinear)
         module = f"{block_name}.{name}"
         q, (step, zero_point) = linear.rounding.quantized()
-        linear.fix_weight()
         stored = {
             "qweight": pack(q, manifest.weight.bits),
             "weight_step": step,

@@ -10,7 +10,14 @@ from lrq_offline.affine import fake_quantize, fake_quantize_per_token
 from lrq_offline.learned_scales import LearnedRounding
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 
-__all__ = ["ActivationQuantizer", "FakeQuantizedLinear", "dynamic_activations", "quantized_copy", "static_activations"]
+__all__ = [
+    "ActivationQuantizer",
+    "FakeQuantizedLinear",
+    "dynamic_activations",
+    "fix_weights",
+    "quantized_copy",
+    "static_activations",
+]
 
 ActivationQuantizer = Callable[[Tensor], Tensor]
 
@@ -46,6 +53,13 @@ class FakeQuantizedLinear(nn.Module):
         """x [..., in] to [..., out]."""
         weight = self.rounding() if self._fixed_weight is None else self._fixed_weight
         return nn.functional.linear(x if self.activation is None else self.activation(x), weight, self.bias)
+
+
+def fix_weights(block: nn.Module) -> None:
+    """Let every quantized layer of a block compute its W_hat once and keep it, when nothing is learned any more."""
+    for module in block.modules():
+        if isinstance(module, FakeQuantizedLinear):
+            module.fix_weight()
 
 
 def quantized_copy(

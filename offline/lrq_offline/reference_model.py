@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 
 from lrq_offline.decoder_blocks import FAMILIES, empty_model, restore_rotary
 from lrq_offline.served_precision import round_like_a_server
-from lrq_offline.source_model import model_config
+from lrq_offline.source_model import check_model_tensors, model_config
 from lrq_vllm.checkpoint.schema import Manifest, config_without_quantization
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors, read_config, read_manifest
-from lrq_vllm.errors import ModelFolderError
 from lrq_vllm.kernels import reference
 
 __all__ = ["ReferenceLinear", "load_model"]
@@ -71,18 +70,7 @@ def load_model(folder: Path, *, served_in: torch.dtype | None = None) -> PreTrai
         manifest = read_manifest(folder)
         check_tensors(tensors, manifest)
         _replace_linears(model, manifest)
-    expected = set(model.state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
-    missing = sorted(expected - set(tensors))
-    if missing:
-        raise ModelFolderError(
-            f"{folder} lacks {len(missing)} tensors, the first is {missing[0]}. Download or quantize it again."
-        )
-    for name in sorted(expected):
-        if tensors.spec(name).shape != tuple(model.state_dict()[name].shape):
-            raise ModelFolderError(
-                f"{folder}: tensor {name} has shape {list(tensors.spec(name).shape)}, config.json implies another."
-            )
-    state = {name: _widened(tensors.get(name)) for name in expected}
+    state = {name: _widened(tensors.get(name)) for name in check_model_tensors(model, tensors, config)}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     family = FAMILIES[config.model_type]

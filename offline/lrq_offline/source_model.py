@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -13,7 +13,7 @@ from lrq_offline.decoder_blocks import FAMILIES, Family, empty_model
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
 from lrq_vllm.errors import ModelFolderError, one_paragraph
 
-__all__ = ["SourceModel", "load_tokenizer", "model_config"]
+__all__ = ["SourceModel", "check_model_tensors", "load_tokenizer", "model_config"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SourceModel:
             )
         config = model_config(raw_config, folder)
         source = cls(folder, raw_config, config, TensorFolder(folder), FAMILIES[config.model_type])
-        source._check_tensors()
+        check_model_tensors(empty_model(config), source.tensors, config)
         return source
 
     def read(self, name: str) -> Tensor:
@@ -49,22 +49,28 @@ class SourceModel:
             )
         return tensor
 
-    def _check_tensors(self) -> None:
-        expected = empty_model(self.config).state_dict()
-        tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
-        problems = []
-        for name, parameter in expected.items():
-            if name not in self.tensors:
-                if name not in tied:
-                    problems.append(f"tensor {name} is missing")
-            elif self.tensors.spec(name).shape != tuple(parameter.shape):
-                found = list(self.tensors.spec(name).shape)
-                problems.append(f"tensor {name} has shape {found}, config.json implies {list(parameter.shape)}")
-        if problems:
-            raise ModelFolderError(
-                f"{self.folder} does not hold the model that its config.json describes: "
-                + one_paragraph(problems, "Download the model again.")
-            )
+
+def check_model_tensors(model: nn.Module, tensors: TensorFolder, config: PreTrainedConfig) -> list[str]:
+    """The names of the tensors that ``model`` (which may be empty) takes from a folder; a tied output head is not among them.
+
+    Raises ModelFolderError naming each tensor that is missing or has another shape than the model's.
+    """
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    problems, names = [], []
+    for name, parameter in model.state_dict().items():
+        if name in tensors and tensors.spec(name).shape != tuple(parameter.shape):
+            found = list(tensors.spec(name).shape)
+            problems.append(f"tensor {name} has shape {found}, config.json implies {list(parameter.shape)}")
+        elif name not in tensors and name not in tied:
+            problems.append(f"tensor {name} is missing")
+        if name not in tied:
+            names.append(name)
+    if problems:
+        raise ModelFolderError(
+            f"{tensors.folder} does not hold the model that its config.json describes: "
+            + one_paragraph(problems, "Download or quantize it again.")
+        )
+    return names
 
 
 def model_config(raw_config: dict[str, Any], folder: Path) -> PreTrainedConfig:

@@ -1,0 +1,42 @@
+"""How closely a server's numbers follow the reference path, for texts that the server has read and continued."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrq_offline.reference_model import load_model
+
+__all__ = ["Agreement", "agreement_with_reference"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Absolute differences of the prompts' log-probabilities, and the share of greedy tokens that are the reference's.
+
+    A greedy token is compared at its place: with the reference's most likely token, given what the server generated up to
+    there. (Two greedy texts part for good at the first near-tie.)
+    """
+
+    mean_difference: float
+    max_difference: float
+    greedy_agreement: float
+
+
+@torch.inference_mode()
+def agreement_with_reference(folder: Path, prompts: Tensor, log_probabilities: Tensor, continuations: Tensor) -> Agreement:
+    """Compare a bfloat16 server of the model in ``folder`` with the reference path.
+
+    prompts: token ids [texts, tokens]; log_probabilities [texts, tokens - 1] of all but their first; continuations: the
+    greedy token ids [texts, new tokens] that followed.
+    """
+    model = load_model(folder, served_in=torch.bfloat16)
+    texts = torch.cat([prompts, continuations], dim=1)
+    expected = torch.stack([model(input_ids=text[None], use_cache=False).logits[0] for text in texts]).log_softmax(-1)
+    last = prompts.shape[1] - 1
+    of_prompts = expected[:, :last].gather(2, prompts[:, 1:, None]).squeeze(2)
+    difference = (log_probabilities - of_prompts).abs()
+    greedy = expected[:, last:-1].argmax(-1)
+    same = (continuations == greedy).float().mean().item()
+    return Agreement(difference.mean().item(), difference.max().item(), same)
