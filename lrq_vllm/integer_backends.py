@@ -1,5 +1,6 @@
 """Who multiplies integers on which device. Each backend computes the scheme exactly, or says why it cannot run."""
 
+import platform
 from typing import Any, Protocol
 
 import torch
@@ -91,6 +92,9 @@ class OneDnnBackend:
 
     torch.compile fuses the quantization with what stands before the layer and the scaling with what follows; vLLM's own
     CPU quantizer rounds differently. 4-bit weights are unpacked to int8 at load, so they take 8 bits in memory.
+
+    x86 CPUs without VNNI add products of bytes in pairs, in 16 bits that saturate: 255 * 127 * 2 does not fit. There an
+    8-bit weight is multiplied as two halves of 7 bits, whose pairs do fit, and takes 16 bits in memory.
     """
 
     name = "oneDNN int8"
@@ -116,6 +120,10 @@ class OneDnnBackend:
             unpacked = unpack(weight.q, weight.bits, layer.lrq_in_features)
             q = (unpacked.to(torch.int32) - zero_point.unsqueeze(1)).to(torch.int8)
             zero_point = torch.zeros_like(zero_point)
+        layer.lrq_halved = weight.bits == 8 and not _multiplies_bytes_exactly()
+        if layer.lrq_halved:
+            half = q >> 1
+            q = torch.cat([half, q - half])  # -64..63 and -64..64
         # Unit scales make the product return the sums themselves, in float32: exact below 2^24, else to 24 bits. oneDNN
         # keeps a bare pointer to the weight's scales, so they have to live as long as the layer.
         for name, value in (
@@ -145,8 +153,18 @@ class OneDnnBackend:
 
         sums = torch.empty((x.q.shape[0], layer.lrq_product.n), dtype=torch.float32)
         _custom_ops.onednn_scaled_mm(layer.lrq_product, x.q, sums, layer.lrq_unit_step, None, None, None)
+        if layer.lrq_halved:
+            sums = sums.unflatten(1, (2, -1)).sum(1)
         sums = sums - x.zero_point.float() * layer.lrq_total
         if layer.lrq_has_zero_point:
             sums = sums - x.total.float() * layer.lrq_zero_point
         y = sums * x.step * layer.lrq_step
         return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def _multiplies_bytes_exactly() -> bool:
+    """Whether oneDNN's int8 product has instructions here that add in 32 bits."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    cpu = torch.cpu.get_capabilities()
+    return any(cpu.get(name, False) for name in ("avx512_vnni", "avx_vnni"))

@@ -7,8 +7,14 @@ was before. Attention weights stay in float32, as in vLLM's CPU attention.
 
 Integer layers depend on it: where rounding noise flips one 8-bit activation in a thousand, the difference grows block by
 block until it is as large as the quantization error itself.
+
+For the same reason it matters which CPU serves. vLLM's own C++ operations, here the rotary embedding and the attention,
+convert float32 to bfloat16 by the AVX512-BF16 instructions, to nearest. The extensions that it loads on x86 CPUs without
+them (``_C_AVX2``, ``_C_AVX512``) keep the upper 16 bits: they round towards zero. All else is torch's and oneDNN's, and
+rounds to nearest on every machine.
 """
 
+import platform
 from typing import Any
 
 import torch
@@ -28,10 +34,15 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).float()
 
+    def written(x: Tensor) -> Tensor:
+        """x as vLLM's C++ operations write it."""
+        return _upper_half(x) if dtype == torch.bfloat16 and _vllm_truncates() else rounded(x)
+
     def attention(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
-        return rounded(_causal_attention(rounded(q), rounded(k), rounded(v), scaling)), None
+        # q and k come from the rotary embedding. v comes from its linear layer: rounded there, it stays as it is.
+        return written(_causal_attention(written(q), written(k), written(v), scaling)), None
 
     AttentionInterface.register(_ATTENTION, attention)
     model.config._attn_implementation = _ATTENTION
@@ -48,6 +59,21 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
         for norm_name, consumer_name in family.norms:
             norm = _replace_norm(block, norm_name, dtype)
             block.get_submodule(consumer_name).register_forward_hook(_residual_rounding(norm))
+
+
+def _vllm_truncates() -> bool:
+    """Whether vLLM's C++ operations round to bfloat16 towards zero on this machine.
+
+    Asks what vLLM's ``CpuPlatform.import_kernels`` asks to choose its extension.
+    """
+    if torch.cuda.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    return not (torch.cpu._is_avx512_supported() and torch.cpu._is_avx512_bf16_supported())
+
+
+def _upper_half(x: Tensor) -> Tensor:
+    """float32 x rounded to bfloat16 towards zero, as float32."""
+    return (x.contiguous().view(torch.int32) & -(1 << 16)).view(torch.float32)
 
 
 def _is_linear(module: nn.Module) -> bool:
