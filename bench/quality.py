@@ -1,9 +1,14 @@
 #!/usr/bin/env python3
-"""Method x scheme -> perplexity, KL and top-1 agreement on a held-out text, bytes and seconds, for one model.
+"""Method x scheme -> perplexity, KL divergence (with a 95% interval) and top-1 agreement on each text, and seconds.
 
-    .venv/bin/python bench/quality.py tests/models/tiny --text tests/data/heldout.jsonl --out bench/results/quality-tiny.json
+    .venv/bin/python bench/quality.py tests/models/tiny --text heldout=tests/data/heldout.jsonl \
+        --out bench/results/quality-tiny.json
+    .venv/bin/python bench/quality.py small --text docs=docs.jsonl code=code.jsonl --calibration mixed.jsonl --samples 128 \
+        --cells lrq:w3a16 gptq:w3a16 lrq:w4a16:128 --peers autoround:w3a16=folder --out quality.json
 
-Every cell is a fresh `lrq-offline quantize` at default settings, evaluated by the reference path.
+A cell is method:scheme or method:scheme:group-size; each is a fresh quantization at the tool's settings, evaluated by the
+reference path. A peer is a folder that is quantized already: an LRQ checkpoint, or a float model that another tool has
+quantized (its weights written back as floats).
 """
 
 import argparse
@@ -11,70 +16,127 @@ import datetime
 import json
 import platform
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from lrq_offline.config import METHODS, QuantizeSettings
-from lrq_offline.evaluate import evaluate_folder
-from lrq_offline.pipeline import quantize_model
-from lrq_vllm.checkpoint import SCHEMES
+from lrq_offline.calibration import token_windows
+from lrq_offline.calibration_text import read_texts
+from lrq_offline.compute import choose_device, device_name
+from lrq_offline.config import PRESETS, QuantizeSettings
+from lrq_offline.evaluate import compare
+from lrq_offline.pipeline import Machine, quantize_model
+from lrq_offline.reference_model import load_model
+from lrq_offline.report_data import REPORT_NAME
+from lrq_offline.source_model import load_tokenizer
+
+CELLS = [f"{method}:{scheme}" for scheme in ("w8a8", "w4a8", "w4a16", "w3a16") for method in ("rtn", "lrq")]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", type=Path, required=True, help="held-out text, .jsonl or plain")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["rtn", "lrq"])
-    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    arguments = parser.parse_args()
-    console = Console(width=110, highlight=False)
-    rows = []
-    for row in measured(arguments.model, arguments.text, arguments.schemes, arguments.methods):
+    arguments = parsed()
+    device = choose_device(arguments.device)
+    tokenizer = load_tokenizer(arguments.model)
+    windows = {
+        name: token_windows(tokenizer, read_texts(path, tokenizer), arguments.windows, arguments.seq_len).to(device)
+        for name, _, path in (text.partition("=") for text in arguments.text)
+    }
+    reference = load_model(arguments.model).to(device)
+    console = Console(width=140, highlight=False)
+
+    def measured(row: dict[str, Any], folder: Path) -> None:
+        model = load_model(folder).to(device)
+        row["texts"] = {name: asdict(compare(model, reference, tokens)) for name, tokens in windows.items()}
         rows.append(row)
-        console.print(f"{row['scheme']} {row['method']}: KL {row['kl']:.4f}, perplexity {row['perplexity']:.2f}")
+        shown = "  ".join(f"{name} KL {quality['kl']:.4f}" for name, quality in row["texts"].items())
+        console.print(f"{row['method']} {row['scheme']} {row['group_size'] or ''}: {shown}")
+
+    rows: list[dict[str, Any]] = []
+    for peer in arguments.peers:
+        label, _, folder = peer.partition("=")
+        method, scheme, size = cell_of(label)
+        made = Path(folder, REPORT_NAME)
+        facts = facts_of(json.loads(made.read_text())) if made.is_file() else {"peer": True}
+        measured({"method": method, "scheme": scheme, "group_size": size, **facts}, Path(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        for cell in arguments.cells:
+            method, scheme, size = cell_of(cell)
+            settings = replace(settings_of(arguments), method=method, scheme=scheme, group_size=size)
+            output = Path(scratch, cell.replace(":", "-"))
+            report = quantize_model(arguments.model, output, settings, machine=Machine(arguments.device))
+            measured({"method": method, "scheme": scheme, "group_size": size, **facts_of(report)}, output)
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{torch.cpu.get_capabilities()['cpu_name']}, {torch.get_num_threads()} threads",
+        "machine": device_name(device),
         "versions": {name: version(name) for name in ("lrq", "torch", "transformers")} | {"python": platform.python_version()},
         "model": arguments.model.name,
-        "text": arguments.text.name,
+        "texts": arguments.text,
         "rows": rows,
     }
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    table = Table("scheme", "method", "perplexity", "KL (nats)", "top-1", "bytes of bf16", "seconds")
+    show(rows, list(windows), console)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE", help="held-out texts")
+    parser.add_argument("--cells", nargs="*", default=CELLS, metavar="METHOD:SCHEME[:GROUP]")
+    parser.add_argument("--peers", nargs="*", default=[], metavar="LABEL:SCHEME[:GROUP]=FOLDER")
+    parser.add_argument("--preset", choices=list(PRESETS), default="default")
+    parser.add_argument("--calibration", help="default: what ships with lrq")
+    parser.add_argument("--samples", type=int, help="default: the preset's")
+    parser.add_argument("--iters", type=int, help="default: the preset's")
+    parser.add_argument("--windows", type=int, help="of each text (default: all)")
+    parser.add_argument("--seq-len", type=int, default=512, help="of evaluation windows (default: %(default)s)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    return parser.parse_args()
+
+
+def facts_of(report: dict[str, Any]) -> dict[str, Any]:
+    """What a row tells of a quantization, from its lrq_report.json."""
+    return {
+        "bytes_ratio": report["quantized_linears"]["ratio"],
+        "seconds": report["seconds"],
+        "steps": [block["steps"] for block in report["blocks"]],
+        "settings": report["settings"],
+    }
+
+
+def cell_of(text: str) -> tuple[str, str, int | None]:
+    method, scheme, *size = text.split(":")
+    return method, scheme, int(size[0]) if size else None
+
+
+def settings_of(arguments: argparse.Namespace) -> QuantizeSettings:
+    preset = PRESETS[arguments.preset]
+    return QuantizeSettings(
+        scheme="w4a16", iters=arguments.iters or preset.iters, samples=arguments.samples or preset.samples,
+        seq_len=preset.seq_len, batch_size=preset.batch_size, calibration=arguments.calibration,
+    )  # fmt: skip
+
+
+def show(rows: list[dict[str, Any]], texts: list[str], console: Console) -> None:
+    floats = (f"{name} {rows[0]['texts'][name]['reference_perplexity']:.2f}" for name in texts)
+    console.print(f"float model: perplexity {', '.join(floats)}; below: KL (95% interval), perplexity, top-1 agreement")
+    table = Table("scheme", "method", *texts, "seconds")
     for row in rows:
+        qualities = [row["texts"][name] for name in texts]
         table.add_row(
-            row["scheme"], row["method"], f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", f"{row['top1']:.1%}",
-            f"{row['bytes_ratio']:.1%}", f"{row['seconds']:.0f}",
-        )  # fmt: skip
-    console.print(f"float model: perplexity {rows[0]['reference_perplexity']:.2f} on {rows[0]['tokens']} tokens")
+            row["scheme"] + (f" g{row['group_size']}" if row["group_size"] else ""),
+            row["method"],
+            *(
+                f"{q['kl']:.4f} ({q['kl_low']:.4f}-{q['kl_high']:.4f}), {q['perplexity']:.2f}, {q['top1']:.1%}"
+                for q in qualities
+            ),
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+        )
     console.print(table)
-
-
-def measured(model: Path, text: Path, schemes: list[str], methods: list[str]) -> Iterator[dict[str, Any]]:
-    """One row per cell."""
-    with tempfile.TemporaryDirectory() as folder:
-        for scheme in schemes:
-            for method in methods:
-                output = Path(folder, f"{scheme}-{method}")
-                report = quantize_model(model, output, QuantizeSettings(scheme=scheme, method=method))
-                quality = evaluate_folder(output, text, reference=model)
-                yield {
-                    "scheme": scheme,
-                    "method": method,
-                    **asdict(quality),
-                    "bytes_ratio": report["quantized_linears"]["ratio"],
-                    "seconds": report["seconds"],
-                    "settings": report["settings"],
-                }
 
 
 if __name__ == "__main__":

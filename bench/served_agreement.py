@@ -2,7 +2,7 @@
 """How closely vLLM's numbers follow the reference path: log-probabilities and greedy tokens, for each checkpoint.
 
     .venv/bin/python bench/served_agreement.py demo-out/tiny-* --text tests/data/heldout.jsonl \
-        --out bench/results/served-agreement-cpu.json
+        --out bench/results/served-agreement.json
 
 Runs vLLM in one child process per checkpoint and mode (eager; compiled, which is vLLM's default), in bfloat16.
 """
@@ -71,7 +71,8 @@ def measure(folder: Path, text: Path, mode: str) -> dict[str, Any]:
     from vllm.inputs import TokensPrompt
 
     from lrq_offline.agreement import agreement_with_reference
-    from lrq_offline.calibration import read_texts, token_windows
+    from lrq_offline.calibration import token_windows
+    from lrq_offline.calibration_text import read_texts
     from lrq_offline.source_model import load_tokenizer
 
     prompts = token_windows(load_tokenizer(folder), read_texts(text), PROMPTS, PROMPT_TOKENS)

@@ -1,4 +1,4 @@
-"""W4A16 and W3A16: 16-bit activations times 4- or 3-bit weights, per channel or per group."""
+"""W4A16, W3A16 and W2A16: 16-bit activations times 4-, 3- or 2-bit weights, per channel or per group."""
 
 import logging
 from collections.abc import Sequence

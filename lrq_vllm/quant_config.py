@@ -8,6 +8,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from lrq_vllm.checkpoint.schema import QUANT_METHOD, Manifest
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
+from lrq_vllm.cpu_compilation import round_where_operations_do
 from lrq_vllm.errors import CheckpointError
 
 __all__ = ["LrqConfig"]
@@ -81,8 +82,13 @@ class LrqConfig(QuantizationConfig):
 
         Raises CheckpointError for a linear layer that the checkpoint lists nowhere, or quantizes only in part.
         """
+        from vllm.config import get_current_vllm_config
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.platforms import current_platform
 
+        if current_platform.is_cpu():
+            # The first layer that asks is the embedding; norms, activations and rotary embeddings are built after it.
+            round_where_operations_do(get_current_vllm_config().compilation_config)
         if not isinstance(layer, LinearBase):
             return None
         modules = self.modules_of(prefix)

@@ -24,7 +24,7 @@ HELDOUT = ROOT / "tests" / "data" / "heldout.jsonl"
 OUT = ROOT / "demo-out"
 SCHEMES = ("w8a8", "w4a8", "w4a16", "w3a16")
 PROMPT = "This PEP describes"
-# Half of the default, to be done sooner.
+# A fifth of the default, to be done sooner.
 ITERS = 100
 
 

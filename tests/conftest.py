@@ -26,7 +26,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    """Checkpoints of the tiny model at the tool's default settings, by scheme and method."""
+    """Checkpoints of the tiny model, by scheme and method."""
     return checkpoint_maker(tmp_path_factory.mktemp("checkpoints"))
 
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lrq_vllm.checkpoint import store
 from lrq_vllm.checkpoint.packing import STORED_BITS, pack, packed_width, storage_dtype, unpack, values_per_group
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, TensorSpec, WeightFormat, config_without_quantization
 from lrq_vllm.checkpoint.store import ShardWriter, TensorFolder, check_tensors, read_config, read_manifest
@@ -26,6 +28,7 @@ MODULE = "model.layers.0.mlp.down_proj"
 GOLDEN_ROWS = [
     (8, [0, 1, 127, 128, 255], "80 81 ff 00 7f"),
     (4, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], "21 43 65 87 a9 00 00 00"),
+    (2, [0, 1, 2, 3, 3, 2, 1, 0, 1], "e4 1b 01 00"),
     (
         3,
         [0, 1, 2, 3, 4, 5, 6, 7, 7, 6, 5, 4, 3, 2, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 4, 4, 4, 4, 4, 4, 4, 6],
@@ -118,8 +121,8 @@ def golden_tensors() -> dict[str, Tensor]:
 
 
 def write_model(folder: Path, tensors: dict[str, Tensor]) -> Path:
-    writer = ShardWriter(folder)
-    writer.write_shard(tensors)
+    writer = ShardWriter(folder, 1)
+    writer.write_shard(1, tensors)
     writer.finish()
     return folder
 
@@ -153,7 +156,7 @@ def test_these_bytes_unpack_to_the_rows(bits: int, row: list[int], expected: str
     assert unpack(stored, bits, len(row)).tolist() == [row]
 
 
-@pytest.mark.parametrize(("bits", "width"), [(4, 1), (3, 3)])
+@pytest.mark.parametrize(("bits", "width"), [(4, 1), (3, 3), (2, 1)])
 def test_packing_pads_a_short_row_with_zero_bits(bits: int, width: int) -> None:
     stored = pack(torch.full((1, 1), 2**bits - 1), bits)
     ones = sum(bin(byte).count("1") for byte in stored_bytes(stored))
@@ -273,7 +276,7 @@ REFUSED_MANIFESTS = {
     "a later version": ({"format_version": 2}, "format_version 2"),
     "no version": ({"format_version": None}, "format_version None"),
     "an unknown key": ({"rotation": True}, "key 'rotation' is unknown"),
-    "an unknown scheme": ({"scheme": "w2a16"}, "scheme 'w2a16' is none of w8a8, w4a8, w4a16, w3a16"),
+    "an unknown scheme": ({"scheme": "w5a16"}, "scheme 'w5a16' is none of w8a8, w4a8, w4a16, w3a16, w2a16"),
     "a scheme that is no name": ({"scheme": ["w4a16"]}, "scheme"),
     "bits of another scheme": ({"weight": {**grouped(32), "bits": 3}}, "w4a16 has 4-bit weights, weight.bits says 3"),
     "activations of another scheme": (
@@ -458,23 +461,44 @@ def test_tensors_that_contradict_the_manifest_are_named(tmp_path: Path, name: st
 # --- writing ---
 
 
-def test_nothing_reads_as_a_model_before_the_writer_has_finished(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path)
-    writer.write_shard({"a": torch.zeros(3)})
-    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / INDEX).exists()
-    with pytest.raises(ModelFolderError, match=r"no \*\.safetensors files"):
-        TensorFolder(tmp_path)
+def test_a_folder_that_is_not_finished_does_not_read_as_a_model(tmp_path: Path) -> None:
+    ShardWriter(tmp_path, 2).write_shard(1, {"a": torch.zeros(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["model-00001-of-00002.safetensors"]
+    with pytest.raises(ModelFolderError, match=r"has no config\.json"):
+        read_manifest(tmp_path)
 
 
-def test_shards_are_numbered_and_indexed(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path)
-    for shard in ({"b": torch.zeros(3)}, {}, {"a": torch.ones(2, dtype=torch.int8)}):
-        writer.write_shard(shard)
-    writer.finish()
-    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([first, second, INDEX])
+def test_shards_are_numbered_and_indexed_in_whatever_order_they_were_written(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, 3)
+    writer.write_shard(3, {"a": torch.ones(2, dtype=torch.int8)})
+    writer.write_shard(1, {"b": torch.zeros(3)})
+    writer.write_shard(2, {})
+    assert writer.finish() == 14
+    first, second, third = (f"model-{number:05d}-of-00003.safetensors" for number in (1, 2, 3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([first, second, third, INDEX])
     index = json.loads((tmp_path / INDEX).read_text())
-    assert index == {"metadata": {"total_size": 14}, "weight_map": {"a": second, "b": first}}
+    assert index == {"metadata": {"total_size": 14}, "weight_map": {"a": third, "b": first}}
+    assert sorted(TensorFolder(tmp_path)) == ["a", "b"]
+
+
+def test_a_run_that_goes_on_may_write_the_rest_of_the_shards_and_write_one_again(tmp_path: Path) -> None:
+    ShardWriter(tmp_path, 2).write_shard(1, {"a": torch.zeros(3)})
+    writer = ShardWriter(tmp_path, 2)
+    writer.write_shard(1, {"a": torch.ones(3)})
+    writer.write_shard(2, {"b": torch.zeros(1)})
+    assert writer.finish() == 16
+    assert TensorFolder(tmp_path).get("a").tolist() == [1, 1, 1]
+
+
+def test_a_shard_that_could_not_be_written_whole_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill_the_disk(tensors: object, path: Path, **options: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(store, "save_file", fill_the_disk)
+    with pytest.raises(CheckpointError, match=r"model-00001-of-00001\.safetensors cannot be written .*No space left"):
+        write_model(tmp_path, {"a": torch.zeros(3)})
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_tensor_that_is_a_view_is_written_whole(tmp_path: Path) -> None:

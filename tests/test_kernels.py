@@ -263,7 +263,7 @@ def random_groups(bits: int, out_features: int, in_features: int, groups: int) -
     ],
 )
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize(("tokens", "out_features", "in_features", "groups"), WEIGHT_ONLY_SHAPES)
 def test_weight_only_kernel_is_close_to_its_reference(
     device: torch.device,
@@ -282,7 +282,7 @@ def test_weight_only_kernel_is_close_to_its_reference(
 
 @pytest.mark.parametrize("zero_point", ["lowest", "highest"])
 @pytest.mark.parametrize("value", ["lowest", "highest"])
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", [4, 3, 2])
 def test_weight_only_kernel_is_close_to_its_reference_at_the_ends_of_the_grid(
     device: torch.device, bits: int, value: str, zero_point: str
 ) -> None:
@@ -446,7 +446,7 @@ def test_reference_product_is_that_of_the_numbers_the_integers_stand_for(bits: i
     torch.testing.assert_close(reference.integer_linear(tokens, weight, None, torch.float32), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize("bits", [4, 3, 2])
 def test_reference_weight_only_product_is_exact_linear_algebra_in_float32(bits: int) -> None:
     x, bias = torch.randn(7, 64), torch.randn(5)
     q, step, zero_point = random_groups(bits, 5, 64, 2)

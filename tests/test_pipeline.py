@@ -80,11 +80,62 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "second" / path.name).read_bytes()
 
 
-@pytest.mark.parametrize("options", [("--symmetric",), ("--group-size", "64"), ("--method", "flexround"), ("--rank", "4")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--scheme", "w4a16", "--symmetric"),
+        ("--scheme", "w4a16", "--group-size", "64"),
+        ("--scheme", "w3a16", "--method", "flexround"),
+        ("--scheme", "w3a16", "--rank", "4"),
+        ("--scheme", "w3a16", "--rank", "full"),
+        ("--scheme", "w2a16", "--group-size", "32"),
+        ("--scheme", "w4a8", "--kv-bits", "8"),
+        ("--scheme", "w4a8", "--method", "gptq"),
+        ("--scheme", "w8a8", "--method", "gptq"),
+        ("--scheme", "w4a16", "--method", "smoothquant-rtn"),
+        ("--scheme", "w8a8", "--max-gpu-gb", "0"),
+    ],
+    ids=" ".join,
+)
 def test_options_give_a_checkpoint_that_evaluates(tmp_path: Path, options: tuple[str, ...]) -> None:
     output = tmp_path / "out"
-    assert main(["quantize", str(TINY), "-o", str(output), "--scheme", "w4a16", *QUICK_OPTIONS, *options]) == 0
+    assert main(["quantize", str(TINY), "-o", str(output), *QUICK_OPTIONS, *options]) == 0
     assert evaluate_folder(output, HELDOUT, windows=1, seq_len=64).perplexity < 1000
+
+
+def test_gptq_beats_round_to_nearest_on_heldout_text(checkpoints: Checkpoints) -> None:
+    compensated, rounded = (
+        evaluate_folder(checkpoints("w3a16", method), HELDOUT, reference=TINY, windows=8) for method in ("gptq", "rtn")
+    )
+    assert compensated.kl is not None and rounded.kl is not None
+    assert compensated.kl < 0.9 * rounded.kl
+
+
+def test_eight_bit_keys_and_values_cost_a_little(checkpoints: Checkpoints) -> None:
+    plain, quantized = (
+        evaluate_folder(checkpoints("w4a16", "rtn"), HELDOUT, reference=TINY, windows=4, kv_bits=bits) for bits in (None, 8)
+    )
+    assert quantized.perplexity != plain.perplexity
+    assert quantized.perplexity == pytest.approx(plain.perplexity, rel=0.02)
+
+
+def test_an_explicit_option_wins_over_the_preset(tmp_path: Path) -> None:
+    options = ("--scheme", "w4a16", "--preset", "fast", "--method", "rtn", "--samples", "3", "--seq-len", "40")
+    assert main(["quantize", str(TINY), "-o", str(tmp_path / "out"), *options]) == 0
+    settings = json.loads((tmp_path / "out" / "lrq_report.json").read_text())["settings"]
+    assert (settings["iters"], settings["samples"], settings["seq_len"]) == (200, 3, 40)
+
+
+def test_a_report_page_is_made_of_a_quantization(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert main(["report", str(checkpoints("w4a16", "lrq")), "-o", str(page)]) == 0
+    assert "self_attn.q_proj" in page.read_text()
+
+
+def test_evaluation_tells_how_sure_it_is(checkpoints: Checkpoints) -> None:
+    quality = evaluate_folder(checkpoints("w3a16", "rtn"), HELDOUT, reference=TINY, windows=8, seq_len=128)
+    assert quality.kl is not None and quality.kl_low is not None and quality.kl_high is not None
+    assert quality.kl_low < quality.kl < quality.kl_high
 
 
 def test_evaluate_prints_the_quality_as_json(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from lrq_offline.agreement import agreement_with_reference
-from lrq_offline.calibration import read_texts, token_windows
+from lrq_offline.calibration import token_windows
+from lrq_offline.calibration_text import read_texts
 from lrq_offline.source_model import load_tokenizer
 from lrq_server.vllm_process import VllmServer, serving_environment, start_vllm, vllm_command
 from tests.checkpoints import HELDOUT, SCHEMES, TINY, Checkpoints
@@ -25,8 +26,9 @@ pytestmark = [
 ]
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 32
-# bfloat16, run operation by operation: torch.compile leaves out roundings in between, see README, "Limits".
-OPTIONS = ("--max-model-len", "512", "--enforce-eager")
+OPTIONS = ("--max-model-len", "512")
+# Where no number is compared: without compilation a server starts sooner.
+EAGER = (*OPTIONS, "--enforce-eager")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def scheme_folder(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> P
 
 @pytest.fixture(scope="module")
 def served(scheme_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One server per scheme, asked once."""
+    """One server per scheme, compiled as vLLM does by default, asked once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         log = tmp_path_factory.mktemp("log") / "vllm.log"
@@ -93,7 +95,7 @@ def test_served_numbers_are_those_of_the_reference_path(scheme_folder: Path, ser
 
 
 def test_an_unquantized_model_is_served_as_before(tmp_path: Path) -> None:
-    with start_vllm(TINY, tmp_path / "vllm.log", OPTIONS) as server:
+    with start_vllm(TINY, tmp_path / "vllm.log", EAGER) as server:
         server.wait_until_ready()
         answer = complete(server, TINY, [[0, 280, 670]])
     assert len(answer["choices"][0]["token_ids"]) == NEW_TOKENS
@@ -101,7 +103,7 @@ def test_an_unquantized_model_is_served_as_before(tmp_path: Path) -> None:
 
 def run_vllm(model: Path, *options: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        vllm_command(model, *OPTIONS, *options),
+        vllm_command(model, *EAGER, *options),
         env=serving_environment(), text=True, capture_output=True, timeout=240,
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
-"""Integers of 3, 4 and 8 bits to stored words and back. Everything is packed along the input dimension.
+"""Integers of 2, 3, 4 and 8 bits to stored words and back. Everything is packed along the input dimension.
 
 8 bits: one int8 per value, holding q - 128.
 4 bits: eight values per int32 word; value k of a row lies in word k // 8, at bits 4 * (k % 8) and up.
+2 bits: sixteen values per int32 word; value k of a row lies in word k // 16, at bits 2 * (k % 16) and up.
 3 bits: 32 values per three int32 words, in two planes. Value j = k % 32 of group g = k // 32 has its low two bits in
         word 3g + j // 16, at bits 2 * (j % 16) and up, and its high bit in word 3g + 2, at bit j. No value straddles a
         word, and a row can be cut at any multiple of 32 inputs.
@@ -15,12 +16,12 @@ from torch import Tensor
 
 __all__ = ["STORED_BITS", "pack", "packed_width", "storage_dtype", "unpack", "values_per_group"]
 
-STORED_BITS = (3, 4, 8)
+STORED_BITS = (2, 3, 4, 8)
 
 
 def values_per_group(bits: int) -> int:
     """The number of neighbouring inputs that are stored together: a row may only be cut at its multiples."""
-    return {3: 32, 4: 8, 8: 1}[bits]
+    return {2: 16, 3: 32, 4: 8, 8: 1}[bits]
 
 
 def words_per_group(bits: int) -> int:
@@ -29,7 +30,10 @@ def words_per_group(bits: int) -> int:
 
 
 def packed_width(in_features: int, bits: int) -> int:
-    """Stored elements per row of ``in_features`` values: in for 8 bits, ceil(in/8) for 4, 3 * ceil(in/32) for 3."""
+    """Stored elements per row of ``in_features`` values.
+
+    in for 8 bits, ceil(in/8) for 4, 3 * ceil(in/32) for 3, ceil(in/16) for 2.
+    """
     return -(-in_features // values_per_group(bits)) * words_per_group(bits)
 
 
@@ -44,8 +48,8 @@ def pack(q: Tensor, bits: int) -> Tensor:
         return (q.to(torch.int16) - 128).to(torch.int8)
     group = values_per_group(bits)
     padded = torch.nn.functional.pad(q.to(torch.int64), (0, -q.shape[1] % group)).unflatten(1, (-1, group))
-    if bits == 4:
-        words = _join(padded, 4)
+    if bits in (2, 4):
+        words = _join(padded, bits)
     else:
         low = _join((padded & 3).unflatten(2, (2, 16)), 2)  # [out, groups, 2]
         high = _join(padded >> 2, 1).unsqueeze(2)  # [out, groups, 1]
@@ -57,8 +61,8 @@ def unpack(stored: Tensor, bits: int, in_features: int) -> Tensor:
     """Unsigned integers uint8 [out, in_features] from their stored form [out, packed_width(in_features)]."""
     if bits == 8:
         return (stored.to(torch.int16) + 128).to(torch.uint8)
-    if bits == 4:
-        values = _split(stored, 8, 4).flatten(1)
+    if bits in (2, 4):
+        values = _split(stored, 32 // bits, bits).flatten(1)
     else:
         groups = stored.unflatten(1, (-1, 3))
         low = _split(groups[..., :2], 16, 2).flatten(2)  # [out, groups, 32]

@@ -63,6 +63,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
         "w4a8": Scheme(4, ActivationFormat(8, static=False)),
         "w4a16": Scheme(4, None),
         "w3a16": Scheme(3, None),
+        "w2a16": Scheme(2, None),
     }
 )
 

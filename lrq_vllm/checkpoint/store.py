@@ -17,7 +17,15 @@ from torch import Tensor
 from lrq_vllm.checkpoint.schema import RESERVED_SUFFIXES, Manifest, TensorSpec
 from lrq_vllm.errors import CheckpointError, ModelFolderError, one_paragraph
 
-__all__ = ["ShardWriter", "TensorFolder", "check_tensors", "is_weight_file", "read_config", "read_manifest"]
+__all__ = [
+    "ShardWriter",
+    "TensorFolder",
+    "check_tensors",
+    "is_weight_file",
+    "read_config",
+    "read_manifest",
+    "replace_durably",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -196,37 +204,53 @@ def _umask() -> int:
 
 
 class ShardWriter:
-    """Writes tensors to ``folder`` as numbered safetensors shards; nothing reads as a model before :meth:`finish`.
+    """Writes the tensors of a checkpoint to ``folder`` as ``count`` safetensors shards, each durable when its call returns.
 
-    Each :meth:`write_shard` is one file. The final names and the index, which need the number of shards, come last.
+    The folder reads as a model only once it has a config.json, which is not written here.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, count: int) -> None:
         self._folder = folder
-        self._shards: list[tuple[Path, list[str]]] = []
-        self.total_bytes = 0
+        self._count = count
 
-    def write_shard(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write one shard. ``tensors`` maps full names to tensors; an empty mapping writes nothing."""
-        if not tensors:
-            return
-        path = self._folder / f"shard-{len(self._shards) + 1:05d}.partial"
+    def path(self, number: int) -> Path:
+        """The file of shard ``number``, 1 .. count."""
+        return self._folder / f"model-{number:05d}-of-{self._count:05d}.safetensors"
+
+    def write_shard(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write shard ``number`` whole or not at all. ``tensors`` maps full names to tensors; it may be empty."""
+        path = self.path(number)
+        partial = path.with_suffix(".partial")
+        on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+            save_file(on_host, partial, metadata={"format": "pt"})
         except SafetensorError as error:
             raise CheckpointError(f"{path} cannot be written ({error}). Is the disk full? Choose another with -o.") from error
         # safetensors writes through a private temporary file; a server may run as another user.
-        path.chmod(0o666 & ~_umask())
-        self._shards.append((path, list(tensors)))
-        self.total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        partial.chmod(0o666 & ~_umask())
+        replace_durably(partial, path)
 
-    def finish(self) -> None:
-        """Give the shards their names and write the index."""
-        count = len(self._shards)
-        weight_map = {}
-        for number, (path, names) in enumerate(self._shards, start=1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            path.rename(self._folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+    def finish(self) -> int:
+        """Write the index of all shards; return the bytes of their tensors."""
+        weight_map: dict[str, str] = {}
+        total_bytes = 0
+        for number in range(1, self._count + 1):
+            with safe_open(self.path(number), framework="pt") as file:
+                for name in list(file.keys()):
+                    weight_map[name] = self.path(number).name
+                    total_bytes += file.get_tensor(name).nbytes
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        return total_bytes
+
+
+def replace_durably(written: Path, final: Path) -> None:
+    """Rename ``written`` to ``final`` such that after a crash ``final`` is either absent, old, or whole."""
+    with written.open("rb") as file:
+        os.fsync(file.fileno())
+    written.replace(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

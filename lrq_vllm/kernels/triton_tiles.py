@@ -16,14 +16,14 @@ def round_to_even(x):
 def load_weight_tile(words, row, k, in_range, row_stride, BITS: tl.constexpr):
     """Stored integers as int32, in the shape that ``row`` and ``k`` broadcast to; out-of-range places hold 0.
 
-    8 bits: int8, value - 128. 4 and 3 bits: the unsigned value, unpacked as checkpoint/packing.py lays it out.
+    8 bits: int8, value - 128. 4, 3 and 2 bits: the unsigned value, unpacked as checkpoint/packing.py lays it out.
     """
     base = words + row * row_stride
     if BITS == 8:
         return tl.load(base + k, mask=in_range, other=0).to(tl.int32)
-    elif BITS == 4:
-        word = tl.load(base + k // 8, mask=in_range, other=0)
-        return (word >> (4 * (k % 8))) & 15
+    elif BITS == 4 or BITS == 2:
+        word = tl.load(base + k // (32 // BITS), mask=in_range, other=0)
+        return (word >> (BITS * (k % (32 // BITS)))) & ((1 << BITS) - 1)
     else:
         group = 3 * (k // 32)
         low = tl.load(base + group + (k % 32) // 16, mask=in_range, other=0)

@@ -1,4 +1,4 @@
-"""Triton: 16-bit activations x 4- or 3-bit weights. Twin: reference.weight_only_linear.
+"""Triton: 16-bit activations x 4-, 3- or 2-bit weights. Twin: reference.weight_only_linear.
 
 q - zero_point is exact in bfloat16 and float16, so each tile is multiplied as whole numbers and the step is applied to
 the float32 product: once per group of inputs.

@@ -1,66 +1,52 @@
-"""Static activation ranges: one step and zero-point for the input of each group of linear layers (W8A8)."""
+"""Static activation ranges: one step and zero-point for the input of a group of linear layers (W8A8)."""
 
-from typing import Any
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-
-from lrq_offline.decoder_blocks import Family
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize, quantize, step_and_zero_point
 
-__all__ = ["calibrate_static_ranges"]
+__all__ = ["OutputError", "best_range"]
 
-_BITS = 8
-_KEPT_VALUES = 1 << 20
-_RATIOS = [1.0 - 0.02 * i for i in range(41)]
+_SHARES = [0.85**i for i in range(26)]  # 1.00 .. 0.017
 
 
-@torch.no_grad()
-def calibrate_static_ranges(
-    block: nn.Module, hidden: Tensor, arguments: dict[str, Any], family: Family, generator: torch.Generator
-) -> dict[str, StepAndZeroPoint]:
-    """Linear name -> step and zero-point (one element each) of its input, over all calibration windows.
+class OutputError:
+    """What quantizing the input of y = x W^T costs, on a sample of tokens: the mean over tokens of |error of y|^2 / |y|^2.
 
-    ``block`` is the float block, ``hidden`` the quantized model's input to it, [samples, seq_len, width]. Linears of one
-    group read the same input and get the same values. The min-max range is shrunk to the ratio with the least squared
-    error on a random sample of at most 2^20 values of that input.
+    tokens: X [tokens, in]; weight: W [out, in], float32. Relative, because the norms that follow a block make all tokens
+    equally large: one token with a thousandfold activation must not decide the range of all others. (|y|^2 is not taken
+    smaller than a hundredth of its mean.)
     """
-    watched = {name: _RangeWatcher(len(hidden), generator) for name in (group[0] for group in family.linear_groups)}
-    hooks = [block.get_submodule(name).register_forward_pre_hook(watcher) for name, watcher in watched.items()]
-    try:
-        for window in hidden.split(1):
-            block(window.float(), **arguments)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: watched[group[0]].best() for group in family.linear_groups for name in group}
+
+    def __init__(self, tokens: Tensor, weight: Tensor) -> None:
+        self._tokens, self._weight = tokens, weight
+        self._outputs = tokens @ weight.T
+        size = self._outputs.square().sum(dim=1)
+        self._importance = 1 / size.clamp(min=float(size.mean()) / 100 or 1.0)
+
+    def of(self, tokens: Tensor, weight: Tensor | None = None) -> float:
+        """For other inputs (X quantized) and, if given, another weight, which stand in for the sample's."""
+        error = tokens @ (self._weight if weight is None else weight).T - self._outputs
+        return (error.square().sum(dim=1) * self._importance).mean().item()
 
 
-class _RangeWatcher:
-    """A forward pre-hook that keeps the extremes and an even share of random values of a layer's input."""
+def best_range(tokens: Tensor, low: Tensor, high: Tensor, weight: Tensor, bits: int) -> StepAndZeroPoint:
+    """Step and zero-point [1] of X [tokens, in] with the least :class:`OutputError` for W [out, in].
 
-    def __init__(self, calls: int, generator: torch.Generator) -> None:
-        self._share = max(_KEPT_VALUES // calls, 1)
-        self._generator = generator
-        self._low, self._high = torch.zeros(()), torch.zeros(())
-        self._values: list[Tensor] = []
+    low, high: X's extremes over all calibration tokens (scalars). The upper and the lower end are searched in turn, each from
+    its extreme down to a sixtieth of it.
+    """
+    cost = OutputError(tokens, weight)
+    shares = [1.0, 1.0]
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].detach().float().flatten().cpu()
-        self._low, self._high = torch.minimum(self._low, values.min()), torch.maximum(self._high, values.max())
-        chosen = torch.randint(values.numel(), (min(self._share, values.numel()),), generator=self._generator)
-        self._values.append(values[chosen])
+    def quantizer(candidate: list[float]) -> StepAndZeroPoint:
+        return step_and_zero_point((low * candidate[0]).reshape(1), (high * candidate[1]).reshape(1), bits)
 
-    def best(self) -> StepAndZeroPoint:
-        """The quantizer with the least squared error among ranges shrunk by 1.00, 0.98 .. 0.20, low and high alike."""
-        values = torch.cat(self._values)
+    def error(candidate: list[float]) -> float:
+        step, zero_point = quantizer(candidate)
+        return cost.of(dequantize(quantize(tokens, step, zero_point, bits), step, zero_point))
 
-        def error(quantizer: StepAndZeroPoint) -> float:
-            return (dequantize(quantize(values, *quantizer, _BITS), *quantizer) - values).square().mean().item()
-
-        candidates = [_quantizer(self._low * ratio, self._high * ratio) for ratio in _RATIOS]
-        return min(candidates, key=error)
-
-
-def _quantizer(low: Tensor, high: Tensor) -> StepAndZeroPoint:
-    return step_and_zero_point(low.reshape(1), high.reshape(1), _BITS)
+    shares = min(([share, share] for share in _SHARES), key=error)
+    for _ in range(2):
+        for end in (0, 1):
+            shares = min(([share if i == end else shares[i] for i in (0, 1)] for share in _SHARES), key=error)
+    return quantizer(shares)

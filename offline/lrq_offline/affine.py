@@ -1,29 +1,87 @@
-"""Fake quantization: quantize and dequantize in one go, with gradients (straight-through estimator).
+"""Fake quantization of activations: quantize and dequantize in one go, with gradients (straight-through estimator).
 
-The arithmetic is that of lrq_vllm.checkpoint.affine; here round() passes its gradient through unchanged.
+    x_hat = step * (q - z),   q = clamp(round(x / step) + z, 0, 2^bits - 1)
+    dx    = dx_hat where the grid holds round(x / step) + z, 0 where clamp() cut it; step and z take none
+
+The arithmetic is that of lrq_vllm.checkpoint.affine: float32, whatever x's dtype; only x_hat is rounded to the dtype that is
+asked for. Here in plain torch; on a GPU fake_quant_activation_kernel.py computes the same in one kernel each way.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, token_step_and_zero_point
 
-__all__ = ["fake_quantize", "fake_quantize_per_token", "straight_through_round"]
+__all__ = ["FakeQuantized", "backward", "fake_quantize", "fake_quantize_per_token", "forward"]
 
 
-def straight_through_round(x: Tensor) -> Tensor:
-    """round(x), to nearest with ties to even; its gradient is 1."""
-    return x + (x.round() - x).detach()
+class FakeQuantized(NamedTuple):
+    """x_hat, and where x was not clamped (bool; None where nobody asked), both [tokens, in]."""
+
+    x_hat: Tensor
+    inside: Tensor | None
 
 
-def fake_quantize(x: Tensor, quantizer: StepAndZeroPoint, bits: int) -> Tensor:
-    """x_hat of x's shape, float32: the gradient is 1 where x is inside the quantizer's range and 0 where it is clamped."""
-    step, zero_point = quantizer
-    # clamp(), not minimum() and maximum(): those halve the gradient at the bounds (algorithms note, section 3).
-    q = (straight_through_round(x.float() / step) + zero_point).clamp(0, 2**bits - 1)
-    return step * (q - zero_point)
+def fake_quantize(x: Tensor, quantizer: StepAndZeroPoint, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x_hat in ``dtype`` for x [..., in] of any float dtype; the step and the zero-point have one element each."""
+    assert quantizer.step.numel() == quantizer.zero_point.numel() == 1, "one step for the tensor"
+    return _fake_quantize(x, quantizer, bits, dtype)
 
 
-def fake_quantize_per_token(x: Tensor, bits: int) -> Tensor:
-    """x_hat of x [..., in], with a step for each token from its own minimum and maximum; the step takes no gradient."""
-    flat = x.reshape(-1, x.shape[-1])
-    return fake_quantize(flat, token_step_and_zero_point(flat.detach(), bits), bits).view_as(x)
+def fake_quantize_per_token(x: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """As :func:`fake_quantize`, with a step for each row of x [..., in] from the row's own minimum and maximum."""
+    return _fake_quantize(x, None, bits, dtype)
+
+
+def _fake_quantize(x: Tensor, quantizer: StepAndZeroPoint | None, bits: int, dtype: torch.dtype) -> Tensor:
+    result: Tensor = _FakeQuantize.apply(x.reshape(-1, x.shape[-1]), quantizer, bits, dtype)  # type: ignore[no-untyped-call]
+    return result.view(x.shape)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantizer: StepAndZeroPoint | None, bits: int, dtype: torch.dtype) -> Tensor:
+        # A byte for each element says less than x does, and x would have to be divided again.
+        result = _implementation(x).forward(x, quantizer, bits, dtype, with_inside=ctx.needs_input_grad[0])
+        ctx.save_for_backward(result.inside)
+        ctx.dtype = x.dtype
+        return result.x_hat
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return _implementation(inside).backward(gradients[0], inside, ctx.dtype), None, None, None
+
+
+class _Implementation(NamedTuple):
+    forward: Callable[..., FakeQuantized]
+    backward: Callable[..., Tensor]
+
+
+def _implementation(x: Tensor) -> _Implementation:
+    if not x.is_cuda:
+        return _Implementation(forward, backward)
+    from lrq_offline import fake_quant_activation_kernel
+
+    return _Implementation(fake_quant_activation_kernel.forward, fake_quant_activation_kernel.backward)
+
+
+def forward(
+    x: Tensor, quantizer: StepAndZeroPoint | None, bits: int, dtype: torch.dtype, *, with_inside: bool
+) -> FakeQuantized:
+    """x_hat in ``dtype`` for x [tokens, in]; without a quantizer, each token gets its own."""
+    step, zero_point = token_step_and_zero_point(x, bits) if quantizer is None else quantizer
+    unclamped = (x.float() / step).round_().add_(zero_point)
+    if not with_inside:
+        return FakeQuantized(unclamped.clamp_(0, 2**bits - 1).sub_(zero_point).mul_(step).to(dtype), None)
+    q = unclamped.clamp(0, 2**bits - 1)
+    inside = q == unclamped
+    return FakeQuantized(q.sub_(zero_point).mul_(step).to(dtype), inside)
+
+
+def backward(gradient: Tensor, inside: Tensor, dtype: torch.dtype) -> Tensor:
+    """dLoss/dx in ``dtype`` from ``gradient`` = dLoss/dx_hat, all [tokens, in]."""
+    return torch.where(inside, gradient, 0).to(dtype)

@@ -2,102 +2,191 @@
 
     minimise || block_fp(X) - block_q(X_q) ||^2
 
-X is the float model's input to this block, X_q what the already quantized blocks produce (LRQ, section 2).
+X is the float model's input to this block, X_q what the already quantized blocks produce (LRQ, section 2). Some windows
+are held out: the state that is best on them is kept, and learning ends early when they stop getting better.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lrq_offline.compute import products_in
 from lrq_offline.config import QuantizeSettings
+from lrq_offline.hidden_states import BatchFeeder, HiddenStates
+from lrq_offline.learning_step import LearningStep
+from lrq_offline.quantized_block import held_weights
 
-__all__ = ["LearningResult", "learn_block", "relative_error", "run_block"]
+__all__ = ["LearningCurve", "LearningResult", "learn_block", "relative_error", "run_block"]
 
 logger = logging.getLogger(__name__)
+
+_CHECKS = 10
+_PATIENCE = 6
+_HELD_OUT_SHARE = 16
+
+
+@dataclass(frozen=True)
+class LearningCurve:
+    """Relative squared errors at some steps: mean over the training batches since the last one, and on the held-out windows."""
+
+    step: list[int] = field(default_factory=list)
+    train: list[float | None] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class LearningResult:
-    """Relative squared error of the block's output on the calibration windows, before and after; seconds it took."""
+    """Relative squared error of the block's output on all calibration windows before and after; steps really taken.
+
+    seconds_per_step: wall-clock time of a step between checks; 0 if none was taken.
+    """
 
     error_before: float
     error_after: float
-    seconds: float
+    steps: int
+    seconds_per_step: float
+    curve: LearningCurve
 
 
 @torch.no_grad()
-def run_block(block: nn.Module, hidden: Tensor, arguments: dict[str, Any], batch_size: int) -> Tensor:
-    """The block's output for hidden [samples, seq_len, width], in hidden's dtype; computed batch by batch in float32."""
-    outputs = [block(batch.float(), **arguments).to(hidden.dtype) for batch in hidden.split(batch_size)]
-    return torch.cat(outputs)
+def run_block(
+    block: nn.Module,
+    source: HiddenStates,
+    target: HiddenStates,
+    arguments: dict[str, Any],
+    batch_size: int,
+    dtype: torch.dtype,
+) -> None:
+    """Write the block's output for ``source`` into ``target`` (which may be ``source``), batch by batch."""
+    for rows in source.slices(batch_size):
+        with products_in(dtype, source.device):
+            output = block(source.get(rows).float(), **arguments)
+        target.put(rows, output)
 
 
 @torch.no_grad()
-def relative_error(block: nn.Module, hidden: Tensor, target: Tensor, arguments: dict[str, Any], batch_size: int) -> float:
-    """|| block(hidden) - target ||^2 / || target ||^2 over all windows."""
-    squared_error = squared_norm = 0.0
-    for inputs, wanted in zip(hidden.split(batch_size), target.split(batch_size), strict=True):
-        wanted = wanted.float()
-        squared_error += (block(inputs.float(), **arguments) - wanted).square().sum().item()
-        squared_norm += wanted.square().sum().item()
-    return squared_error / max(squared_norm, torch.finfo(torch.float32).tiny)
+def relative_error(
+    block: nn.Module,
+    inputs: HiddenStates,
+    targets: HiddenStates,
+    arguments: dict[str, Any],
+    rows: list[Tensor],
+    dtype: torch.dtype,
+) -> float:
+    """|| block(inputs) - targets ||^2 / || targets ||^2 over the samples in ``rows``, int64 indices per batch."""
+    sums = torch.zeros(2, dtype=torch.float64, device=inputs.device)
+    with held_weights(block):
+        for batch in rows:
+            wanted = targets.get(batch).float()
+            with products_in(dtype, inputs.device):
+                output = block(inputs.get(batch).float(), **arguments)
+            sums += torch.stack([(output.float() - wanted).square().sum(), wanted.square().sum()])
+    squared_error, squared_norm = sums.tolist()
+    return float(squared_error / max(squared_norm, torch.finfo(torch.float32).tiny))
 
 
 def learn_block(
     block: nn.Module,
-    hidden: Tensor,
-    target: Tensor,
+    inputs: HiddenStates,
+    targets: HiddenStates,
     arguments: dict[str, Any],
     settings: QuantizeSettings,
-    learning_rate: float,
+    rate: float,
     generator: torch.Generator,
+    dtype: torch.dtype,
 ) -> LearningResult:
     """Learn every parameter of ``block`` that wants a gradient, in place; with none this only measures the error.
 
-    hidden, target: X_q and block_fp(X), [samples, seq_len, width]. Adam with the learning rate decayed to 0 by a
-    half-cosine. If the error did not fall, the block is put back to where it started.
+    inputs, targets: X_q and block_fp(X). If no state was better than the first, the block is put back to where it started.
     """
-    started = time.monotonic()
+    everything = list(torch.arange(len(inputs)).split(settings.batch_size))
     parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    before = relative_error(block, hidden, target, arguments, settings.batch_size)
-    if not parameters:
-        return LearningResult(before, before, time.monotonic() - started)
-    initial = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-    scale = target.float().square().mean().item()
-    for step, chosen in enumerate(_batches(len(hidden), settings, generator)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.iters))
-        with _matrix_products_in_bfloat16():
-            output = block(hidden[chosen].float(), **arguments).float()
-        # Dividing by the target's mean square keeps Adam's epsilon small beside the gradients; it changes no direction.
-        loss = nn.functional.mse_loss(output, target[chosen].float()) / scale
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    after = relative_error(block, hidden, target, arguments, settings.batch_size)
-    if not after < before:
-        logger.warning("learning did not lower the error (%.3g to %.3g): the block keeps round-to-nearest", before, after)
-        with torch.no_grad():
-            for parameter, value in zip(parameters, initial, strict=True):
-                parameter.copy_(value)
-        after = before
-    return LearningResult(before, after, time.monotonic() - started)
+    before = relative_error(block, inputs, targets, arguments, everything, dtype)
+    if not parameters or not math.isfinite(before):
+        return LearningResult(before, before, 0, 0.0, LearningCurve())
+    order = torch.randperm(len(inputs), generator=generator)
+    held_out, learned_from = order[: _held_out_samples(len(inputs))], order[_held_out_samples(len(inputs)) :]
+    batches = _batches(learned_from, settings.iters, settings.batch_size, generator)
+    checked = list((held_out if len(held_out) else learned_from).split(settings.batch_size))
+    scale = _mean_square(targets)
+    step = LearningStep(
+        block, parameters, BatchFeeder(inputs, targets, batches), arguments,
+        rate=rate, steps=settings.iters, scale=scale, dtype=dtype,
+    )  # fmt: skip
+    best = _BestState(parameters)
+    curve = LearningCurve()
+
+    def check(taken: int) -> bool:
+        """Record the error after ``taken`` steps; False when learning should end."""
+        error = relative_error(block, inputs, targets, arguments, checked, dtype)
+        if math.isfinite(error):
+            previous = curve.step[-1] if curve.step else 0
+            curve.train.append(step.losses[previous:taken].mean().item() if taken else None)
+            curve.held_out.append(error)
+            curve.step.append(taken)
+        return best.offer(error)
+
+    check(0)
+    taken, every, seconds = 0, max(settings.iters // _CHECKS, 1), 0.0
+    going_on = True
+    while taken < settings.iters and going_on:
+        started, upto = time.monotonic(), min(taken + every, settings.iters)
+        for number in range(taken, upto):
+            step.run(number)
+        step.wait()
+        seconds += time.monotonic() - started
+        taken = upto
+        going_on = check(taken)
+    best.restore()
+    after = relative_error(block, inputs, targets, arguments, everything, dtype)
+    if best.is_first:
+        logger.warning("learning did not lower the error of %.3g: the block keeps round-to-nearest", before)
+    return LearningResult(before, after, taken, seconds / taken, curve)
 
 
-def _matrix_products_in_bfloat16() -> AbstractContextManager[None]:
-    """Autocast where the processor multiplies bfloat16 natively. Quantizers opt out of it and stay in float32."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=torch.cpu.get_capabilities().get("avx512_bf16", False))
+class _BestState:
+    """The parameters' values at the lowest held-out error so far."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._values = [parameter.detach().clone() for parameter in parameters]
+        self._errors: list[float] = []
+        self._best_at = 0
+
+    @property
+    def is_first(self) -> bool:
+        return self._best_at == 0
+
+    def offer(self, error: float) -> bool:
+        """Keep the present values if ``error`` is the lowest. False once it is NaN or has long not been lower."""
+        self._errors.append(error)
+        latest = len(self._errors) - 1
+        if error < self._errors[self._best_at]:
+            self._best_at = latest
+            torch._foreach_copy_(self._values, [parameter.detach() for parameter in self._parameters])
+        return math.isfinite(error) and latest - self._best_at < _PATIENCE
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            parameter.copy_(value)
 
 
-def _batches(samples: int, settings: QuantizeSettings, generator: torch.Generator) -> Iterator[Tensor]:
-    """``iters`` random batches of distinct windows."""
-    for _ in range(settings.iters):
-        yield torch.randperm(samples, generator=generator)[: settings.batch_size]
+def _held_out_samples(samples: int) -> int:
+    """One window in sixteen, and none of so few that each is needed for learning."""
+    return samples // _HELD_OUT_SHARE
+
+
+def _mean_square(states: HiddenStates) -> float:
+    total = sum(states.get(rows).double().square().mean(dim=(1, 2)).sum() for rows in states.slices(8))
+    return max(float(total) / len(states), torch.finfo(torch.float32).tiny)
+
+
+def _batches(samples: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
+    """int64 [count, size]: random batches of distinct samples (all of them, if they are fewer than ``size``)."""
+    return torch.stack([samples[torch.randperm(len(samples), generator=generator)[:size]] for _ in range(count)])

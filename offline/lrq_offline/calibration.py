@@ -1,11 +1,8 @@
 """Text to windows of tokens, and the inputs that the first decoder block receives for them."""
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -15,39 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lrq_offline.decoder_blocks import Family
 from lrq_vllm.errors import CalibrationDataError
 
-__all__ = ["BlockInputs", "capture_block_inputs", "read_texts", "shipped_calibration", "token_windows"]
-
-
-def shipped_calibration() -> Path:
-    """The calibration text that comes with lrq (public domain, see NOTICE): 64 records of 3,000 characters."""
-    return Path(str(files("lrq_offline") / "data" / "calibration.jsonl"))
-
-
-def read_texts(path: Path) -> list[str]:
-    """The texts of a file: the ``text`` of each line of a .jsonl, or the whole of any other file as one text.
-
-    Raises CalibrationDataError if the file cannot be read or holds no text.
-    """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationDataError(f"{path} cannot be read as text ({error}). Give a .jsonl or a plain UTF-8 file.") from error
-    texts = list(_jsonl_texts(path, content)) if path.suffix == ".jsonl" else [content]
-    if not any(text.strip() for text in texts):
-        raise CalibrationDataError(f'{path} holds no text. Give a .jsonl with a "text" in each line, or a plain text file.')
-    return texts
-
-
-def _jsonl_texts(path: Path, content: str) -> Iterator[str]:
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield str(json.loads(line)["text"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise CalibrationDataError(
-                f'{path}, line {number}: not a JSON object with a "text" ({error!r}). Put one such object on each line.'
-            ) from error
+__all__ = ["BlockInputs", "capture_block_inputs", "token_windows"]
 
 
 def token_windows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], samples: int | None, seq_len: int) -> Tensor:
@@ -83,22 +48,24 @@ class _CapturedError(Exception):
 
 
 class _Catcher(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
+        self._dtype = dtype
         self.calls: list[tuple[Tensor, dict[str, Any]]] = []
 
     def forward(self, hidden: Tensor, **arguments: Any) -> NoReturn:
-        self.calls.append((hidden, arguments))
+        self.calls.append((hidden.to(self._dtype), arguments))
         raise _CapturedError
 
 
 @torch.no_grad()
-def capture_block_inputs(model: nn.Module, family: Family, windows: Tensor) -> BlockInputs:
+def capture_block_inputs(model: nn.Module, family: Family, windows: Tensor, dtype: torch.dtype) -> BlockInputs:
     """Run what stands before the blocks on token windows [samples, seq_len].
 
-    ``model`` is an empty model whose embedding and rotary tables are real; its blocks are not touched.
+    The hidden states are kept in ``dtype``. ``model`` is an empty model whose embedding and rotary tables are real; its
+    blocks are not touched.
     """
-    blocks, catcher = model.get_submodule(family.blocks), _Catcher()
+    blocks, catcher = model.get_submodule(family.blocks), _Catcher(dtype)
     model.set_submodule(family.blocks, nn.ModuleList([catcher]))
     try:
         for window in windows:

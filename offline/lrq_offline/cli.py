@@ -1,4 +1,7 @@
-"""lrq-offline quantize | evaluate | inspect. A problem the user can fix is one paragraph on stderr and exit code 2."""
+"""lrq-offline quantize | plan | evaluate | inspect | report.
+
+A problem the user can fix is one paragraph on stderr and exit code 2.
+"""
 
 import argparse
 import json
@@ -13,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lrq_offline.config import METHODS, QuantizeSettings
+from lrq_offline.config import DEVICES, FULL_RANK, METHODS, PRESETS, QuantizeSettings
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.errors import LrqError
 
@@ -22,8 +25,10 @@ __all__ = ["main"]
 _EXAMPLES = """examples:
   lrq-offline quantize ./Llama-3-8B --scheme w4a16
   lrq-offline quantize ./Llama-3-8B -o ./Llama-3-8B-w8a8 --scheme w8a8 --calibration mytexts.jsonl --samples 128
+  lrq-offline plan ./Llama-3-8B --scheme w4a16 --preset paper
   lrq-offline evaluate ./Llama-3-8B-lrq-w4a16 --reference ./Llama-3-8B --text heldout.jsonl
   lrq-offline inspect ./Llama-3-8B-lrq-w4a16
+  lrq-offline report ./Llama-3-8B-lrq-w4a16
 """
 
 
@@ -41,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lrq-offline: {error}. Check the disk's free space and the folder's permissions.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("lrq-offline: interrupted, nothing was written.", file=sys.stderr)
+        print("lrq-offline: interrupted. A quantization goes on after its last finished block when run again.", file=sys.stderr)
         return 130
     return 0
 
@@ -56,67 +61,120 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("lrq"))
     parser.add_argument("-v", "--verbose", action="store_true", help="log details")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_quantize(commands)
+
+    quantize = commands.add_parser("quantize", help="quantize a model folder into an LRQ checkpoint")
+    _add_settings(quantize)
+    quantize.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<model>-lrq-<scheme>")
+    quantize.add_argument("--overwrite", action="store_true", help="replace OUT if it is an LRQ checkpoint")
+    quantize.add_argument("--restart", action="store_true", help="throw the work of an unfinished run away")
+    quantize.set_defaults(command=_quantize)
+
+    plan = commands.add_parser("plan", help="what a quantization will need: memory, disk, minutes (reads headers only)")
+    _add_settings(plan)
+    plan.set_defaults(command=_plan)
+
     evaluate = commands.add_parser("evaluate", help="perplexity, KL divergence and top-1 agreement on a text")
     evaluate.add_argument("model_dir", type=Path, help="float model or LRQ checkpoint")
     evaluate.add_argument("--reference", type=Path, metavar="FP_DIR", help="float model to compare with")
-    evaluate.add_argument("--text", type=Path, required=True, metavar="FILE", help='.jsonl with "text", or plain text')
+    evaluate.add_argument("--text", required=True, metavar="FILE", help=".jsonl, plain text, or the name of a dataset")
     evaluate.add_argument("--windows", type=int, help="windows to take, spread over the text (default: all)")
     evaluate.add_argument("--seq-len", type=int, default=512, help="tokens per window (default: %(default)s)")
+    evaluate.add_argument("--kv-bits", type=int, choices=[8], help="fake-quantize keys and values (default: 16 bits)")
+    evaluate.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU if there is one")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=_evaluate)
+
     inspect = commands.add_parser("inspect", help="what is inside an LRQ checkpoint, per layer")
     inspect.add_argument("model_dir", type=Path, metavar="DIR")
     inspect.set_defaults(command=_inspect)
+
+    report = commands.add_parser("report", help="one HTML page about a quantization: errors, learning curves, sizes")
+    report.add_argument("model_dir", type=Path, metavar="DIR")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: DIR/lrq_report.html")
+    report.set_defaults(command=_report)
     return parser
 
 
-def _add_quantize(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    defaults = QuantizeSettings(scheme="w4a16")
-    parser = commands.add_parser("quantize", help="quantize a model folder into an LRQ checkpoint")
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that make a :class:`QuantizeSettings` and a machine."""
+    default = PRESETS["default"]
     parser.add_argument("model_dir", type=Path, help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer)")
-    parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<model>-lrq-<scheme>")
     parser.add_argument("--scheme", required=True, choices=list(SCHEMES), help="bits of weights (w) and activations (a)")
-    parser.add_argument("--method", choices=METHODS, default=defaults.method, help="default: %(default)s")
+    parser.add_argument("--method", choices=METHODS, default="lrq", help="default: %(default)s")
+    parser.add_argument("--preset", choices=list(PRESETS), default="default", help="how long to learn (default: %(default)s)")
     parser.add_argument(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help="a step per N inputs (16-bit activations only; default: per channel)",
+        "--group-size", type=int, metavar="N", help="a step per N inputs (16-bit activations; default: a channel)"
     )
     parser.add_argument("--symmetric", action="store_true", help="symmetric weights (default: asymmetric)")
-    parser.add_argument("--rank", type=int, metavar="K", help="rank of LRQ's scale matrix (default: width / 4)")
-    parser.add_argument("--iters", type=int, default=defaults.iters, help="steps per block (default: %(default)s)")
+    parser.add_argument(
+        "--rank", type=_rank, metavar="K", help=f"rank of LRQ's scale matrix, or {FULL_RANK} (default: width / 4)"
+    )
+    parser.add_argument("--iters", type=int, help=f"most steps per block (default preset: {default.iters})")
     parser.add_argument("--lr", type=float, help="learning rate (default: by method and scheme, docs/quantize.md)")
-    parser.add_argument("--samples", type=int, default=defaults.samples, help="calibration windows (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=defaults.seq_len, help="tokens per window (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=defaults.batch_size, help="windows per step (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
-    parser.add_argument("--calibration", type=Path, metavar="FILE", help="text to calibrate on (default: what ships with lrq)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is an LRQ checkpoint")
-    parser.set_defaults(command=_quantize)
+    parser.add_argument("--samples", type=int, help=f"calibration windows (default preset: {default.samples})")
+    parser.add_argument("--seq-len", type=int, help=f"tokens per window (default preset: {default.seq_len})")
+    parser.add_argument("--batch-size", type=int, help=f"windows per step (default preset: {default.batch_size})")
+    parser.add_argument("--kv-bits", type=int, choices=[8], help="learn with fake-quantized keys and values (default: 16 bits)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--calibration", metavar="TEXT",
+        help='.jsonl with "text" or chat "messages", plain text, or a dataset\'s name (default: what ships with lrq)',
+    )  # fmt: skip
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU if there is one")
+    parser.add_argument(
+        "--max-gpu-gb", type=float, metavar="GB", help="for cached hidden states (default: half of what is free)"
+    )
+
+
+def _rank(text: str) -> int | str:
+    return text if text == FULL_RANK else int(text)
+
+
+def _settings(parsed: argparse.Namespace) -> QuantizeSettings:
+    preset = PRESETS[parsed.preset]
+
+    def chosen(name: str) -> int:
+        given: int | None = getattr(parsed, name)
+        value: int = getattr(preset, name)
+        return value if given is None else given
+
+    return QuantizeSettings(
+        scheme=parsed.scheme, method=parsed.method, group_size=parsed.group_size, symmetric=parsed.symmetric,
+        rank=parsed.rank, iters=chosen("iters"), learning_rate=parsed.lr, samples=chosen("samples"),
+        seq_len=chosen("seq_len"), batch_size=chosen("batch_size"), kv_bits=parsed.kv_bits, seed=parsed.seed,
+        calibration=parsed.calibration,
+    )  # fmt: skip
 
 
 def _quantize(parsed: argparse.Namespace, console: Console) -> None:
-    from lrq_offline.pipeline import BlockReport, quantize_model
+    from lrq_offline.pipeline import BlockReport, Machine, quantize_model
 
-    settings = QuantizeSettings(
-        scheme=parsed.scheme, method=parsed.method, group_size=parsed.group_size, symmetric=parsed.symmetric,
-        rank=parsed.rank, iters=parsed.iters, learning_rate=parsed.lr, samples=parsed.samples, seq_len=parsed.seq_len,
-        batch_size=parsed.batch_size, seed=parsed.seed, calibration=parsed.calibration,
-    )  # fmt: skip
+    settings = _settings(parsed)
     output: Path = parsed.output or Path(f"{parsed.model_dir.resolve().name}-lrq-{parsed.scheme}")
-    started = time.monotonic()
+    spent: list[float] = []
+
+    def shown(error: float | None) -> str:
+        return "not finite" if error is None else f"{error:.3e}"
 
     def show(report: BlockReport) -> None:
-        remaining = (time.monotonic() - started) / report.block * (report.blocks - report.block)
+        if report.resumed:
+            console.print(f"block {report.block}/{report.blocks}  finished before")
+            return
+        spent.append(time.monotonic())
+        remaining = (spent[-1] - started) / len(spent) * (report.blocks - report.block)
         console.print(
-            f"block {report.block}/{report.blocks}  relative error {report.error_before:.3e} -> {report.error_after:.3e}  "
+            f"block {report.block}/{report.blocks}  relative error "
+            f"{shown(report.error_before)} -> {shown(report.error_after)}  "
             f"{report.seconds:.1f} s  ETA {remaining:.0f} s"
         )
 
+    started = time.monotonic()
     with console.status(f"{settings.method} {settings.scheme}: learning block by block"):
-        report = quantize_model(parsed.model_dir, output, settings, overwrite=parsed.overwrite, on_block=show)
+        report = quantize_model(
+            parsed.model_dir, output, settings, machine=Machine(parsed.device, parsed.max_gpu_gb),
+            overwrite=parsed.overwrite, restart=parsed.restart,
+            on_warning=lambda warning: console.print(f"warning: {warning}"), on_block=show,
+        )  # fmt: skip
     linears = report["quantized_linears"]
     console.print(
         f"{output}: {linears['modules']} linear layers, {linears['float_bytes']:,} -> {linears['bytes']:,} bytes "
@@ -124,20 +182,46 @@ def _quantize(parsed: argparse.Namespace, console: Console) -> None:
     )
 
 
+def _plan(parsed: argparse.Namespace, console: Console) -> None:
+    from lrq_offline.pipeline import Machine
+    from lrq_offline.resource_plan import plan_run
+
+    plan = plan_run(parsed.model_dir, _settings(parsed), Machine(parsed.device, parsed.max_gpu_gb))
+
+    def gigabytes(size: int) -> str:
+        return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+    rows = [
+        ("to quantize", f"{plan.quantized_modules} linear layers in {plan.blocks} blocks"),
+        ("left as is", ", ".join(plan.skipped_modules) or "no linear layer"),
+        ("peak GPU memory", "none: it runs on the CPU" if plan.gpu_bytes is None else f"about {gigabytes(plan.gpu_bytes)}"),
+        ("peak host memory", f"about {gigabytes(plan.host_bytes)}"),
+        ("disk", gigabytes(plan.disk_bytes)),
+        ("hidden states in", plan.hidden_states_in),
+        ("result", gigabytes(plan.output_bytes)),
+        ("time", f"about {plan.minutes:.1f} minutes on this machine"),
+    ]
+    for name, value in rows:
+        console.print(f"{name:<18}{value}")
+
+
 def _evaluate(parsed: argparse.Namespace, console: Console) -> None:
     from lrq_offline.evaluate import evaluate_folder
 
     with console.status("evaluating"):
         quality = evaluate_folder(
-            parsed.model_dir, parsed.text, reference=parsed.reference, windows=parsed.windows, seq_len=parsed.seq_len
-        )
+            parsed.model_dir, parsed.text, reference=parsed.reference, windows=parsed.windows, seq_len=parsed.seq_len,
+            kv_bits=parsed.kv_bits, device=parsed.device,
+        )  # fmt: skip
     if parsed.json:
         console.print(json.dumps(asdict(quality)))
         return
     console.print(f"tokens      {quality.tokens}\nperplexity  {quality.perplexity:.4f}")
     if quality.kl is not None and quality.top1 is not None:
         console.print(
-            f"reference   {quality.reference_perplexity:.4f}\nKL          {quality.kl:.5f} nats\ntop-1       {quality.top1:.2%}"
+            f"reference   {quality.reference_perplexity:.4f}\n"
+            f"KL          {quality.kl:.5f} nats (95% interval {quality.kl_low:.5f} to {quality.kl_high:.5f})\n"
+            f"top-1       {quality.top1:.2%}"
         )
 
 
@@ -157,3 +241,9 @@ def _inspect(parsed: argparse.Namespace, console: Console) -> None:
         )  # fmt: skip
     # Also into a pipe or a narrow terminal each layer is one whole line.
     Console(highlight=False, width=max(console.width, 140)).print(table)
+
+
+def _report(parsed: argparse.Namespace, console: Console) -> None:
+    from lrq_offline.report_html import write_report
+
+    console.print(str(write_report(parsed.model_dir, parsed.output)))

@@ -1,41 +1,50 @@
 """The settings of one quantization run, checked when built: an invalid run cannot be constructed."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from lrq_vllm.checkpoint.schema import GROUP_UNIT, SCHEMES, Scheme, WeightFormat
 from lrq_vllm.errors import SettingsError, one_paragraph
 
-__all__ = ["METHODS", "QuantizeSettings", "default_learning_rate"]
+__all__ = ["DEVICES", "FULL_RANK", "METHODS", "PRESETS", "Preset", "QuantizeSettings"]
 
-METHODS = ("lrq", "flexround", "rtn")
+DEVICES = ("auto", "cpu", "cuda")
+METHODS = ("lrq", "flexround", "gptq", "smoothquant-rtn", "rtn")
+
+FULL_RANK = "full"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How long to learn, and on how much text."""
+
+    iters: int
+    samples: int
+    seq_len: int
+    batch_size: int = 2
+
+
+PRESETS = {
+    "fast": Preset(iters=200, samples=64, seq_len=512),
+    "default": Preset(iters=500, samples=64, seq_len=512),
+    # LRQ, section 3 and appendix; needs a text of half a million tokens.
+    "paper": Preset(iters=5000, samples=512, seq_len=1024),
+}
 
 # Adam's learning rates. LRQ: those of the paper's authors for 4096-wide models (their scripts; 8-bit weights: as w4a8),
 # scaled by sqrt(4096 / width) because k terms of L U with U ~ 1/sqrt(width) move an element by about k / sqrt(width)
-# times the rate, and k is width / 4. FlexRound: theirs for W4A16, at every width.
-_LRQ_RATE_AT_4096 = {"w8a8": 5e-4, "w4a8": 5e-4, "w4a16": 9e-4, "w3a16": 6e-4}
+# times the rate, and k is width / 4. FlexRound (and LRQ at full rank): theirs for W4A16, at every width.
+_LRQ_RATE_AT_4096 = {"w8a8": 5e-4, "w4a8": 5e-4, "w4a16": 9e-4, "w3a16": 6e-4, "w2a16": 6e-4}
 _FLEXROUND_RATE = 3e-3
-
-
-def default_learning_rate(method: str, scheme: str, width: int) -> float:
-    """The rate for a model ``width`` wide; 0 for a method that learns nothing."""
-    match method:
-        case "lrq":
-            return _LRQ_RATE_AT_4096[scheme] * (4096 / width) ** 0.5
-        case "flexround":
-            return _FLEXROUND_RATE
-        case _:
-            return 0.0
 
 
 @dataclass(frozen=True)
 class QuantizeSettings:
     """Everything that decides the result of ``lrq-offline quantize``, apart from the model and the text.
 
-    rank: of LRQ's matrix; None means a quarter of the model's width (LRQ, section 3).
+    rank: of LRQ's matrix; None means a quarter of the model's width (LRQ, section 3), ``"full"`` a matrix of full rank.
     samples, seq_len: calibration windows and tokens per window. batch_size: windows per step.
-    iters: Adam steps per block; ignored by rtn. learning_rate: None means
-    :func:`default_learning_rate`.
+    iters: most Adam steps per block; ignored by methods that learn nothing. learning_rate: None means the default rate.
+    kv_bits: 8 fake-quantizes keys and values per token and head while learning; None leaves them in 16 bits.
     Raises SettingsError with every problem found.
     """
 
@@ -43,14 +52,15 @@ class QuantizeSettings:
     method: str = "lrq"
     group_size: int | None = None
     symmetric: bool = False
-    rank: int | None = None
-    iters: int = 200
+    rank: int | str | None = None
+    iters: int = PRESETS["default"].iters
     learning_rate: float | None = None
-    samples: int = 64
-    seq_len: int = 512
-    batch_size: int = 2
+    samples: int = PRESETS["default"].samples
+    seq_len: int = PRESETS["default"].seq_len
+    batch_size: int = PRESETS["default"].batch_size
+    kv_bits: int | None = None
     seed: int = 0
-    calibration: Path | None = None
+    calibration: str | None = None
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -64,13 +74,17 @@ class QuantizeSettings:
                 ("samples", self.samples, 1),
                 ("seq-len", self.seq_len, 2),
                 ("batch-size", self.batch_size, 1),
-                ("rank", 1 if self.rank is None else self.rank, 1),
+                ("rank", self.rank if isinstance(self.rank, int) else 1, 1),
                 ("seed", self.seed, 0),
             )
             if value < least
         ]
+        if isinstance(self.rank, str) and self.rank != FULL_RANK:
+            problems.append(f"rank is {self.rank!r}, but must be a number or {FULL_RANK}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             problems.append(f"lr is {self.learning_rate}, but must lie between 0 and 1")
+        if self.kv_bits not in (None, 8):
+            problems.append(f"kv-bits is {self.kv_bits}, but keys and values have 8 bits or stay as they are")
         problems += self._group_problems()
         if problems:
             raise SettingsError("The settings do not fit: " + one_paragraph(problems, "Change these options."))
@@ -94,3 +108,28 @@ class QuantizeSettings:
     def weight_format(self) -> WeightFormat:
         """How the weights will be stored."""
         return WeightFormat(self.bits.weight_bits, self.symmetric, self.group_size)
+
+    @property
+    def smooths(self) -> bool:
+        """Whether SmoothQuant comes first: where activations are static, unless the method is plain rounding."""
+        static = self.bits.activation is not None and self.bits.activation.static
+        return self.method == "smoothquant-rtn" or (static and self.method != "rtn")
+
+    @property
+    def learns(self) -> bool:
+        """Whether the method learns by gradient descent."""
+        return self.method in ("lrq", "flexround")
+
+    def matrix_rank(self, width: int) -> int | None:
+        """The rank of S2's matrix for a model ``width`` wide; None means a full matrix."""
+        if self.method == "flexround" or self.rank == FULL_RANK:
+            return None
+        return max(width // 4, 1) if self.rank is None else int(self.rank)
+
+    def rate(self, width: int) -> float:
+        """Adam's first learning rate for a model ``width`` wide; 0 for a method that learns nothing."""
+        if not self.learns:
+            return 0.0
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return _FLEXROUND_RATE if self.matrix_rank(width) is None else _LRQ_RATE_AT_4096[self.scheme] * (4096 / width) ** 0.5

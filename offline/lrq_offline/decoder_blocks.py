@@ -23,6 +23,7 @@ class Family:
     activation_functions: how the names of the MLP's activation functions end.
     linear_groups: per block, the linear layers to quantize; those of one group read the same input, and a server
     fuses them into one layer, so they share one activation step.
+    producers: for each linear group, the norm or linear layer whose output, channel by channel, scales the group's input.
     """
 
     blocks: str
@@ -32,6 +33,7 @@ class Family:
     norms: tuple[tuple[str, str], ...]
     activation_functions: str
     linear_groups: tuple[tuple[str, ...], ...]
+    producers: tuple[str, ...]
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -53,6 +55,7 @@ FAMILIES = {
             ("mlp.gate_proj", "mlp.up_proj"),
             ("mlp.down_proj",),
         ),
+        producers=("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"),
     )
 }
 
@@ -77,9 +80,9 @@ def restore_rotary(model: nn.Module, family: Family, config: PreTrainedConfig) -
 
 
 def load_block(
-    model: nn.Module, name: str, read: Callable[[str], Tensor], dtype: torch.dtype, device: torch.device
+    model: nn.Module, name: str, read: Callable[[str], Tensor], dtype: torch.dtype | None, device: torch.device
 ) -> nn.Module:
-    """A copy of the module ``name`` of an empty model with its tensors read, in ``dtype`` on ``device``."""
+    """A copy of the module ``name`` of an empty model with its tensors read, in ``dtype`` (None: as stored) on ``device``."""
     block = copy.deepcopy(model.get_submodule(name))
     state = {key: read(f"{name}.{key}").to(device=device, dtype=dtype) for key in block.state_dict()}
     block.load_state_dict(state, strict=True, assign=True)

@@ -7,56 +7,87 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.calibration import read_texts, token_windows
+from lrq_offline.calibration import token_windows
+from lrq_offline.calibration_text import read_texts
+from lrq_offline.compute import choose_device
+from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.reference_model import load_model
 from lrq_offline.source_model import load_tokenizer
 
 __all__ = ["Quality", "compare", "evaluate_folder"]
+
+_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Quality:
     """Means over the predicted tokens of held-out windows.
 
-    kl: KL(float || quantized) in nats. top1: share of tokens whose most likely successor is the same. Both None
-    without a float model to compare with.
+    kl: KL(float || quantized) in nats; kl_low, kl_high: its 95% interval, by bootstrap over windows. top1: share of tokens
+    whose most likely successor is the same. All None without a float model to compare with.
     """
 
     tokens: int
     perplexity: float
     kl: float | None = None
+    kl_low: float | None = None
+    kl_high: float | None = None
     top1: float | None = None
     reference_perplexity: float | None = None
 
 
 def evaluate_folder(
-    folder: Path, text: Path, *, reference: Path | None = None, windows: int | None = None, seq_len: int = 512
+    folder: Path,
+    text: Path | str,
+    *,
+    reference: Path | None = None,
+    windows: int | None = None,
+    seq_len: int = 512,
+    kv_bits: int | None = None,
+    device: str = "auto",
 ) -> Quality:
     """Evaluate a float folder or an LRQ checkpoint on a text, by the reference path.
 
-    windows None takes as many whole windows as the text has; they are spread evenly over it. Raises LrqError's children.
+    windows None takes as many whole windows as the text has; they are spread evenly over it. kv_bits 8 fake-quantizes the
+    model's keys and values (not the reference's). Raises LrqError's children.
     """
-    tokens = token_windows(load_tokenizer(folder), read_texts(text), windows, seq_len)
-    return compare(load_model(folder), None if reference is None else load_model(reference), tokens)
+    tokenizer = load_tokenizer(folder)
+    tokens = token_windows(tokenizer, read_texts(text, tokenizer), windows, seq_len)
+    place = choose_device(device)
+    model = load_model(folder).to(place)
+    if kv_bits is not None:
+        quantize_kv_cache(model, kv_bits)
+    return compare(model, None if reference is None else load_model(reference).to(place), tokens.to(place))
 
 
 @torch.inference_mode()
 def compare(model: nn.Module, reference: nn.Module | None, windows: Tensor) -> Quality:
     """Quality of ``model`` on token windows [samples, seq_len]; every token after a window's first is predicted."""
-    loss = divergence = agreement = reference_loss = 0.0
-    count = windows[:, 1:].numel()
+    losses, divergences, agreements, reference_losses = [], [], [], []
     for window in windows:
         log_p, successors = _log_probabilities(model, window), window[1:, None]
-        loss -= log_p.gather(1, successors).sum().item()
+        losses.append(-log_p.gather(1, successors).mean())
         if reference is not None:
             log_r = _log_probabilities(reference, window)
-            reference_loss -= log_r.gather(1, successors).sum().item()
-            divergence += (log_r.exp() * (log_r - log_p)).sum().item()
-            agreement += (log_r.argmax(1) == log_p.argmax(1)).sum().item()
-    perplexity = math.exp(loss / count)
+            reference_losses.append(-log_r.gather(1, successors).mean())
+            divergences.append((log_r.exp() * (log_r - log_p)).sum(dim=1).mean())
+            agreements.append((log_r.argmax(1) == log_p.argmax(1)).double().mean())
+    count = windows[:, 1:].numel()
+    perplexity = math.exp(torch.stack(losses).mean().item())
     if reference is None:
         return Quality(count, perplexity)
-    return Quality(count, perplexity, divergence / count, agreement / count, math.exp(reference_loss / count))
+    kl = torch.stack(divergences).cpu()
+    low, high = _interval(kl)
+    top1 = torch.stack(agreements).mean().item()
+    reference_perplexity = math.exp(torch.stack(reference_losses).mean().item())
+    return Quality(count, perplexity, kl.mean().item(), low, high, top1, reference_perplexity)
+
+
+def _interval(values: Tensor) -> tuple[float, float]:
+    """The 95% bootstrap interval of the mean of ``values``."""
+    chosen = torch.randint(len(values), (_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
+    low, high = values[chosen].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
 
 
 def _log_probabilities(model: nn.Module, window: Tensor) -> Tensor:

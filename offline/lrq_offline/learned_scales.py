@@ -1,4 +1,4 @@
-"""FlexRound and LRQ: weights whose rounding is learned through a scale for every element.
+"""What is learned about a weight: the scale at which each of its elements is rounded.
 
     W_hat = s1 * (clamp(round(W / (s1 * exp(S2))) + z, 0, 2^b - 1) - z)
 
@@ -12,91 +12,115 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.affine import straight_through_round
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint
+from lrq_offline.fake_quant_weight import LogScale, fake_quant_weight, integers
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize
 
-__all__ = ["FlexRoundScale", "FrozenRounding", "LearnedRounding", "LrqScale", "QuantizedWeight"]
-
-QuantizedWeight = tuple[Tensor, StepAndZeroPoint]
+__all__ = ["FixedRounding", "FlexRoundScale", "LearnedRounding", "LrqScale", "Rounding"]
 
 
-class LearnedRounding(nn.Module):
-    """One weight W [out, in] under quantization; calling it gives W_hat [out, in] with gradients.
+class Rounding(nn.Module):
+    """One weight W [out, in] under quantization; calling it gives W_hat [out, in] in the dtype of the block's products."""
 
-    initial: steps and zero-points [out, groups]. The step s1 is learned as its logarithm, the zero-point stays.
+    zero_point: Tensor
+
+    def quantized(self) -> tuple[Tensor, StepAndZeroPoint]:
+        """Integers uint8 [out, in] on the unsigned grid, with steps and zero-points float32 [out, groups]."""
+        raise NotImplementedError
+
+
+class FixedRounding(Rounding):
+    """Integers that are decided: by round-to-nearest, by GPTQ, or by learning that has ended. W_hat is computed once."""
+
+    def __init__(self, q: Tensor, quantizer: StepAndZeroPoint, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("q", q)
+        self.register_buffer("step", quantizer.step)
+        self.register_buffer("zero_point", quantizer.zero_point)
+        grouped = q.unflatten(1, (quantizer.step.shape[1], -1))
+        self._weight = dequantize(grouped, *(t.unsqueeze(2) for t in quantizer)).flatten(1).to(dtype)
+
+    def forward(self) -> Tensor:
+        """W_hat [out, in]."""
+        return self._weight
+
+    def quantized(self) -> tuple[Tensor, StepAndZeroPoint]:
+        """The integers as they were given."""
+        return self.get_buffer("q"), StepAndZeroPoint(self.get_buffer("step"), self.zero_point)
+
+
+class LearnedRounding(Rounding):
+    """A weight whose step s1 (as its logarithm) and log-scale S2 are learned; the zero-point stays.
+
+    weight: W [out, in], kept in its dtype. initial: steps and zero-points [out, groups]. dtype: of W_hat and of the
+    matrix product in S2; everything else is float32, also under autocast.
     """
 
     weight: Tensor
-    zero_point: Tensor
 
-    def __init__(self, weight: Tensor, initial: StepAndZeroPoint, bits: int) -> None:
+    def __init__(self, weight: Tensor, initial: StepAndZeroPoint, bits: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.bits = bits
-        self.register_buffer("weight", weight.float())
-        self.register_buffer("zero_point", initial.zero_point.float().unsqueeze(2))
-        self.log_step = nn.Parameter(initial.step.float().log().unsqueeze(2))
+        self.dtype = dtype
+        self.register_buffer("weight", weight)
+        self.register_buffer("zero_point", initial.zero_point.float())
+        self.log_step = nn.Parameter(initial.step.float().log())
 
-    def log_scale(self) -> Tensor | None:
-        """S2 [out, in], or None for no scale at all. Methods override this."""
-        return None
-
-    def _step_and_integers(self) -> tuple[Tensor, Tensor]:
-        step = self.log_step.exp()  # [out, groups, 1]
-        groups = step.shape[1]
-        log_scale = self.log_scale()
-        weight = self.weight if log_scale is None else self.weight * torch.exp(-log_scale)
-        q = straight_through_round(weight.unflatten(1, (groups, -1)) / step) + self.zero_point
-        return step, q.clamp(0, 2**self.bits - 1)
+    def log_scale(self) -> LogScale:
+        """S2 in its parts. Methods define this."""
+        raise NotImplementedError
 
     def forward(self) -> Tensor:
-        """W_hat [out, in], float32, also under autocast: rounding decisions must not depend on it."""
+        """W_hat [out, in], with gradients."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            step, q = self._step_and_integers()
-            return (step * (q - self.zero_point)).flatten(1)
+            return fake_quant_weight(self.weight, self.log_step.exp(), self.zero_point, self.log_scale(), self.bits, self.dtype)
 
     @torch.no_grad()
-    def quantized(self) -> QuantizedWeight:
-        """Integers uint8 [out, in] on the unsigned grid, with steps and zero-points [out, groups]."""
+    def quantized(self) -> tuple[Tensor, StepAndZeroPoint]:
+        """The integers that :meth:`forward` computes with."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            step, q = self._step_and_integers()
-        return q.flatten(1).to(torch.uint8), StepAndZeroPoint(step.squeeze(2), self.zero_point.squeeze(2))
+            step = self.log_step.exp()
+            q = integers(self.weight, step, self.zero_point, self.log_scale(), self.bits)
+        return q, StepAndZeroPoint(step, self.zero_point)
 
-
-class FrozenRounding(LearnedRounding):
-    """Round-to-nearest: nothing is learned."""
-
-    def __init__(self, weight: Tensor, initial: StepAndZeroPoint, bits: int) -> None:
-        super().__init__(weight, initial, bits)
-        self.log_step.requires_grad_(False)
+    def _zeros(self, rows: int, columns: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros((rows, columns), dtype=torch.float32, device=self.weight.device))
 
 
 class FlexRoundScale(LearnedRounding):
     """S2 [out, in] and r [out, 1], both zero at the start."""
 
-    def __init__(self, weight: Tensor, initial: StepAndZeroPoint, bits: int) -> None:
-        super().__init__(weight, initial, bits)
-        self.matrix = nn.Parameter(torch.zeros_like(self.weight))
-        self.row = nn.Parameter(torch.zeros_like(self.weight[:, :1]))
+    def __init__(self, weight: Tensor, initial: StepAndZeroPoint, bits: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(weight, initial, bits, dtype)
+        self.matrix = self._zeros(*weight.shape)
+        self.row = self._zeros(weight.shape[0], 1)
 
-    def log_scale(self) -> Tensor:
+    def log_scale(self) -> LogScale:
         """S2 + r."""
-        return self.matrix + self.row
+        return LogScale(self.matrix, self.row)
 
 
 class LrqScale(LearnedRounding):
     """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5). rank is capped by W's sides."""
 
-    def __init__(self, weight: Tensor, initial: StepAndZeroPoint, bits: int, rank: int, generator: torch.Generator) -> None:
-        super().__init__(weight, initial, bits)
+    def __init__(
+        self,
+        weight: Tensor,
+        initial: StepAndZeroPoint,
+        bits: int,
+        rank: int,
+        generator: torch.Generator,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight, initial, bits, dtype)
         out_features, in_features = weight.shape
         rank = min(rank, out_features, in_features)
-        self.left = nn.Parameter(torch.zeros(out_features, rank, device=weight.device))
+        self.left = self._zeros(out_features, rank)
         right = torch.empty(rank, in_features)
         nn.init.kaiming_uniform_(right, a=math.sqrt(5), generator=generator)
         self.right = nn.Parameter(right.to(weight.device))
-        self.row = nn.Parameter(torch.zeros_like(self.weight[:, :1]))
-        self.column = nn.Parameter(torch.zeros_like(self.weight[:1]))
+        self.row = self._zeros(out_features, 1)
+        self.column = self._zeros(1, in_features)
 
-    def log_scale(self) -> Tensor:
+    def log_scale(self) -> LogScale:
         """L U + r + c."""
-        return self.left @ self.right + self.row + self.column
+        return LogScale(self.left.to(self.dtype) @ self.right.to(self.dtype), self.row, self.column)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lrq_offline.progress import has_progress
 from lrq_vllm.checkpoint.store import is_weight_file, read_manifest
-from lrq_vllm.errors import LrqError, SettingsError
+from lrq_vllm.errors import LrqError, ModelFolderError, SettingsError
 
 __all__ = ["carry_over", "check_output", "new_folder"]
 
@@ -34,20 +35,23 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A working folder beside ``output`` that takes its place when the block ends well and is removed when it does not.
+def new_folder(output: Path, *, restart: bool = False) -> Iterator[Path]:
+    """A working folder beside ``output`` that takes its place when the block ends well.
 
-    Raises SettingsError if the folder cannot be made.
+    When it does not, a working folder with finished blocks stays, and is yielded again the next time unless ``restart``;
+    one without is removed, and so is that of a model that turned out to be damaged. Raises SettingsError if the folder
+    cannot be made.
     """
     output = output.resolve()
     partial, replaced = (output.with_name(f".{output.name}.{suffix}") for suffix in ("partial", "replaced"))
-    # What a killed run left behind: the folder it was about to replace, or its unfinished work.
+    # What a killed run left behind while it replaced a folder.
     if replaced.exists() and not output.exists():
         replaced.rename(output)
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if restart or not has_progress(partial):
+        shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"{output} cannot be written ({error}). Choose another folder with -o.") from error
     try:
@@ -55,8 +59,13 @@ def new_folder(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rename(replaced)
         partial.rename(output)
-    finally:
+    except ModelFolderError:
+        # The model is damaged. Another one has another fingerprint, so nobody could go on from here.
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        if not has_progress(partial):
+            shutil.rmtree(partial, ignore_errors=True)
         if not output.exists() and replaced.exists():
             replaced.rename(output)
         shutil.rmtree(replaced, ignore_errors=True)

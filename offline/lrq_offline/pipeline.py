@@ -1,58 +1,67 @@
 """Quantize a model folder: open, calibrate, learn block by block, write. Reads top to bottom.
 
-In memory at any time: one decoder block, its quantized copy, and the cached block inputs of both models.
+In memory at any time: one decoder block and its learning state, and the cached hidden states of both models.
 """
 
 import json
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lrq_offline.activation_ranges import calibrate_static_ranges
-from lrq_offline.block_learning import LearningResult, learn_block, run_block
-from lrq_offline.calibration import BlockInputs, capture_block_inputs, read_texts, shipped_calibration, token_windows
-from lrq_offline.config import QuantizeSettings, default_learning_rate
+from lrq_offline.block_learning import run_block
+from lrq_offline.block_quantizer import BlockQuantizer, QuantizedBlock
+from lrq_offline.calibration import BlockInputs, capture_block_inputs, token_windows
+from lrq_offline.calibration_lint import lint_texts
+from lrq_offline.calibration_text import read_texts, shipped_calibration
+from lrq_offline.compute import choose_device, device_name, product_dtype
+from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import blocks_of, empty_model, load_block, restore_rotary
-from lrq_offline.learned_scales import FlexRoundScale, FrozenRounding, LearnedRounding, LrqScale
+from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
+from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.output_folder import carry_over, check_output, new_folder
-from lrq_offline.quantized_block import (
-    ActivationQuantizer,
-    FakeQuantizedLinear,
-    dynamic_activations,
-    fix_weights,
-    quantized_copy,
-    static_activations,
-)
+from lrq_offline.progress import Progress, fingerprint
+from lrq_offline.report_data import REPORT_NAME
 from lrq_offline.source_model import SourceModel, load_tokenizer
-from lrq_offline.step_search import search_steps
-from lrq_vllm.checkpoint.packing import pack
+from lrq_offline.stored_block import block_tensors, restore_block
 from lrq_vllm.checkpoint.schema import Manifest, undivided_layers
 from lrq_vllm.checkpoint.store import ShardWriter
 from lrq_vllm.errors import SettingsError, one_paragraph
 
-__all__ = ["REPORT_NAME", "BlockReport", "quantize_model"]
+__all__ = ["BlockReport", "Machine", "gpu_budget", "manifest_of", "quantize_model"]
 
 logger = logging.getLogger(__name__)
 
-REPORT_NAME = "lrq_report.json"
+# Windows per pass where nothing is learned.
+_WINDOWS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes: device ``auto``, ``cpu`` or ``cuda``; the GPU memory that cached hidden states may take."""
+
+    device: str = "auto"
+    max_gpu_gb: float | None = None
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What is told of one finished block; errors are relative squared errors of the block's output."""
+    """What is told of one finished block; errors are relative squared errors of its output, None if they are not finite."""
 
     block: int
     blocks: int
-    error_before: float
-    error_after: float
+    error_before: float | None
+    error_after: float | None
     seconds: float
+    resumed: bool = False
 
 
 def quantize_model(
@@ -60,32 +69,50 @@ def quantize_model(
     output: Path,
     settings: QuantizeSettings,
     *,
+    machine: Machine | None = None,
     overwrite: bool = False,
+    restart: bool = False,
+    on_warning: Callable[[str], None] = lambda warning: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Quantize ``model_dir`` into ``output`` and return what was written to lrq_report.json.
 
-    ``output`` appears whole at the end or not at all. Raises a child of LrqError for anything the user can put right.
+    ``output`` appears whole at the end or not at all. A run that was stopped goes on after its last finished block, unless
+    ``restart``. Raises a child of LrqError for anything the user can put right.
     """
     started = time.monotonic()
     check_output(output, model_dir, overwrite=overwrite)
     source = SourceModel.open(model_dir)
-    manifest = plan(source, settings)
-    calibration = settings.calibration or shipped_calibration()
-    windows = token_windows(load_tokenizer(model_dir), read_texts(calibration), settings.samples, settings.seq_len)
-    with new_folder(output) as folder:
-        writer = ShardWriter(folder)
-        reports = _quantize_blocks(source, manifest, settings, windows, writer, on_block)
-        writer.finish()
-        report = _report(source, manifest, settings, calibration, reports, writer.total_bytes, time.monotonic() - started)
+    manifest = manifest_of(source, settings)
+    machine = machine or Machine()
+    device = choose_device(machine.device)
+    tokenizer = load_tokenizer(model_dir)
+    texts = read_texts(settings.calibration or shipped_calibration(), tokenizer)
+    windows = token_windows(tokenizer, texts, settings.samples, settings.seq_len)
+    warnings = lint_texts(texts, tokenizer, samples=settings.samples, seq_len=settings.seq_len)
+    for warning in warnings:
+        on_warning(warning)
+    with new_folder(output, restart=restart) as folder:
+        run = fingerprint(source.tensors, source.raw_config, windows, settings, device_name(device))
+        progress = Progress(folder, run)
+        writer = ShardWriter(folder, len(blocks_of(empty_model(source.config), source.family)) + 1)
+        _BlockwiseRun(source, manifest, settings, writer, device, progress, on_block).run(
+            windows, HiddenStatesStore(device, gpu_budget(machine, device), folder)
+        )
+        total_bytes = writer.finish()
+        report = _report(source, manifest, settings, progress.finished, warnings, total_bytes, time.monotonic() - started)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
         carry_over(model_dir, folder)
         config = {**source.raw_config, "quantization_config": manifest.to_dict()}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        written = folder / "config.partial"
+        written.write_text(json.dumps(config, indent=2) + "\n")
+        # Only a rename away from being a model: nothing that can fail comes after the notes of the finished blocks are gone.
+        progress.clear()
+        written.rename(folder / "config.json")
     return report
 
 
-def plan(source: SourceModel, settings: QuantizeSettings) -> Manifest:
+def manifest_of(source: SourceModel, settings: QuantizeSettings) -> Manifest:
     """The manifest of the result. Raises SettingsError before any work if the group size does not divide a layer's inputs."""
     family, model = source.family, empty_model(source.config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -98,175 +125,153 @@ def plan(source: SourceModel, settings: QuantizeSettings) -> Manifest:
     return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"))
 
 
-def _quantize_blocks(
-    source: SourceModel,
-    manifest: Manifest,
-    settings: QuantizeSettings,
-    windows: Tensor,
-    writer: ShardWriter,
-    on_block: Callable[[BlockReport], None],
-) -> list[BlockReport]:
-    generator = torch.Generator().manual_seed(settings.seed)
-    device = torch.device("cpu")
-    family, model = source.family, empty_model(source.config)
-    names = [f"{family.blocks}.{index}" for index in range(len(blocks_of(model, family)))]
-    outside = [name for name in source.tensors if not name.startswith(f"{family.blocks}.")]
-    writer.write_shard({name: source.read(name) for name in outside})
-    inputs = _first_block_inputs(source, model, windows, device)
-    float_hidden = quantized_hidden = inputs.hidden
-    reports = []
-    for index, name in enumerate(names):
-        block = load_block(model, name, source.read, torch.float32, device)
-        target = run_block(block, float_hidden, inputs.arguments, settings.batch_size)
-        activations = _Activations.of(block, quantized_hidden, inputs, source, settings, generator)
-        quantized = quantized_copy(block, _roundings(block, source, settings, generator), activations.quantizers)
-        result = learn_block(
-            quantized, quantized_hidden, target, inputs.arguments, settings, _rate(source, settings), generator
+def gpu_budget(machine: Machine, device: torch.device) -> int:
+    """Bytes for cached hidden states: what was asked for, else half of what the GPU has free."""
+    if machine.max_gpu_gb is not None:
+        return int(machine.max_gpu_gb * 1e9)
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
+
+
+@dataclass
+class _BlockwiseRun:
+    """The passage through the model's blocks: those that are finished are restored, the others quantized."""
+
+    source: SourceModel
+    manifest: Manifest
+    settings: QuantizeSettings
+    writer: ShardWriter
+    device: torch.device
+    progress: Progress
+    on_block: Callable[[BlockReport], None]
+
+    def run(self, windows: Tensor, store: HiddenStatesStore) -> None:
+        """Write every shard: what stands outside the blocks first, then block after block."""
+        family, model = self.source.family, empty_model(self.source.config)
+        names = [f"{family.blocks}.{index}" for index in range(len(blocks_of(model, family)))]
+        if not self.progress.finished:
+            outside = [name for name in self.source.tensors if not name.startswith(f"{family.blocks}.")]
+            self.writer.write_shard(1, {name: self.source.read(name) for name in outside})
+        inputs = self._first_block_inputs(model, windows)
+        caches = [store.like(tuple(inputs.hidden.shape), inputs.hidden.dtype) for _ in range(2)]
+        for cache in caches:
+            cache.put(slice(None), inputs.hidden)
+        arguments = {key: _moved(value, self.device) for key, value in inputs.arguments.items()}
+        for index, name in enumerate(names):
+            self._block(model, name, index, len(names), caches[0], caches[1], arguments)
+
+    def _block(
+        self,
+        model: nn.Module,
+        name: str,
+        index: int,
+        count: int,
+        float_hidden: HiddenStates,
+        quantized_hidden: HiddenStates,
+        arguments: dict[str, Any],
+    ) -> None:
+        """One block: both caches hold its inputs before and its outputs after."""
+        started = time.monotonic()
+        dtype = product_dtype(self.device)
+        # 16-bit weights stay as they are where products are 16-bit, unless smoothing is going to change them.
+        as_stored = dtype == torch.bfloat16 and not self.settings.smooths
+        block = load_block(model, name, self.source.read, None if as_stored else torch.float32, self.device)
+        run_block(block, float_hidden, float_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
+        if self.settings.kv_bits is not None:
+            quantize_kv_cache(block, self.settings.kv_bits)
+        resumed = index < len(self.progress.finished)
+        if resumed:
+            restore_block(block, name, self.manifest, load_file(self.writer.path(index + 2)), dtype)
+        else:
+            quantizer = BlockQuantizer(self.settings, self.source.family, self.source.config, dtype)
+            # Of the block alone, so that a run that goes on draws what an uninterrupted one would.
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index)
+            result = quantizer.quantize(block, quantized_hidden, float_hidden, arguments, generator)
+            self.writer.write_shard(index + 2, self._tensors(name, block, result))
+            self.progress.record(_block_report(index, count, result, time.monotonic() - started))
+        run_block(block, quantized_hidden, quantized_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
+        done = self.progress.finished[index]
+        self.on_block(BlockReport(index + 1, count, done["error_before"], done["error_after"], done["seconds"], resumed))
+
+    def _first_block_inputs(self, model: nn.Module, windows: Tensor) -> BlockInputs:
+        family, config = self.source.family, self.source.config
+        model.set_submodule(
+            family.embedding, load_block(model, family.embedding, self.source.read, torch.float32, torch.device("cpu"))
         )
-        linears = {linear: quantized.get_submodule(linear) for linear in family.linears}
-        writer.write_shard(_block_tensors(name, source, manifest, linears, activations.stored))
-        fix_weights(quantized)
-        quantized_hidden = run_block(quantized, quantized_hidden, inputs.arguments, settings.batch_size)
-        float_hidden = target
-        reports.append(_block_report(index, len(names), result))
-        on_block(reports[-1])
-    return reports
+        restore_rotary(model, family, config)
+        # Hidden states are kept in the model's own precision, which is what a server hands from block to block.
+        return capture_block_inputs(model, family, windows, config.dtype or torch.bfloat16)
+
+    def _tensors(self, name: str, block: nn.Module, result: QuantizedBlock) -> dict[str, Tensor]:
+        """The block's shard; tensors of the source that the model does not use go along as they are."""
+        stored = block_tensors(block, name, self.manifest, result.ranges, lambda key: self.source.tensors.spec(key).dtype)
+        replaced = {f"{module}.weight" for module in self.manifest.quantized}
+        others = [key for key in self.source.tensors if key.startswith(f"{name}.") and key not in {*stored, *replaced}]
+        return stored | {key: self.source.read(key) for key in others}
 
 
-def _first_block_inputs(source: SourceModel, model: nn.Module, windows: Tensor, device: torch.device) -> BlockInputs:
-    embedding = load_block(model, source.family.embedding, source.read, torch.float32, device)
-    model.set_submodule(source.family.embedding, embedding)
-    restore_rotary(model, source.family, source.config)
-    inputs = capture_block_inputs(model, source.family, windows)
-    # Hidden states are kept in the model's own precision, which is what a server hands from block to block.
-    return BlockInputs(inputs.hidden.to(source.config.dtype or torch.bfloat16), inputs.arguments)
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _rate(source: SourceModel, settings: QuantizeSettings) -> float:
-    return settings.learning_rate or default_learning_rate(settings.method, settings.scheme, source.config.hidden_size)
-
-
-def _roundings(
-    block: nn.Module, source: SourceModel, settings: QuantizeSettings, generator: torch.Generator
-) -> dict[str, LearnedRounding]:
-    rank = settings.rank or max(source.config.hidden_size // 4, 1)
-    roundings: dict[str, LearnedRounding] = {}
-    for name in source.family.linears:
-        linear, bits = block.get_submodule(name), settings.bits.weight_bits
-        assert isinstance(linear, nn.Linear)
-        weight = linear.weight
-        initial = search_steps(weight, bits, settings.group_size, symmetric=settings.symmetric)
-        match settings.method:
-            case "lrq":
-                roundings[name] = LrqScale(weight, initial, bits, rank, generator)
-            case "flexround":
-                roundings[name] = FlexRoundScale(weight, initial, bits)
-            case _:
-                roundings[name] = FrozenRounding(weight, initial, bits)
-    return roundings
-
-
-@dataclass(frozen=True)
-class _Activations:
-    """By linear name: the fake quantizer to learn with, and the tensors to store (static schemes only)."""
-
-    quantizers: Mapping[str, ActivationQuantizer]
-    stored: Mapping[str, dict[str, Tensor]]
-
-    @classmethod
-    def of(
-        cls,
-        block: nn.Module,
-        hidden: Tensor,
-        inputs: BlockInputs,
-        source: SourceModel,
-        settings: QuantizeSettings,
-        generator: torch.Generator,
-    ) -> "_Activations":
-        """What the scheme asks for: nothing, a quantizer for each token, or ranges calibrated on ``hidden``."""
-        rule = settings.bits.activation
-        if rule is None:
-            return cls({}, {})
-        if not rule.static:
-            return cls(dict.fromkeys(source.family.linears, dynamic_activations(rule.bits)), {})
-        ranges = calibrate_static_ranges(block, hidden, inputs.arguments, source.family, generator)
-        return cls(
-            {name: static_activations(quantizer, rule.bits) for name, quantizer in ranges.items()},
-            {
-                name: {"input_step": quantizer.step, "input_zero_point": quantizer.zero_point.to(torch.uint8)}
-                for name, quantizer in ranges.items()
-            },
-        )
-
-
-def _block_tensors(
-    block_name: str,
-    source: SourceModel,
-    manifest: Manifest,
-    linears: Mapping[str, nn.Module],
-    activations: Mapping[str, dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """One block as stored: every quantized linear's tensors, and the rest exactly as in the source."""
-    tensors = {}
-    replaced = {f"{block_name}.{name}.weight" for name in linears}
-    for name in source.tensors:
-        if name.startswith(f"{block_name}.") and name not in replaced:
-            tensors[name] = source.read(name)
-    for name, linear in linears.items():
-        assert isinstance(linear, FakeQuantizedLinear)
-        module = f"{block_name}.{name}"
-        q, (step, zero_point) = linear.rounding.quantized()
-        stored = {
-            "qweight": pack(q, manifest.weight.bits),
-            "weight_step": step,
-            "weight_zero_point": zero_point.to(torch.uint8),
-            # Linears of one group share these; safetensors wants a tensor of its own for each name.
-            **{suffix: tensor.clone() for suffix, tensor in activations.get(name, {}).items()},
-        }
-        for suffix, spec in manifest.tensors_of(module).items():
-            assert (stored[suffix].dtype, tuple(stored[suffix].shape)) == (spec.dtype, spec.shape), (module, suffix)
-            tensors[f"{module}.{suffix}"] = stored[suffix]
-    return tensors
-
-
-def _block_report(index: int, count: int, result: LearningResult) -> BlockReport:
-    report = BlockReport(index + 1, count, result.error_before, result.error_after, result.seconds)
+def _block_report(index: int, count: int, result: QuantizedBlock, seconds: float) -> dict[str, Any]:
+    learning = result.learning
     logger.info(
-        "block %d/%d: relative error %.3e to %.3e in %.1f s",
-        report.block, report.blocks, report.error_before, report.error_after, report.seconds,
+        "block %d/%d: relative error %.3e to %.3e in %d steps, %.1f s",
+        index + 1, count, learning.error_before, learning.error_after, learning.steps, seconds,
     )  # fmt: skip
-    return report
+    return {
+        "block": index + 1,
+        "blocks": count,
+        "error_before": _finite(learning.error_before),
+        "error_after": _finite(learning.error_after),
+        "seconds": seconds,
+        "steps": learning.steps,
+        "curve": asdict(learning.curve),
+        "layers": {
+            name: {"error_before": _finite(x.error_before), "error_after": _finite(x.error_after), "fallback": x.fallback}
+            for name, x in result.layers.items()
+        },
+    }
+
+
+def _finite(error: float) -> float | None:
+    """JSON has no NaN."""
+    return error if math.isfinite(error) else None
 
 
 def _report(
     source: SourceModel,
     manifest: Manifest,
     settings: QuantizeSettings,
-    calibration: Path,
-    blocks: list[BlockReport],
+    blocks: list[dict[str, Any]],
+    warnings: list[str],
     checkpoint_bytes: int,
     seconds: float,
 ) -> dict[str, Any]:
-    float_bytes = sum(
-        rows * columns * source.tensors.spec(f"{module}.weight").dtype.itemsize
-        for module, (rows, columns) in manifest.quantized.items()
-    )
+    float_bytes = sum(source.stored_bytes(f"{module}.weight") for module in manifest.quantized)
     quantized_bytes = sum(
         spec.dtype.itemsize * torch.Size(spec.shape).numel()
         for module in manifest.quantized
         for spec in manifest.tensors_of(module).values()
     )
-    shown = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    width = source.config.hidden_size
+    calibration = Path(settings.calibration).name if settings.calibration else shipped_calibration().name
+    decided = {"rank": settings.matrix_rank(width), "learning_rate": settings.rate(width), "calibration": calibration}
     return {
         "tool_version": manifest.tool_version,
-        "settings": {**shown, "learning_rate": _rate(source, settings), "calibration": calibration.name},
+        "model": source.folder.resolve().name,
+        "settings": asdict(settings) | decided,
         "quantized_linears": {
             "modules": len(manifest.quantized),
             "float_bytes": float_bytes,
             "bytes": quantized_bytes,
             "ratio": quantized_bytes / float_bytes,
         },
+        "source_bytes": sum(source.stored_bytes(name) for name in source.tensors),
         "checkpoint_bytes": checkpoint_bytes,
-        "blocks": [asdict(block) for block in blocks],
+        "warnings": warnings,
+        "blocks": blocks,
         "seconds": seconds,
     }

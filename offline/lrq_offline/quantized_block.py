@@ -1,35 +1,36 @@
 """A decoder block whose linear layers compute with quantized weights and, where the scheme asks, quantized activations."""
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lrq_offline.affine import fake_quantize, fake_quantize_per_token
-from lrq_offline.learned_scales import LearnedRounding
+from lrq_offline.learned_scales import FixedRounding, Rounding
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
+from lrq_vllm.checkpoint.schema import ActivationFormat
 
 __all__ = [
     "ActivationQuantizer",
     "FakeQuantizedLinear",
-    "dynamic_activations",
+    "activation_quantizer",
     "fix_weights",
-    "quantized_copy",
-    "static_activations",
+    "held_weights",
+    "replace_linears",
 ]
 
-ActivationQuantizer = Callable[[Tensor], Tensor]
+# x and a dtype to x_hat in that dtype.
+ActivationQuantizer = Callable[[Tensor, torch.dtype], Tensor]
 
 
-def static_activations(quantizer: StepAndZeroPoint, bits: int) -> ActivationQuantizer:
-    """Fake quantization with one fixed step for the tensor."""
-    return lambda x: fake_quantize(x, quantizer, bits)
-
-
-def dynamic_activations(bits: int) -> ActivationQuantizer:
-    """Fake quantization with a step for each token."""
-    return lambda x: fake_quantize_per_token(x, bits)
+def activation_quantizer(rule: ActivationFormat | None, static: StepAndZeroPoint | None) -> ActivationQuantizer | None:
+    """What a scheme does to a layer's input: nothing, one fixed step (``static``), or a step for each token."""
+    if rule is None:
+        return None
+    if static is None:
+        return lambda x, dtype: fake_quantize_per_token(x, rule.bits, dtype)
+    return lambda x, dtype: fake_quantize(x, static, rule.bits, dtype)
 
 
 class FakeQuantizedLinear(nn.Module):
@@ -37,38 +38,54 @@ class FakeQuantizedLinear(nn.Module):
 
     bias: Tensor | None
 
-    def __init__(self, rounding: LearnedRounding, bias: Tensor | None, activation: ActivationQuantizer | None) -> None:
+    def __init__(self, rounding: Rounding, bias: Tensor | None, activation: ActivationQuantizer | None) -> None:
         super().__init__()
         self.rounding = rounding
         self.register_buffer("bias", bias)
         self.activation = activation
-        self._fixed_weight: Tensor | None = None
+        self._held: Tensor | None = None
 
-    def fix_weight(self) -> None:
-        """Compute W_hat once and keep it: for the passes after learning."""
+    def hold_weight(self, held: bool) -> None:
+        """Compute W_hat once, without gradients, and use it until it is let go."""
         with torch.no_grad():
-            self._fixed_weight = self.rounding()
+            self._held = self.rounding() if held else None
+
+    def quantized_input(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Q(x), of x's shape, computed in float32 and then rounded to ``dtype``."""
+        return x.to(dtype) if self.activation is None else self.activation(x, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] to [..., out]."""
-        weight = self.rounding() if self._fixed_weight is None else self._fixed_weight
-        return nn.functional.linear(x if self.activation is None else self.activation(x), weight, self.bias)
+        """x [..., in] to [..., out], in the weight's dtype or what autocast makes of it."""
+        weight = self.rounding() if self._held is None else self._held
+        # Autocast to that dtype then finds nothing left to do, which saves a pass over x.
+        return nn.functional.linear(self.quantized_input(x, weight.dtype), weight, self.bias)
 
 
-def fix_weights(block: nn.Module) -> None:
-    """Let every quantized layer of a block compute its W_hat once and keep it, when nothing is learned any more."""
+@contextmanager
+def held_weights(block: nn.Module) -> Iterator[None]:
+    """For passes in which nothing is learned: every quantized layer computes its W_hat once instead of for each batch."""
+    layers = [module for module in block.modules() if isinstance(module, FakeQuantizedLinear)]
+    for layer in layers:
+        layer.hold_weight(True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.hold_weight(False)
+
+
+def fix_weights(block: nn.Module, dtype: torch.dtype) -> None:
+    """Replace what each quantized layer of a block has learned by the integers that came of it."""
     for module in block.modules():
         if isinstance(module, FakeQuantizedLinear):
-            module.fix_weight()
+            module.rounding = FixedRounding(*module.rounding.quantized(), dtype)
 
 
-def quantized_copy(
-    block: nn.Module, roundings: Mapping[str, LearnedRounding], activations: Mapping[str, ActivationQuantizer | None]
-) -> nn.Module:
-    """A copy of a float block in which each linear layer named in ``roundings`` is a :class:`FakeQuantizedLinear`."""
-    quantized = copy.deepcopy(block)
+def replace_linears(
+    block: nn.Module, roundings: Mapping[str, Rounding], activations: Mapping[str, ActivationQuantizer | None]
+) -> None:
+    """Make each linear layer of ``block`` that is named in ``roundings`` a :class:`FakeQuantizedLinear`, in place."""
     for name, rounding in roundings.items():
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        quantized.set_submodule(name, FakeQuantizedLinear(rounding, linear.bias, activations.get(name)))
-    return quantized
+        block.set_submodule(name, FakeQuantizedLinear(rounding, linear.bias, activations.get(name)))

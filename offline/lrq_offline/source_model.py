@@ -39,6 +39,11 @@ class SourceModel:
         check_model_tensors(empty_model(config), source.tensors, config)
         return source
 
+    def stored_bytes(self, name: str) -> int:
+        """Size of one tensor, from its header."""
+        spec = self.tensors.spec(name)
+        return spec.dtype.itemsize * torch.Size(spec.shape).numel()
+
     def read(self, name: str) -> Tensor:
         """One tensor as stored. Raises ModelFolderError if it holds NaN or infinity."""
         tensor = self.tensors.get(name)

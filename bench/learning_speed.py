@@ -1,0 +1,152 @@
+#!/usr/bin/env python3
+"""Seconds per iteration and peak memory of learning one decoder block, and what a whole model of such blocks would take.
+
+    python bench/learning_speed.py --out bench/results/learning-speed-h200.json         # one Llama-3-8B-shaped block, on a GPU
+    python bench/learning_speed.py --small                                              # the same code on a small block
+
+Weights are random, hidden states are random with outlier channels; the code is the tool's own (block_quantizer.py).
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from lrq_offline.block_learning import run_block
+from lrq_offline.block_quantizer import BlockQuantizer
+from lrq_offline.compute import choose_device, device_name, product_dtype
+from lrq_offline.config import PRESETS, QuantizeSettings
+from lrq_offline.decoder_blocks import FAMILIES, empty_model
+from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
+
+BLOCKS_OF_8B = 32
+TIMED_ITERS = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemes", nargs="+", default=["w4a16", "w3a16", "w4a8", "w8a8"])
+    parser.add_argument("--presets", nargs="+", default=["fast", "paper"])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--max-gpu-gb", type=float, default=12.0, help="for cached hidden states")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    device = choose_device("auto")
+    config = block_config(small=arguments.small)
+    rows = []
+    for scheme in arguments.schemes:
+        for name in arguments.presets if scheme == arguments.schemes[0] else arguments.presets[-1:]:
+            row = measured(config, scheme, name, device, arguments)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device),
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "block": {
+            "hidden": config.hidden_size, "intermediate": config.intermediate_size,
+            "heads": [config.num_attention_heads, config.num_key_value_heads],
+        },
+        "rows": rows,
+    }  # fmt: skip
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{'scheme':<8}{'preset':<9}{'ms/iter':>9}{'peak GB':>9}{'fixed s':>9}{'8B minutes':>12}")
+    for row in rows:
+        print(
+            f"{row['scheme']:<8}{row['preset']:<9}{row['ms_per_iteration']:>9.2f}{row['peak_gb']:>9.1f}"
+            f"{row['fixed_seconds']:>9.2f}{row['minutes_for_32_blocks']:>12.1f}"
+        )
+
+
+def block_config(*, small: bool) -> LlamaConfig:
+    """Llama-3-8B's block, or one that a laptop can learn."""
+    if small:
+        return LlamaConfig(
+            hidden_size=256, intermediate_size=896, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
+            vocab_size=64, dtype="bfloat16",
+        )  # fmt: skip
+    return LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1,
+        vocab_size=64, dtype="bfloat16",
+    )  # fmt: skip
+
+
+def measured(config: LlamaConfig, scheme: str, preset: str, device: torch.device, arguments: Any) -> dict[str, Any]:
+    """Quantize one block as the tool does, with fewer iterations; the rest is extrapolated from the time of one."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    wanted = PRESETS[preset]
+    if arguments.small:
+        wanted = replace(wanted, samples=8, seq_len=64)
+    settings = QuantizeSettings(
+        scheme=scheme, iters=TIMED_ITERS if not arguments.small else 20, samples=wanted.samples, seq_len=wanted.seq_len,
+        batch_size=wanted.batch_size,
+    )  # fmt: skip
+    dtype = product_dtype(device)
+    torch.manual_seed(0)
+    family = FAMILIES["llama"]
+    model = empty_model(config)
+    block = model.get_submodule(f"{family.blocks}.0").to_empty(device=device).to(torch.float32 if settings.smooths else dtype)
+    for name, parameter in block.named_parameters():
+        torch.nn.init.ones_(parameter) if "norm" in name else torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+    block.requires_grad_(False)
+    rotary = type(model.get_submodule(family.rotary))(config=config)
+    positions = torch.arange(settings.seq_len).unsqueeze(0)
+    tables = rotary(torch.zeros(1, settings.seq_len, config.hidden_size), positions)
+    call = {"position_embeddings": tuple(table.to(device) for table in tables), "attention_mask": None}
+    store = HiddenStatesStore(device, int(arguments.max_gpu_gb * 1e9), Path("."))
+    shape = (settings.samples, settings.seq_len, config.hidden_size)
+    inputs, targets = store.like(shape, torch.bfloat16), store.like(shape, torch.bfloat16)
+    fill(inputs, config.hidden_size)
+    started = time.monotonic()
+    run_block(block, inputs, targets, call, 4, dtype)
+    quantizer = BlockQuantizer(settings, family, config, dtype)
+    result = quantizer.quantize(block, inputs, targets, call, torch.Generator().manual_seed(0))
+    run_block(block, inputs, inputs, call, 4, dtype)
+    synchronize(device)
+    seconds = time.monotonic() - started
+    per_iteration = result.learning.seconds_per_step
+    fixed = seconds - result.learning.steps * per_iteration
+    return {
+        "scheme": scheme,
+        "preset": preset,
+        "tokens_per_step": settings.batch_size * settings.seq_len,
+        "rank": settings.matrix_rank(config.hidden_size),
+        "ms_per_iteration": per_iteration * 1e3,
+        "fixed_seconds": fixed,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0,
+        "hidden_states_in": store.places,
+        "iterations": wanted.iters,
+        "minutes_for_32_blocks": BLOCKS_OF_8B * (fixed + wanted.iters * per_iteration) / 60,
+        "error_before": result.learning.error_before,
+        "error_after": result.learning.error_after,
+    }
+
+
+def fill(states: HiddenStates, width: int) -> None:
+    """Normal values, one channel in 64 ten times as large."""
+    sizes = torch.ones(width, device=states.device)
+    sizes[::64] = 10
+    for rows in states.slices(8):
+        shape = (rows.stop - rows.start, *states.stored.shape[1:])
+        states.put(rows, torch.randn(shape, device=states.device) * sizes)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""One decoder block from float weights to integers: smooth, find ranges and steps, round or learn."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from lrq_offline.activation_ranges import best_range
+from lrq_offline.block_learning import LearningResult, learn_block
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.decoder_blocks import Family
+from lrq_offline.gptq import HessianSum, gptq
+from lrq_offline.hidden_states import HiddenStates
+from lrq_offline.layer_inputs import InputSample, sample_inputs, watch_inputs
+from lrq_offline.learned_scales import FixedRounding, FlexRoundScale, LrqScale, Rounding
+from lrq_offline.quantized_block import (
+    ActivationQuantizer,
+    FakeQuantizedLinear,
+    activation_quantizer,
+    fix_weights,
+    replace_linears,
+)
+from lrq_offline.smoothquant import SharedHeads, divide_output, multiply_input, smoothing_scale
+from lrq_offline.step_search import search_steps
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint, quantize
+
+__all__ = ["BlockQuantizer", "LayerReport", "QuantizedBlock"]
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """Relative squared error of one layer's output on sampled inputs: rounded to nearest, and in the end.
+
+    fallback: why the layer was only rounded to nearest, although the method does more; None if it was not.
+    """
+
+    error_before: float
+    error_after: float
+    fallback: str | None
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """The outcome. ``ranges``: each layer's static input quantizer, for schemes that have one."""
+
+    ranges: Mapping[str, StepAndZeroPoint]
+    learning: LearningResult
+    layers: Mapping[str, LayerReport]
+
+
+@dataclass(frozen=True)
+class BlockQuantizer:
+    """What is the same for all blocks of a run. ``dtype``: of matrix products (compute.py)."""
+
+    settings: QuantizeSettings
+    family: Family
+    config: PreTrainedConfig
+    dtype: torch.dtype
+
+    def quantize(
+        self,
+        block: nn.Module,
+        inputs: HiddenStates,
+        targets: HiddenStates,
+        arguments: dict[str, Any],
+        generator: torch.Generator,
+    ) -> QuantizedBlock:
+        """Quantize a float block in place: its linear layers become :class:`FakeQuantizedLinear` with fixed integers.
+
+        inputs: X_q, what the quantized blocks before it produce. targets: block_fp(X), what it should put out.
+        """
+        samples = sample_inputs(
+            block, inputs, arguments, [group[0] for group in self.family.linear_groups], _SAMPLED_TOKENS,
+            generator, self.settings.batch_size, self.dtype,
+        )  # fmt: skip
+        usable = all(sample.finite for sample in samples.values())
+        if usable and self.settings.smooths:
+            self._smooth(block, samples)
+        ranges = self._ranges(block, samples)
+        linears = {name: _linear(block, name) for name in self.family.linears}
+        weights = {name: linear.weight.detach() for name, linear in linears.items()}
+        steps = {name: self._steps(weight) for name, weight in weights.items()}
+        nearest = {name: self._nearest(weights[name], steps[name]) for name in weights}
+        replace_linears(block, nearest, self._activations(ranges))
+        fallbacks = dict.fromkeys(weights, None if usable else "its inputs hold NaN or infinite values")
+        if usable:
+            if self.settings.method == "gptq":
+                fallbacks = self._round_by_gptq(block, weights, steps, inputs, arguments)
+            if self.settings.learns:
+                for name, rounding in self._learned_roundings(weights, steps, generator).items():
+                    _quantized_linear(block, name).rounding = rounding
+        learning = learn_block(
+            block, inputs, targets, arguments, self.settings, self.settings.rate(self.config.hidden_size), generator, self.dtype
+        )
+        fix_weights(block, self.dtype)
+        layers = {}
+        for group in self.family.linear_groups:
+            for name in group:
+                linear = _quantized_linear(block, name)
+                if not torch.isfinite(linear.rounding()).all():
+                    linear.rounding, fallbacks[name] = nearest[name], "learning ended in NaN or infinite values"
+                tokens, weight = samples[group[0]].tokens, weights[name].float()
+                layers[name] = LayerReport(
+                    _output_error(tokens, weight, nearest[name]),
+                    _output_error(tokens, weight, linear.rounding),
+                    fallbacks[name],
+                )
+        return QuantizedBlock(ranges, learning, layers)
+
+    def _smooth(self, block: nn.Module, samples: dict[str, InputSample]) -> None:
+        """SmoothQuant on every group in turn; the samples become those of the smoothed block."""
+        activation = self.settings.bits.activation
+        activation_bits = 8 if activation is None else activation.bits
+        # From the last to the first: smoothing what a layer puts out changes the weights by which its own input is smoothed.
+        for group, producer_name in reversed(list(zip(self.family.linear_groups, self.family.producers, strict=True))):
+            sample, producer = samples[group[0]], block.get_submodule(producer_name)
+            linears = [_linear(block, name) for name in group]
+            stacked = torch.cat([linear.weight.float() for linear in linears])
+            repeats = stacked.shape[1] // len(producer.get_parameter("weight"))
+            heads = SharedHeads(repeats, self._head_size) if repeats > 1 else SharedHeads()
+            scale = smoothing_scale(sample, stacked, heads, self.settings.bits.weight_bits, activation_bits)
+            scale = heads.repeated(divide_output(producer, heads.once(scale), self.config.dtype or torch.bfloat16))
+            for linear in linears:
+                multiply_input(linear, scale)
+            sample.divide(scale)
+
+    @property
+    def _head_size(self) -> int:
+        size: int = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        return size
+
+    def _ranges(self, block: nn.Module, samples: Mapping[str, InputSample]) -> dict[str, StepAndZeroPoint]:
+        rule = self.settings.bits.activation
+        if rule is None or not rule.static:
+            return {}
+        ranges: dict[str, StepAndZeroPoint] = {}
+        for group in self.family.linear_groups:
+            sample = samples[group[0]]
+            weight = torch.cat([_linear(block, name).weight.float() for name in group])
+            found = best_range(sample.tokens, sample.low.min(), sample.high.max(), weight, rule.bits)
+            ranges |= dict.fromkeys(group, found)
+        return ranges
+
+    def _activations(self, ranges: Mapping[str, StepAndZeroPoint]) -> dict[str, ActivationQuantizer | None]:
+        return {name: activation_quantizer(self.settings.bits.activation, ranges.get(name)) for name in self.family.linears}
+
+    def _steps(self, weight: Tensor) -> StepAndZeroPoint:
+        return search_steps(weight, self.settings.bits.weight_bits, self.settings.group_size, symmetric=self.settings.symmetric)
+
+    def _nearest(self, weight: Tensor, steps: StepAndZeroPoint) -> FixedRounding:
+        grouped = weight.float().unflatten(1, (steps.step.shape[1], -1))
+        q = quantize(grouped, steps.step.unsqueeze(2), steps.zero_point.unsqueeze(2), self.settings.bits.weight_bits)
+        return FixedRounding(q.flatten(1).to(torch.uint8), steps, self.dtype)
+
+    def _learned_roundings(
+        self, weights: Mapping[str, Tensor], steps: Mapping[str, StepAndZeroPoint], generator: torch.Generator
+    ) -> Mapping[str, Rounding]:
+        rank, bits = self.settings.matrix_rank(self.config.hidden_size), self.settings.bits.weight_bits
+        if rank is None:
+            return {name: FlexRoundScale(weight, steps[name], bits, self.dtype) for name, weight in weights.items()}
+        return {name: LrqScale(weight, steps[name], bits, rank, generator, self.dtype) for name, weight in weights.items()}
+
+    def _round_by_gptq(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, Tensor],
+        steps: Mapping[str, StepAndZeroPoint],
+        inputs: HiddenStates,
+        arguments: dict[str, Any],
+    ) -> dict[str, str | None]:
+        """GPTQ group by group, each on the inputs that the groups before it, already rounded, produce.
+
+        By layer: why it was rounded to nearest instead (None: it was not).
+        """
+        fallbacks: dict[str, str | None] = {}
+        for group in self.family.linear_groups:
+            first, total = _quantized_linear(block, group[0]), HessianSum()
+            observer = {group[0]: lambda x, layer=first, total=total: total(layer.quantized_input(x))}
+            watch_inputs(block, inputs, arguments, observer, self.settings.batch_size, self.dtype)
+            for name in group:
+                result = gptq(weights[name], total.value(), steps[name], self.settings.bits.weight_bits)
+                logger.info("%s: GPTQ with damping %s", name, result.damping)
+                _quantized_linear(block, name).rounding = FixedRounding(result.q, steps[name], self.dtype)
+                fallbacks[name] = None if result.damping is not None else "its inputs' Hessian could not be inverted"
+        return fallbacks
+
+
+def _quantized_linear(block: nn.Module, name: str) -> FakeQuantizedLinear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, FakeQuantizedLinear)
+    return linear
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _output_error(tokens: Tensor, weight: Tensor, rounding: Rounding) -> float:
+    """|(W_hat - W) x|^2 / |W x|^2 over the sampled tokens."""
+    error = (tokens @ (rounding().float() - weight).T).square().sum()
+    return (error / (tokens @ weight.T).square().sum().clamp(min=torch.finfo(torch.float32).tiny)).item()

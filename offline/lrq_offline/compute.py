@@ -1,0 +1,46 @@
+"""Where and in which precision blocks are computed."""
+
+import os
+from contextlib import AbstractContextManager
+
+import torch
+import torch.utils.deterministic
+
+from lrq_vllm.errors import SettingsError
+
+__all__ = ["choose_device", "device_name", "product_dtype", "products_in"]
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one. Raises SettingsError for a GPU that is not there."""
+    present = torch.cuda.is_available()
+    if name == "cuda" and not present:
+        raise SettingsError(
+            "There is no CUDA device that torch can use. Choose --device cpu, or install a CUDA build of torch."
+        )
+    device = torch.device("cuda" if present and name != "cpu" else "cpu")
+    if device.type == "cuda":
+        # The same bytes from the same seed: cuBLAS reads this at its first use, attention's backward asks torch.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's own name: results are the same bytes only on the same type of machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.cpu.get_capabilities()['cpu_name']}, {torch.get_num_threads()} threads"
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it natively, else float32. Quantizers stay in float32 throughout."""
+    native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if native else torch.float32
+
+
+def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:
+    """Matrix products and attention in ``dtype``; everything else as its inputs are."""
+    # Without autocast's cache: it would keep weights alive, and CUDA graphs must not capture it.
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False)

@@ -1,0 +1,97 @@
+"""Look at what linear layers receive while a block runs over the calibration windows."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrq_offline.compute import products_in
+from lrq_offline.hidden_states import HiddenStates
+
+__all__ = ["InputSample", "sample_inputs", "watch_inputs"]
+
+
+@torch.no_grad()
+def watch_inputs(
+    block: nn.Module,
+    hidden: HiddenStates,
+    arguments: dict[str, Any],
+    observers: Mapping[str, Callable[[Tensor], None]],
+    batch_size: int,
+    dtype: torch.dtype,
+) -> None:
+    """Run ``block`` over ``hidden`` and give each observer its layer's inputs, float32 [tokens, in], batch by batch."""
+
+    def hook(observe: Callable[[Tensor], None]) -> Callable[..., None]:
+        def called(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            with torch.autocast(hidden.device.type, enabled=False):
+                observe(inputs[0].detach().float().flatten(0, -2))
+
+        return called
+
+    hooks = [block.get_submodule(name).register_forward_pre_hook(hook(observe)) for name, observe in observers.items()]
+    try:
+        for rows in hidden.slices(batch_size):
+            with products_in(dtype, hidden.device):
+                block(hidden.get(rows).float(), **arguments)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+class InputSample:
+    """Of one layer's input over all windows: the extremes of every channel, and an even share of random tokens.
+
+    low, high: [in] (widened to hold 0). tokens: [about ``wanted``, in]. NaN and infinite values count as 0; ``finite`` says
+    whether there were none.
+    """
+
+    def __init__(self, calls: int, wanted: int, generator: torch.Generator) -> None:
+        self._share = -(-wanted // calls)
+        self._generator = generator
+        self._tokens: list[Tensor] = []
+        self._low = self._high = torch.zeros(())
+        self.finite = True
+
+    def __call__(self, x: Tensor) -> None:
+        self.finite = self.finite and bool(torch.isfinite(x).all())
+        x = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = x.aminmax(dim=0)
+        self._low, self._high = torch.minimum(self._low.to(x.device), low), torch.maximum(self._high.to(x.device), high)
+        chosen = torch.randint(len(x), (min(self._share, len(x)),), generator=self._generator)
+        self._tokens.append(x[chosen.to(x.device)])
+
+    def divide(self, scale: Tensor) -> None:
+        """Make this the sample of inputs divided by ``scale`` [in], channel by channel."""
+        self._low, self._high = self._low / scale, self._high / scale
+        self._tokens = [tokens / scale for tokens in self._tokens]
+
+    @property
+    def low(self) -> Tensor:
+        return self._low.clamp(max=0)
+
+    @property
+    def high(self) -> Tensor:
+        return self._high.clamp(min=0)
+
+    @property
+    def tokens(self) -> Tensor:
+        return torch.cat(self._tokens)
+
+
+def sample_inputs(
+    block: nn.Module,
+    hidden: HiddenStates,
+    arguments: dict[str, Any],
+    names: list[str],
+    wanted: int,
+    generator: torch.Generator,
+    batch_size: int,
+    dtype: torch.dtype,
+) -> dict[str, InputSample]:
+    """Layer name -> a sample of its inputs, for the layers in ``names``."""
+    calls = -(-len(hidden) // batch_size)
+    samples = {name: InputSample(calls, wanted, generator) for name in names}
+    watch_inputs(block, hidden, arguments, samples, batch_size, dtype)
+    return samples

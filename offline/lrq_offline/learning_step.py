@@ -1,0 +1,94 @@
+"""One step of learning a block: forward, backward, Adam; on a GPU replayed as one CUDA graph, with no host in the loop."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrq_offline.compute import products_in
+from lrq_offline.hidden_states import BatchFeeder
+
+__all__ = ["LearningStep", "block_loss"]
+
+_WARM_UP_STEPS = 3
+
+
+def block_loss(block: nn.Module, inputs: Tensor, targets: Tensor, arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """Mean squared difference of the block's output from ``targets``, both [batch, seq_len, width]; float32 scalar."""
+    with products_in(dtype, inputs.device):
+        output = block(inputs.float(), **arguments)
+    return nn.functional.mse_loss(output.float(), targets.float())
+
+
+class LearningStep:
+    """Adam on ``parameters`` of ``block``, the learning rate decayed from ``rate`` to 0 by a half-cosine over ``steps``.
+
+    ``scale`` divides the loss: it keeps Adam's epsilon small beside the gradients and changes no direction.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        parameters: list[nn.Parameter],
+        feeder: BatchFeeder,
+        arguments: dict[str, Any],
+        *,
+        rate: float,
+        steps: int,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> None:
+        device = feeder.inputs.device
+        self._block, self._parameters, self._feeder, self._arguments = block, parameters, feeder, arguments
+        self._scale, self._dtype = scale, dtype
+        half_cosine = [rate * 0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+        self._schedule = torch.tensor(half_cosine, dtype=torch.float32, device=device)
+        self._rate = self._schedule[0].clone()
+        self._optimizer = torch.optim.Adam(parameters, lr=self._rate, fused=True, capturable=device.type == "cuda")
+        self.losses = torch.zeros(steps, dtype=torch.float32, device=device)
+        self._loss = torch.zeros((), device=device)
+        self._graph = self._captured() if device.type == "cuda" else None
+
+    def run(self, step: int) -> None:
+        """Take one step. Its loss (relative to ``scale``) lands in ``losses[step]``, on the device."""
+        self._feeder.feed(step)
+        self._rate.copy_(self._schedule[step])
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
+        self.losses[step].copy_(self._loss)
+
+    def wait(self) -> None:
+        """Return when the steps so far have been computed."""
+        if self._graph is not None:
+            torch.cuda.synchronize()
+
+    def _step(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = block_loss(self._block, self._feeder.inputs, self._feeder.targets, self._arguments, self._dtype) / self._scale
+        loss.backward()
+        self._optimizer.step()
+        self._loss.copy_(loss.detach())
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph. The steps taken to warm up are undone: parameters put back, Adam's state emptied."""
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        self._feeder.feed(0)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_STEPS):
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, before, strict=True):
+                parameter.copy_(value)
+                for state in self._optimizer.state[parameter].values():
+                    state.zero_()
+        return graph

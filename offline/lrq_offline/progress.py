@@ -1,0 +1,106 @@
+"""What an unfinished run has done so far, kept in its working folder so that the same command can go on from there."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import lrq_offline
+import lrq_vllm
+from lrq_offline.config import QuantizeSettings
+from lrq_vllm.checkpoint.store import TensorFolder, replace_durably
+from lrq_vllm.errors import SettingsError
+
+__all__ = ["Progress", "fingerprint", "has_progress"]
+
+_FINGERPRINT = "run.json"
+_SAMPLED_BYTES = 1 << 16
+_SAMPLES = 64
+
+
+def fingerprint(
+    tensors: TensorFolder, config: dict[str, Any], windows: Tensor, settings: QuantizeSettings, device: str
+) -> dict[str, Any]:
+    """Everything that decides a run's bytes: model, text, settings, code and type of machine, each as a short value."""
+    model = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in sorted({tensors.file_of(name) for name in tensors}):
+        _hash_sampled(path, model)
+    code = hashlib.sha256()
+    for package in (lrq_offline, lrq_vllm):
+        for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+            code.update(path.read_bytes())
+    return {
+        "model": model.hexdigest(),
+        "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "code": f"{code.hexdigest()}, lrq {version('lrq')}, torch {version('torch')}",
+        "device": device,
+        **asdict(settings),
+    }
+
+
+def _hash_sampled(path: Path, total: "hashlib._Hash") -> None:
+    """A file's size and evenly spread parts of it: no training leaves those as they were, and 100 GB take no minutes."""
+    size = path.stat().st_size
+    total.update(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        for index in range(_SAMPLES):
+            file.seek(index * size // _SAMPLES)
+            total.update(file.read(_SAMPLED_BYTES))
+
+
+def has_progress(folder: Path) -> bool:
+    """Whether a working folder holds at least one finished block."""
+    return _report(folder, 1).is_file()
+
+
+class Progress:
+    """The finished blocks of a run in ``folder``, block 1 first; each is on the disk for good once :meth:`record` returns."""
+
+    def __init__(self, folder: Path, run: dict[str, Any]) -> None:
+        """Go on in a folder, or start there. Raises SettingsError naming what differs from the run that began it."""
+        self._folder = folder
+        self.finished: list[dict[str, Any]] = []
+        path = folder / _FINGERPRINT
+        if not has_progress(folder):
+            _write(path, run)
+            return
+        before = json.loads(path.read_text())
+        changed = [
+            f"{key} (was {_short(before.get(key))}, now {_short(run[key])})" for key in run if before.get(key) != run[key]
+        ]
+        if changed:
+            raise SettingsError(
+                f"An unfinished run is in {folder}, and this one differs from it in {', '.join(changed)}. Give the same "
+                "settings to go on with it, or pass --restart to throw its work away."
+            )
+        while _report(folder, len(self.finished) + 1).is_file():
+            self.finished.append(json.loads(_report(folder, len(self.finished) + 1).read_text()))
+
+    def record(self, report: dict[str, Any]) -> None:
+        """Note that the next block is finished; its shard must be on the disk."""
+        self.finished.append(report)
+        _write(_report(self._folder, len(self.finished)), report)
+
+    def clear(self) -> None:
+        """Remove the notes, when the result is whole. The first block's goes last: without it nothing else counts."""
+        for number in range(len(self.finished), 0, -1):
+            _report(self._folder, number).unlink()
+        (self._folder / _FINGERPRINT).unlink()
+
+
+def _report(folder: Path, number: int) -> Path:
+    return folder / f"block-{number:05d}.json"
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    written = path.with_suffix(".new")
+    written.write_text(json.dumps(content))
+    replace_durably(written, path)
+
+
+def _short(value: Any) -> str:
+    return str(value)[:12] if isinstance(value, str) else str(value)

@@ -1,0 +1,114 @@
+"""What a run will need, from a model's headers and the settings alone: memory, disk, time."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import PreTrainedConfig
+
+from lrq_offline.compute import choose_device, product_dtype
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.pipeline import Machine, gpu_budget, manifest_of
+from lrq_offline.source_model import SourceModel
+
+__all__ = ["ResourcePlan", "plan_run", "step_memory"]
+
+# Passes over all calibration windows in which nothing is learned: targets, inputs of layers, error before and after, outputs.
+_PASSES = 5
+# A step's products run at this share of a large product's speed: what lies between them takes the rest (measured for a
+# Llama-3-8B-shaped block, bench/results/learning-speed-h200.json).
+_EFFICIENCY = 0.6
+
+
+@dataclass(frozen=True)
+class ResourcePlan:
+    """Bytes, minutes and names. gpu_bytes: None where the run computes on the CPU; the block's state is then in host memory."""
+
+    blocks: int
+    quantized_modules: int
+    skipped_modules: tuple[str, ...]
+    output_bytes: int
+    gpu_bytes: int | None
+    host_bytes: int
+    disk_bytes: int
+    hidden_states_in: str
+    minutes: float
+
+
+def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> ResourcePlan:
+    """Estimate a run of ``settings``. Reads headers only and times one matrix product. Raises LrqError's children."""
+    source = SourceModel.open(model_dir)
+    manifest = manifest_of(source, settings)
+    device = choose_device(machine.device)
+    config = source.config
+    blocks = len(manifest.quantized) // len(source.family.linears)
+    shapes = list(manifest.quantized.values())[: len(source.family.linears)]
+    tokens = settings.samples * settings.seq_len
+    cache = tokens * config.hidden_size * (config.dtype or torch.bfloat16).itemsize
+    computing = step_memory(shapes, settings, config, product_dtype(device))
+    place, on_gpu, on_host, on_disk = "host memory", 0, 2 * cache, 0
+    if device.type == "cuda" and 2 * cache <= gpu_budget(machine, device):
+        place, on_gpu, on_host = "GPU memory", 2 * cache, 0
+    elif cache > psutil.virtual_memory().available // 2:
+        place, on_host, on_disk = "disk", 0, 2 * cache
+    largest = max(source.stored_bytes(name) for name in source.tensors)
+    output = sum(
+        spec.dtype.itemsize * torch.Size(spec.shape).numel()
+        for module in manifest.quantized
+        for spec in manifest.tensors_of(module).values()
+    )
+    output += sum(
+        source.stored_bytes(name) for name in source.tensors if name.removesuffix(".weight") not in manifest.quantized
+    )
+    return ResourcePlan(
+        blocks=blocks,
+        quantized_modules=len(manifest.quantized),
+        skipped_modules=manifest.skipped,
+        output_bytes=output,
+        gpu_bytes=computing + on_gpu if device.type == "cuda" else None,
+        host_bytes=on_host + cache + 2 * largest + (0 if device.type == "cuda" else computing),
+        disk_bytes=output + on_disk,
+        hidden_states_in=place,
+        minutes=blocks * _block_seconds(shapes, settings, config.hidden_size, device) / 60,
+    )
+
+
+def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes at the peak of quantizing one block with linear layers of these (out, in), apart from cached hidden states."""
+    elements = sum(rows * columns for rows, columns in shapes)
+    # W, W rounded to nearest and its integers.
+    total = elements * ((4 if settings.smooths else dtype.itemsize) + dtype.itemsize + 1)
+    if settings.learns:
+        rank = settings.matrix_rank(config.hidden_size)
+        learned = elements if rank is None else sum(min(rank, *shape) * sum(shape) for shape in shapes)
+        # Parameters with their gradients, Adam's two moments, best values, and a copy for products.
+        total += learned * (5 * 4 + dtype.itemsize)
+        # W_hat, S2's matrix and the gradients of both.
+        total += elements * 2 * (dtype.itemsize + (4 if rank is None else dtype.itemsize))
+    # What a step keeps for its backward pass, roughly: a dozen tensors of the block's width, four of the MLP's.
+    tokens = settings.batch_size * settings.seq_len
+    return int(total + tokens * 4 * (12 * config.hidden_size + 4 * config.intermediate_size))
+
+
+def _block_seconds(shapes: list[tuple[int, int]], settings: QuantizeSettings, width: int, device: torch.device) -> float:
+    elements = sum(rows * columns for rows, columns in shapes)
+    tokens_per_step = settings.batch_size * settings.seq_len
+    rank = settings.matrix_rank(width) or 0
+    flops_per_step = 6 * elements * (tokens_per_step + min(rank, width))
+    steps = settings.iters if settings.learns else 0
+    flops = steps * flops_per_step + _PASSES * 2 * elements * settings.samples * settings.seq_len
+    return flops / (_flops_per_second(device) * _EFFICIENCY)
+
+
+def _flops_per_second(device: torch.device) -> float:
+    """Of one square product in the products' dtype, timed now: large enough for the machine's full speed."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=product_dtype(device))
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

@@ -1,0 +1,363 @@
+"""Learning one block: the best state is kept, it ends when nothing gets better, and held-out windows stay held out.
+
+The blocks here are small formulas instead of Transformer layers: learning knows nothing about what it learns.
+"""
+
+import itertools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lrq_offline.block_learning import LearningResult, learn_block, relative_error, run_block
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.hidden_states import BatchFeeder, HiddenStates
+from lrq_offline.learning_step import LearningStep, block_loss
+
+CPU = torch.device("cpu")
+WIDTH = 8
+
+
+class Gain(nn.Module):
+    """x times one learned number, which ``curve`` bends."""
+
+    def __init__(self, value: float, curve: Callable[[Tensor], Tensor] = lambda gain: gain) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(value))
+        self.curve = curve
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.curve(self.gain)
+
+
+def states(values: Tensor) -> HiddenStates:
+    return HiddenStates(values, CPU)
+
+
+def learn(
+    block: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    rate: float,
+    seed: int = 0,
+    arguments: dict[str, Any] | None = None,
+    **settings: Any,
+) -> LearningResult:
+    chosen = QuantizeSettings("w4a16", **settings)
+    generator = torch.Generator().manual_seed(seed)
+    return learn_block(block, states(inputs), states(targets), arguments or {}, chosen, rate, generator, torch.float32)
+
+
+def error_of(block: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+    with torch.no_grad():
+        return ((block(inputs) - targets).square().sum() / targets.square().sum()).item()
+
+
+def overfitting() -> tuple[nn.Module, Tensor, Tensor]:
+    """A matrix, and so few noisy windows that learning them by heart spoils what was not learned from."""
+    inputs = torch.randn(32, 1, 40)
+    truth = torch.randn(40, 40) * 0.1
+    targets = inputs @ truth.T + torch.randn(32, 1, 40)
+    block = nn.Linear(40, 40, bias=False)
+    nn.init.zeros_(block.weight)
+    return block, inputs, targets
+
+
+# --- the result ---
+
+
+def test_learning_finds_what_makes_the_outputs_equal() -> None:
+    inputs = torch.randn(8, 5, WIDTH)
+    block = Gain(1.0)
+    result = learn(block, inputs, 1.5 * inputs, rate=0.02, iters=100)
+    assert block.gain.item() == pytest.approx(1.5, abs=0.03)
+    assert result.error_before == pytest.approx((0.5 / 1.5) ** 2, rel=1e-5)
+    assert result.error_after < 1e-2 * result.error_before
+    assert result.steps == 100
+
+
+def test_errors_are_those_of_all_windows_before_and_after() -> None:
+    block, inputs, targets = overfitting()
+    before = error_of(block, inputs, targets)
+    result = learn(block, inputs, targets, rate=0.01, iters=50)
+    assert result.error_before == pytest.approx(before, rel=1e-5)
+    assert result.error_after == pytest.approx(error_of(block, inputs, targets), rel=1e-5)
+
+
+def test_the_curve_starts_before_the_first_step_and_ends_with_the_last() -> None:
+    block, inputs, targets = overfitting()
+    result = learn(block, inputs, targets, rate=0.003, iters=47)
+    curve = result.curve
+    assert curve.step == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 47] and result.steps == 47
+    assert len(curve.train) == len(curve.held_out) == len(curve.step)
+    assert curve.train[0] is None and all(isinstance(error, float) for error in [*curve.train[1:], *curve.held_out])
+
+
+def test_training_errors_are_relative_and_held_out_errors_too() -> None:
+    # One step at a time, all windows in every batch: the first training error is that of the start.
+    inputs = torch.randn(4, 5, WIDTH)
+    result = learn(Gain(1.0), inputs, 1.5 * inputs, rate=1e-3, iters=2, batch_size=4)
+    assert result.curve.train[1] == pytest.approx(result.error_before, rel=1e-4)
+    assert result.curve.held_out[0] == pytest.approx(result.error_before, rel=1e-4)
+
+
+def test_arguments_of_the_call_reach_the_block() -> None:
+    class Shifted(Gain):
+        def forward(self, x: Tensor, *, shift: Tensor) -> Tensor:
+            return super().forward(x) + shift
+
+    inputs = torch.randn(8, 5, WIDTH)
+    arguments = {"shift": torch.tensor(2.0)}
+    assert learn(Shifted(1.0), inputs, inputs + 2, rate=0.01, iters=1, arguments=arguments).error_before == 0
+
+
+def test_the_same_generator_gives_the_same_learning() -> None:
+    learned = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        block, inputs, targets = overfitting()
+        torch.manual_seed(len(learned))
+        result = learn(block, inputs, targets, rate=0.01, seed=3, iters=20)
+        learned.append((block.weight.detach().clone(), result.curve))
+    assert torch.equal(learned[0][0], learned[1][0]) and learned[0][1] == learned[1][1]
+
+
+def test_a_block_with_nothing_to_learn_is_only_measured() -> None:
+    inputs = torch.randn(8, 5, WIDTH)
+    block = Gain(1.0).requires_grad_(False)
+    result = learn(block, inputs, 1.5 * inputs, rate=0.02)
+    assert result.steps == 0 and result.error_before == result.error_after == pytest.approx((0.5 / 1.5) ** 2, rel=1e-5)
+    assert result.curve.step == [] and block.gain == 1
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_fewer_windows_than_a_batch_are_learned_from_all_the_same(samples: int) -> None:
+    inputs = torch.randn(samples, 5, WIDTH)
+    result = learn(Gain(1.0), inputs, 1.5 * inputs, rate=0.02, iters=50, batch_size=4)
+    assert result.error_after < 0.1 * result.error_before
+
+
+# --- the best state ---
+
+
+def check_error_of_some_pair(block: nn.Module, inputs: Tensor, targets: Tensor, expected: float) -> None:
+    """Two of the 32 windows are held out: the block has the expected error on some pair."""
+    pairs = [(i, j) for i in range(len(inputs)) for j in range(i)]
+    errors = [error_of(block, inputs[list(pair)], targets[list(pair)]) for pair in pairs]
+    assert min(abs(error - expected) for error in errors) < 1e-6 * expected
+
+
+def test_the_state_that_is_best_on_the_held_out_windows_is_kept() -> None:
+    block, inputs, targets = overfitting()
+    result = learn(block, inputs, targets, rate=0.01, iters=100)
+    best = min(result.curve.held_out)
+    # It got better, and then worse again.
+    assert result.curve.held_out[0] > 1.01 * best and result.curve.held_out[-1] > 1.01 * best
+    check_error_of_some_pair(block, inputs, targets, best)
+
+
+def test_learning_that_never_helps_leaves_the_block_as_it_was_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    inputs = torch.randn(32, 5, WIDTH)
+    # The best gain is 1, where it starts; the gradient points away from there.
+    block = Gain(1.0, lambda gain: 1 + (gain - 1).square() + (gain - gain.detach()))
+    targets = inputs * 1.0001
+    with caplog.at_level(logging.WARNING):
+        result = learn(block, inputs, targets, rate=0.5, iters=100)
+    assert block.gain == 1
+    assert result.error_after == result.error_before
+    assert "did not lower the error" in caplog.text
+
+
+def test_learning_ends_early_when_the_held_out_error_stops_falling() -> None:
+    block, inputs, targets = overfitting()
+    result = learn(block, inputs, targets, rate=0.03, iters=1000)
+    curve = result.curve.held_out
+    best = curve.index(min(curve))
+    # Six checks without a better state.
+    assert len(curve) - 1 - best == 6
+    assert result.steps == result.curve.step[-1] < 1000
+
+
+def test_learning_goes_on_while_the_held_out_error_falls() -> None:
+    inputs = torch.randn(32, 5, WIDTH)
+    result = learn(Gain(1.0), inputs, 100 * inputs, rate=0.01, iters=100)
+    assert result.steps == 100 and sorted(result.curve.held_out, reverse=True) == result.curve.held_out
+
+
+# --- NaN ---
+
+
+def test_learning_that_becomes_nan_ends_and_goes_back_to_the_best_state() -> None:
+    inputs = torch.randn(32, 5, WIDTH)
+    # The root falls towards 0 and then has no value.
+    block, targets = Gain(0.25, torch.sqrt), torch.full_like(inputs, 1e-3)
+    result = learn(block, inputs, targets, rate=0.003, iters=200)
+    curve = result.curve
+    assert all(math.isfinite(error) for error in curve.held_out)
+    assert result.steps < 200
+    assert block.gain.isfinite() and block.gain < 0.25
+    assert result.error_after == pytest.approx(error_of(block, inputs, targets), rel=1e-5)
+    assert result.error_after < result.error_before
+
+
+@pytest.mark.parametrize("where", ["inputs", "targets"])
+def test_a_block_whose_error_is_nan_from_the_start_is_left_alone(where: str) -> None:
+    inputs, targets = torch.randn(8, 5, WIDTH), torch.randn(8, 5, WIDTH)
+    {"inputs": inputs, "targets": targets}[where][3, 2, 1] = torch.nan
+    block = Gain(1.0)
+    result = learn(block, inputs, targets, rate=0.02)
+    assert block.gain == 1 and result.steps == 0
+    assert math.isnan(result.error_before) and math.isnan(result.error_after)
+
+
+def test_targets_of_zero_are_no_division_by_zero() -> None:
+    inputs = torch.randn(8, 5, WIDTH)
+    result = learn(Gain(1.0), inputs, torch.zeros_like(inputs), rate=0.02, iters=10)
+    assert math.isfinite(result.error_before)
+
+
+# --- the held-out windows ---
+
+
+class Witness(Gain):
+    """Notes which windows it learned from: the first number of each is its own."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.batches: list[list[int]] = []
+        self.checked: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [int(row) for row in x[:, 0, 0]]
+        if torch.is_grad_enabled():
+            self.batches.append(rows)
+        return super().forward(x)
+
+
+def numbered(samples: int) -> Tensor:
+    windows = torch.randn(samples, 5, WIDTH)
+    windows[:, 0, 0] = torch.arange(samples)
+    return windows
+
+
+@pytest.mark.parametrize(("samples", "held_out"), [(2, 0), (15, 0), (16, 1), (40, 2), (64, 4)])
+def test_one_window_in_sixteen_is_never_learned_from(samples: int, held_out: int) -> None:
+    inputs, block = numbered(samples), Witness()
+    learn(block, inputs, 1.5 * inputs, rate=1e-3, iters=200)
+    assert len({row for batch in block.batches for row in batch}) == samples - held_out
+
+
+def test_batches_are_of_distinct_windows_and_as_large_as_was_asked_for() -> None:
+    inputs, block = numbered(20), Witness()
+    learn(block, inputs, 1.5 * inputs, rate=1e-3, iters=50, batch_size=5)
+    assert len(block.batches) == 50
+    assert all(len(set(batch)) == 5 for batch in block.batches)
+    assert len({tuple(batch) for batch in block.batches}) > 40
+
+
+def test_the_held_out_error_is_that_of_the_windows_that_were_not_learned_from() -> None:
+    inputs, block = numbered(32), Witness()
+    targets = torch.randn(32, 5, WIDTH) * torch.arange(1, 33).view(32, 1, 1)
+    start = error_of(Gain(1.0), inputs, targets)
+    result = learn(block, inputs, targets, rate=1e-3, iters=200)
+    learned_from = {row for batch in block.batches for row in batch}
+    held_out = [row for row in range(32) if row not in learned_from]
+    assert len(held_out) == 2 and result.curve.held_out[0] != pytest.approx(start)
+    assert result.curve.held_out[0] == pytest.approx(error_of(Gain(1.0), inputs[held_out], targets[held_out]), rel=1e-5)
+
+
+# --- the steps ---
+
+
+def test_the_learning_rate_falls_from_its_start_to_zero_by_a_half_cosine() -> None:
+    inputs = torch.ones(1, 1, WIDTH)
+    block = Gain(1.0)
+    feeder = BatchFeeder(states(inputs), states(1000 * inputs), torch.zeros(8, 1, dtype=torch.int64))
+    step = LearningStep(block, [block.gain], feeder, {}, rate=0.1, steps=8, scale=1.0, dtype=torch.float32)
+    values = [block.gain.item()]
+    for number in range(8):
+        step.run(number)
+        values.append(block.gain.item())
+    # The gradient hardly changes, so each of Adam's steps is as long as the rate.
+    taken = [after - before for before, after in itertools.pairwise(values)]
+    expected = [0.05 * (1 + math.cos(math.pi * number / 8)) for number in range(8)]
+    assert taken == pytest.approx(expected, rel=1e-2)
+
+
+def test_losses_are_divided_by_the_scale_and_land_at_their_step() -> None:
+    inputs = torch.ones(3, 1, WIDTH)
+    targets = torch.tensor([2.0, 3.0, 5.0]).view(3, 1, 1) * inputs
+    block = Gain(1.0)
+    feeder = BatchFeeder(states(inputs), states(targets), torch.tensor([[2], [0], [1]]))
+    step = LearningStep(block, [block.gain], feeder, {}, rate=1e-6, steps=3, scale=4.0, dtype=torch.float32)
+    for number in range(3):
+        step.run(number)
+    assert step.losses.tolist() == pytest.approx([4.0, 0.25, 1.0], rel=1e-4)
+
+
+def test_a_small_output_is_learned_as_fast_as_a_large_one() -> None:
+    # Adam's epsilon is 1e-8: without the scale, errors of 1e-12 would not be learned at all.
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 5, WIDTH)
+    gains = []
+    for size in (1.0, 1e-6):
+        block = Gain(1.0)
+        learn(block, size * inputs, 1.5 * size * inputs, rate=0.02, iters=20)
+        gains.append(block.gain.item())
+    assert gains[0] == pytest.approx(gains[1], rel=1e-3) and gains[0] > 1.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_loss_is_the_mean_squared_difference_in_float32(dtype: torch.dtype) -> None:
+    inputs, targets = torch.randn(2, 5, WIDTH).to(torch.bfloat16), torch.randn(2, 5, WIDTH).to(torch.bfloat16)
+    block = nn.Linear(WIDTH, WIDTH)
+    loss = block_loss(block, inputs, targets, {}, dtype)
+    expected = (block(inputs.float()) - targets.float()).square().mean()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pinned", [False, True])
+def test_steps_replayed_as_a_graph_are_the_steps_of_the_cpu(pinned: bool) -> None:
+    inputs, targets = torch.randn(12, 5, WIDTH), torch.randn(12, 5, WIDTH)
+    batches = torch.stack([torch.randperm(12)[:3] for _ in range(30)])
+    start = nn.Linear(WIDTH, WIDTH)
+    found = []
+    for device in ("cpu", "cuda"):
+        block = nn.Linear(WIDTH, WIDTH).to(device)
+        block.load_state_dict(start.state_dict())
+        on_device = device == "cuda" and not pinned
+        sources = [HiddenStates(t.cuda() if on_device else t.pin_memory(), torch.device(device)) for t in (inputs, targets)]
+        step = LearningStep(
+            block, list(block.parameters()), BatchFeeder(*sources, batches), {},
+            rate=0.03, steps=30, scale=2.0, dtype=torch.float32,
+        )  # fmt: skip
+        for number in range(30):
+            step.run(number)
+        step.wait()
+        found.append([tensor.detach().cpu() for tensor in (block.weight, block.bias, step.losses)])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-4)
+
+
+# --- running a block ---
+
+
+def test_running_a_block_may_overwrite_its_inputs() -> None:
+    values = torch.randn(7, 5, WIDTH).to(torch.bfloat16)
+    cache, separate = states(values.clone()), states(torch.zeros(7, 5, WIDTH, dtype=torch.bfloat16))
+    for target in (separate, cache):
+        run_block(Gain(1.5), cache, target, {}, 3, torch.float32)
+        assert torch.equal(target.stored, (values.float() * 1.5).to(torch.bfloat16))
+
+
+def test_the_relative_error_is_that_of_the_rows_it_is_asked_for() -> None:
+    inputs, targets = torch.randn(7, 5, WIDTH), torch.randn(7, 5, WIDTH)
+    rows = [torch.tensor([4, 1]), torch.tensor([6])]
+    found = relative_error(Gain(1.5), states(inputs), states(targets), {}, rows, torch.float32)
+    assert found == pytest.approx(error_of(Gain(1.5), inputs[[4, 1, 6]], targets[[4, 1, 6]]), rel=1e-5)

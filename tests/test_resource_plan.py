@@ -1,0 +1,90 @@
+"""lrq-offline plan: what it says of a model that is only headers, and against what was measured."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from lrq_offline.cli import main
+from lrq_offline.config import PRESETS, QuantizeSettings
+from lrq_offline.decoder_blocks import empty_model
+from lrq_offline.pipeline import Machine
+from lrq_offline.resource_plan import plan_run, step_memory
+from tests.checkpoints import TINY
+
+MEASURED = Path(__file__).parent.parent / "bench" / "results" / "learning-speed-h200.json"
+
+
+def llama_8b(folder: Path) -> Path:
+    """A folder with the headers of Llama-3-8B, in one sparse file that takes no room."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256, dtype="bfloat16",
+    )  # fmt: skip
+    folder.mkdir()
+    config.save_pretrained(folder)
+    header, end = {}, 0
+    for name, parameter in empty_model(config).state_dict().items():
+        size = parameter.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return folder
+
+
+@pytest.fixture
+def big(tmp_path: Path) -> Path:
+    return llama_8b(tmp_path / "Llama-3-8B")
+
+
+def test_a_plan_reads_headers_only(big: Path) -> None:
+    plan = plan_run(big, QuantizeSettings("w4a16"), Machine("cpu"))
+    assert (plan.blocks, plan.quantized_modules, plan.skipped_modules) == (32, 224, ("lm_head",))
+    # 218 M weights a block at 4 bits and a step per row, and two 128256 x 4096 matrices in 16 bits.
+    assert plan.output_bytes == pytest.approx(32 * 218.1e6 / 2 + 2 * 128256 * 4096 * 2, rel=0.02)
+    assert plan.gpu_bytes is None
+    assert plan.minutes > 0
+
+
+def test_more_text_needs_more_memory_and_time(big: Path) -> None:
+    few, many = (plan_run(big, QuantizeSettings("w4a16", samples=samples), Machine("cpu")) for samples in (16, 256))
+    assert many.host_bytes - few.host_bytes == pytest.approx(3 * 240 * 512 * 4096 * 2, rel=0.01)
+
+
+@pytest.mark.parametrize("row", json.loads(MEASURED.read_text())["rows"], ids=lambda row: f"{row['scheme']} {row['preset']}")
+def test_the_planned_peak_is_near_the_measured_one(row: dict[str, float | str]) -> None:
+    preset = PRESETS[str(row["preset"])]
+    settings = QuantizeSettings(
+        str(row["scheme"]), samples=preset.samples, seq_len=preset.seq_len, batch_size=preset.batch_size
+    )
+    attention, mlp = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)], [(14336, 4096)] * 2 + [(4096, 14336)]
+    config = LlamaConfig(hidden_size=4096, intermediate_size=14336)
+    hidden_states = 2 * preset.samples * preset.seq_len * 4096 * 2
+    planned = step_memory(attention + mlp, settings, config, torch.bfloat16) + hidden_states
+    assert planned == pytest.approx(float(row["peak_gb"]) * 1e9, rel=0.25)
+
+
+def test_methods_that_learn_nothing_need_less_memory_and_time() -> None:
+    learned = plan_run(TINY, QuantizeSettings("w4a16"), Machine("cpu"))
+    rounded = plan_run(TINY, QuantizeSettings("w4a16", method="rtn"), Machine("cpu"))
+    assert rounded.host_bytes < learned.host_bytes
+    assert replace(rounded, minutes=0, host_bytes=0) == replace(learned, minutes=0, host_bytes=0)
+
+
+def test_the_command_prints_a_line_for_each_need(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(TINY), "--scheme", "w3a16", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("28 linear layers in 4 blocks", "lm_head", "peak host memory", "disk", "minutes"):
+        assert words in printed
+
+
+def test_a_plan_refuses_what_quantize_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tmp_path / "absent"), "--scheme", "w4a16"]) == 2
+    assert main(["plan", str(TINY), "--scheme", "w4a16", "--group-size", "96"]) == 2
+    assert "96 does not divide" in capsys.readouterr().err

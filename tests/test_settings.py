@@ -1,0 +1,103 @@
+"""The settings of a run: what is refused, and what follows from those that are accepted."""
+
+from typing import Any
+
+import pytest
+
+from lrq_offline.config import METHODS, PRESETS, QuantizeSettings
+from lrq_vllm.checkpoint.schema import SCHEMES, WeightFormat
+from lrq_vllm.errors import SettingsError
+
+BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"scheme": "w5a5"}, "scheme 'w5a5'"),
+    ({"method": "awq"}, "method 'awq'"),
+    ({"iters": 0}, "iters is 0"),
+    ({"samples": 0}, "samples is 0"),
+    ({"seq_len": 1}, "seq-len is 1"),
+    ({"batch_size": -2}, "batch-size is -2"),
+    ({"rank": 0}, "rank is 0"),
+    ({"rank": "half"}, "rank is 'half', but must be a number or full"),
+    ({"seed": -1}, "seed is -1"),
+    ({"learning_rate": 0.0}, "lr is 0.0"),
+    ({"learning_rate": 1.0}, "lr is 1.0"),
+    ({"learning_rate": float("nan")}, "lr is nan"),
+    ({"kv_bits": 4}, "kv-bits is 4"),
+    ({"group_size": 0}, "group-size is 0"),
+    ({"group_size": -32}, "group-size is -32"),
+    ({"group_size": 48}, "group-size is 48"),
+    ({"scheme": "w4a8", "group_size": 32}, "group-size is only served for 16-bit activations, not for w4a8"),
+    ({"scheme": "w8a8", "group_size": 32}, "group-size is only served for 16-bit activations, not for w8a8"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD_SETTINGS)
+def test_settings_refuse_a_bad_value_by_its_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingsError) as error:
+        QuantizeSettings(**{"scheme": "w4a16", **changes})
+    assert words in str(error.value)
+
+
+def test_settings_name_all_problems_at_once() -> None:
+    with pytest.raises(SettingsError, match=r"iters is 0.*rank is -1.*lr is 2.*kv-bits is 3.*group-size is 5"):
+        QuantizeSettings("w3a16", iters=0, rank=-1, learning_rate=2, kv_bits=3, group_size=5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_and_method_has_settings_that_need_nothing_else(scheme: str, method: str) -> None:
+    settings = QuantizeSettings(scheme, method)
+    assert settings.weight_format == WeightFormat(int(scheme[1]), symmetric=False, group_size=None)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_accepted(name: str) -> None:
+    QuantizeSettings("w4a16", **vars(PRESETS[name]))
+
+
+def test_settings_alone_learn_as_the_default_preset_says() -> None:
+    settings, preset = QuantizeSettings("w4a16"), PRESETS["default"]
+    assert all(getattr(settings, name) == value for name, value in vars(preset).items())
+
+
+# --- what the rate and the rank are ---
+
+
+def test_learning_rates_are_the_papers_at_its_width_and_larger_for_narrow_models() -> None:
+    # The scripts of LRQ's authors for 4096-wide models.
+    rates = {scheme: QuantizeSettings(scheme).rate(4096) for scheme in ("w8a8", "w4a8", "w4a16", "w3a16")}
+    assert rates == {"w8a8": 5e-4, "w4a8": 5e-4, "w4a16": 9e-4, "w3a16": 6e-4}
+    assert QuantizeSettings("w4a16").rate(1024) == 2 * 9e-4
+    assert QuantizeSettings("w4a16", "flexround").rate(1024) == 3e-3
+
+
+def test_lrq_at_full_rank_learns_at_flexrounds_rate() -> None:
+    for width in (256, 4096):
+        assert QuantizeSettings("w3a16", rank="full").rate(width) == QuantizeSettings("w3a16", "flexround").rate(width)
+
+
+def test_a_rate_that_is_given_is_the_rate_at_every_width() -> None:
+    for method in ("lrq", "flexround"):
+        assert {QuantizeSettings("w4a16", method, learning_rate=0.02).rate(width) for width in (64, 4096)} == {0.02}
+
+
+@pytest.mark.parametrize("method", ["gptq", "smoothquant-rtn", "rtn"])
+def test_a_method_that_learns_nothing_has_no_rate(method: str) -> None:
+    settings = QuantizeSettings("w4a16", method, learning_rate=0.02)
+    assert not settings.learns and settings.rate(4096) == 0
+
+
+def test_the_rank_is_a_quarter_of_the_width_unless_it_is_given() -> None:
+    # LRQ, section 3: 1024 for 4096-wide models, 2048 for 8192-wide.
+    assert [QuantizeSettings("w4a16").matrix_rank(width) for width in (2, 4096, 8192)] == [1, 1024, 2048]
+    assert QuantizeSettings("w4a16", rank=7).matrix_rank(4096) == 7
+
+
+@pytest.mark.parametrize("changes", [{"rank": "full"}, {"method": "flexround"}, {"method": "flexround", "rank": 7}], ids=str)
+def test_a_full_matrix_has_no_rank(changes: dict[str, Any]) -> None:
+    assert QuantizeSettings(**{"scheme": "w4a16", **changes}).matrix_rank(4096) is None
+
+
+def test_smoothing_comes_first_where_activations_are_static_or_it_is_asked_for() -> None:
+    smoothed = {(scheme, method) for scheme in SCHEMES for method in METHODS if QuantizeSettings(scheme, method).smooths}
+    static = {("w8a8", method) for method in METHODS if method != "rtn"}
+    assert smoothed == static | {(scheme, "smoothquant-rtn") for scheme in SCHEMES}
