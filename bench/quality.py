@@ -114,11 +114,8 @@ def cell_of(text: str) -> tuple[str, str, int | None]:
 
 
 def settings_of(arguments: argparse.Namespace) -> QuantizeSettings:
-    preset = PRESETS[arguments.preset]
-    return QuantizeSettings(
-        scheme="w4a16", iters=arguments.iters or preset.iters, samples=arguments.samples or preset.samples,
-        seq_len=preset.seq_len, batch_size=preset.batch_size, calibration=arguments.calibration,
-    )  # fmt: skip
+    preset = PRESETS[arguments.preset].with_given(iters=arguments.iters, samples=arguments.samples)
+    return QuantizeSettings(scheme="w4a16", calibration=arguments.calibration, **vars(preset))
 
 
 def show(rows: list[dict[str, Any]], texts: list[str], console: Console) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from lrq_offline.block_learning import LearningResult, learn_block, relative_error, run_block
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.hidden_states import BatchFeeder, HiddenStates
+from lrq_offline.learned_scales import FlexRoundScale, LrqScale
 from lrq_offline.learning_step import LearningStep, block_loss
+from lrq_offline.step_search import search_steps
 
 CPU = torch.device("cpu")
 WIDTH = 8
@@ -259,6 +261,13 @@ def test_batches_are_of_distinct_windows_and_as_large_as_was_asked_for() -> None
     assert len({tuple(batch) for batch in block.batches}) > 40
 
 
+def test_every_window_is_learned_from_once_in_each_pass() -> None:
+    inputs, block = numbered(12), Witness()
+    learn(block, inputs, 1.5 * inputs, rate=1e-3, iters=8, batch_size=3)
+    first, second = ([row for batch in half for row in batch] for half in (block.batches[:4], block.batches[4:]))
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second
+
+
 def test_the_held_out_error_is_that_of_the_windows_that_were_not_learned_from() -> None:
     inputs, block = numbered(32), Witness()
     targets = torch.randn(32, 5, WIDTH) * torch.arange(1, 33).view(32, 1, 1)
@@ -277,7 +286,9 @@ def test_the_learning_rate_falls_from_its_start_to_zero_by_a_half_cosine() -> No
     inputs = torch.ones(1, 1, WIDTH)
     block = Gain(1.0)
     feeder = BatchFeeder(states(inputs), states(1000 * inputs), torch.zeros(8, 1, dtype=torch.int64))
-    step = LearningStep(block, [block.gain], feeder, {}, rate=0.1, steps=8, scale=1.0, dtype=torch.float32)
+    step = LearningStep(
+        block, [block.gain], feeder, {}, rate=0.1, decayed=[], decay=0.0, steps=8, scale=1.0, dtype=torch.float32
+    )
     values = [block.gain.item()]
     for number in range(8):
         step.run(number)
@@ -288,12 +299,37 @@ def test_the_learning_rate_falls_from_its_start_to_zero_by_a_half_cosine() -> No
     assert taken == pytest.approx(expected, rel=1e-2)
 
 
+def test_only_the_decayed_parameters_shrink_by_rate_times_decay() -> None:
+    block = nn.Linear(WIDTH, WIDTH)
+    with torch.no_grad():
+        block.weight.fill_(2.0)
+        block.bias.fill_(2.0)
+    inputs = torch.randn(1, 3, WIDTH)
+    # The targets are what the block puts out, so that nothing but the decay moves a parameter.
+    feeder = BatchFeeder(states(inputs), states(block(inputs).detach()), torch.zeros(1, 1, dtype=torch.int64))
+    step = LearningStep(
+        block, [block.weight, block.bias], feeder, {}, rate=0.1, decayed=[block.weight], decay=0.5, steps=1, scale=1.0,
+        dtype=torch.float32,
+    )  # fmt: skip
+    step.run(0)
+    torch.testing.assert_close(block.weight, torch.full_like(block.weight, 2.0 * (1 - 0.1 * 0.5)))
+    torch.testing.assert_close(block.bias, torch.full_like(block.bias, 2.0))
+
+
+def test_learning_decays_the_matrix_of_the_scale_and_nothing_else() -> None:
+    linear = LrqScale(torch.randn(8, 16), search_steps(torch.randn(8, 16), 4), 4, 3, torch.Generator())
+    full = FlexRoundScale(torch.randn(8, 16), search_steps(torch.randn(8, 16), 4), 4)
+    assert linear.matrix_parameters() == [linear.left, linear.right] and full.matrix_parameters() == [full.matrix]
+
+
 def test_losses_are_divided_by_the_scale_and_land_at_their_step() -> None:
     inputs = torch.ones(3, 1, WIDTH)
     targets = torch.tensor([2.0, 3.0, 5.0]).view(3, 1, 1) * inputs
     block = Gain(1.0)
     feeder = BatchFeeder(states(inputs), states(targets), torch.tensor([[2], [0], [1]]))
-    step = LearningStep(block, [block.gain], feeder, {}, rate=1e-6, steps=3, scale=4.0, dtype=torch.float32)
+    step = LearningStep(
+        block, [block.gain], feeder, {}, rate=1e-6, decayed=[], decay=0.0, steps=3, scale=4.0, dtype=torch.float32
+    )
     for number in range(3):
         step.run(number)
     assert step.losses.tolist() == pytest.approx([4.0, 0.25, 1.0], rel=1e-4)
@@ -335,7 +371,7 @@ def test_steps_replayed_as_a_graph_are_the_steps_of_the_cpu(pinned: bool) -> Non
         sources = [HiddenStates(t.cuda() if on_device else t.pin_memory(), torch.device(device)) for t in (inputs, targets)]
         step = LearningStep(
             block, list(block.parameters()), BatchFeeder(*sources, batches), {},
-            rate=0.03, steps=30, scale=2.0, dtype=torch.float32,
+            rate=0.03, decayed=[block.weight], decay=0.5, steps=30, scale=2.0, dtype=torch.float32,
         )  # fmt: skip
         for number in range(30):
             step.run(number)

@@ -201,10 +201,10 @@ def test_the_report_goes_where_it_is_told(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_report_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = written(tmp_path, a_report(1, "rtn"))
 
-    def full_disk(source: Path, target: Path) -> None:
+    def full_disk(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("os.replace", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         written(tmp_path, a_report(1))
     assert (tmp_path / "lrq_report.html").read_text(encoding="utf-8") == old

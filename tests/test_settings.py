@@ -19,6 +19,8 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"rank": "half"}, "rank is 'half', but must be a number or full"),
     ({"seed": -1}, "seed is -1"),
     ({"learning_rate": 0.0}, "lr is 0.0"),
+    ({"weight_decay": -1.0}, "weight-decay is -1.0"),
+    ({"weight_decay": float("nan")}, "weight-decay is nan"),
     ({"learning_rate": 1.0}, "lr is 1.0"),
     ({"learning_rate": float("nan")}, "lr is nan"),
     ({"kv_bits": 4}, "kv-bits is 4"),
@@ -62,12 +64,17 @@ def test_settings_alone_learn_as_the_default_preset_says() -> None:
 # --- what the rate and the rank are ---
 
 
-def test_learning_rates_are_the_papers_at_its_width_and_larger_for_narrow_models() -> None:
-    # The scripts of LRQ's authors for 4096-wide models.
-    rates = {scheme: QuantizeSettings(scheme).rate(4096) for scheme in ("w8a8", "w4a8", "w4a16", "w3a16")}
-    assert rates == {"w8a8": 5e-4, "w4a8": 5e-4, "w4a16": 9e-4, "w3a16": 6e-4}
-    assert QuantizeSettings("w4a16").rate(1024) == 2 * 9e-4
-    assert QuantizeSettings("w4a16", "flexround").rate(1024) == 3e-3
+def test_learning_rates_of_lrq_grow_for_narrow_models() -> None:
+    for scheme in ("w8a8", "w4a8", "w4a16", "w3a16", "w2a16"):
+        assert QuantizeSettings(scheme).rate(1024) == 2 * QuantizeSettings(scheme).rate(4096) < 0.01
+    assert QuantizeSettings("w4a16", "flexround").rate(1024) == QuantizeSettings("w4a16", "flexround").rate(4096) == 3e-3
+
+
+def test_the_weight_decay_is_the_methods_unless_it_is_given() -> None:
+    assert QuantizeSettings("w4a16").decay > QuantizeSettings("w4a16", "flexround").decay > 0
+    assert QuantizeSettings("w4a16", rank="full").decay == QuantizeSettings("w4a16", "flexround").decay
+    assert [QuantizeSettings("w4a16", weight_decay=given).decay for given in (0.0, 3.0)] == [0.0, 3.0]
+    assert QuantizeSettings("w4a16", "rtn", weight_decay=3.0).decay == 0
 
 
 def test_lrq_at_full_rank_learns_at_flexrounds_rate() -> None:

@@ -38,6 +38,21 @@ def test_searched_steps_clip_an_outlier_that_costs_too_much() -> None:
     assert search_error(weight, searched, 3) < 0.9 * search_error(weight, whole, 3)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_searched_steps_come_close_to_a_search_of_every_ratio_and_zero_point(bits: int) -> None:
+    # LRQ's authors: 100 ratios of the range x every zero-point.
+    weight = torch.randn(16, 256)
+    low, high = torch.aminmax(weight, dim=1, keepdim=True)
+    step = (high - low) / (2**bits - 1)
+    every = [
+        search_error(weight, StepAndZeroPoint(step * (i / 100), torch.full_like(step, z)), bits)
+        for i in range(20, 101)
+        for z in range(2**bits)
+    ]
+    found = search_error(weight, search_steps(weight, bits), bits)
+    assert found.sum() <= 1.002 * torch.stack(every).amin(dim=0).sum()
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_searched_steps_recover_a_weight_that_lies_on_a_grid(bits: int) -> None:
     q = torch.randint(0, 2**bits, (6, 64)).float()

@@ -3,6 +3,7 @@
 docs/checkpoint-format.md is the specification in words; tests/test_checkpoint.py holds both to literal bytes.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -99,6 +100,11 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -135,6 +141,11 @@ class Manifest:
             specs["input_step"] = TensorSpec(torch.float32, (1,))
             specs["input_zero_point"] = TensorSpec(torch.uint8, (1,))
         return specs
+
+    @property
+    def quantized_bytes(self) -> int:
+        """Bytes of everything that is stored for the quantized modules."""
+        return sum(spec.nbytes for module in self.quantized for spec in self.tensors_of(module).values())
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""

@@ -231,15 +231,11 @@ class ShardWriter:
         replace_durably(partial, path)
 
     def finish(self) -> int:
-        """Write the index of all shards; return the bytes of their tensors."""
-        weight_map: dict[str, str] = {}
-        total_bytes = 0
-        for number in range(1, self._count + 1):
-            with safe_open(self.path(number), framework="pt") as file:
-                for name in list(file.keys()):
-                    weight_map[name] = self.path(number).name
-                    total_bytes += file.get_tensor(name).nbytes
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        """Write the index of all shards; return the bytes of their tensors. Reads headers only."""
+        tensors = TensorFolder(self._folder)
+        total_bytes = sum(tensors.spec(name).nbytes for name in tensors)
+        weight_map = {name: tensors.file_of(name).name for name in sorted(tensors)}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         return total_bytes
 

@@ -1,4 +1,4 @@
-"""Learn one block: make the quantized block's output match the float block's, by Adam over random windows.
+"""Learn one block: make the quantized block's output match the float block's, by AdamW over random windows.
 
     minimise || block_fp(X) - block_q(X_q) ||^2
 
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.compute import products_in
+from lrq_offline.compute import block_output
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.hidden_states import BatchFeeder, HiddenStates
+from lrq_offline.learned_scales import LearnedRounding
 from lrq_offline.learning_step import LearningStep
 from lrq_offline.quantized_block import held_weights
 
@@ -64,9 +65,7 @@ def run_block(
 ) -> None:
     """Write the block's output for ``source`` into ``target`` (which may be ``source``), batch by batch."""
     for rows in source.slices(batch_size):
-        with products_in(dtype, source.device):
-            output = block(source.get(rows).float(), **arguments)
-        target.put(rows, output)
+        target.put(rows, block_output(block, source.get(rows), arguments, dtype))
 
 
 @torch.no_grad()
@@ -83,8 +82,7 @@ def relative_error(
     with held_weights(block):
         for batch in rows:
             wanted = targets.get(batch).float()
-            with products_in(dtype, inputs.device):
-                output = block(inputs.get(batch).float(), **arguments)
+            output = block_output(block, inputs.get(batch), arguments, dtype)
             sums += torch.stack([(output.float() - wanted).square().sum(), wanted.square().sum()])
     squared_error, squared_norm = sums.tolist()
     return float(squared_error / max(squared_norm, torch.finfo(torch.float32).tiny))
@@ -116,7 +114,7 @@ def learn_block(
     scale = _mean_square(targets)
     step = LearningStep(
         block, parameters, BatchFeeder(inputs, targets, batches), arguments,
-        rate=rate, steps=settings.iters, scale=scale, dtype=dtype,
+        rate=rate, decayed=_matrices(block), decay=settings.decay, steps=settings.iters, scale=scale, dtype=dtype,
     )  # fmt: skip
     best = _BestState(parameters)
     curve = LearningCurve()
@@ -187,6 +185,20 @@ def _mean_square(states: HiddenStates) -> float:
     return max(float(total) / len(states), torch.finfo(torch.float32).tiny)
 
 
+def _matrices(block: nn.Module) -> list[nn.Parameter]:
+    roundings = [module for module in block.modules() if isinstance(module, LearnedRounding)]
+    return [parameter for rounding in roundings for parameter in rounding.matrix_parameters()]
+
+
 def _batches(samples: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:
-    """int64 [count, size]: random batches of distinct samples (all of them, if they are fewer than ``size``)."""
-    return torch.stack([samples[torch.randperm(len(samples), generator=generator)[:size]] for _ in range(count)])
+    """int64 [count, size]: batches of distinct samples (all of them, if they are fewer than ``size``).
+
+    They go through the samples in a new random order each time; what is left over at the end of an order waits for another.
+    """
+    size = min(size, len(samples))
+    per_pass = len(samples) // size
+    passes = [
+        samples[torch.randperm(len(samples), generator=generator)[: per_pass * size]].view(per_pass, size)
+        for _ in range(-(-count // per_pass))
+    ]
+    return torch.cat(passes)[:count]

@@ -111,6 +111,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--iters", type=int, help=f"most steps per block (default preset: {default.iters})")
     parser.add_argument("--lr", type=float, help="learning rate (default: by method and scheme, docs/quantize.md)")
+    parser.add_argument("--weight-decay", type=float, metavar="X", help="of the scale matrix; 0 as in the papers")
     parser.add_argument("--samples", type=int, help=f"calibration windows (default preset: {default.samples})")
     parser.add_argument("--seq-len", type=int, help=f"tokens per window (default preset: {default.seq_len})")
     parser.add_argument("--batch-size", type=int, help=f"windows per step (default preset: {default.batch_size})")
@@ -131,18 +132,13 @@ def _rank(text: str) -> int | str:
 
 
 def _settings(parsed: argparse.Namespace) -> QuantizeSettings:
-    preset = PRESETS[parsed.preset]
-
-    def chosen(name: str) -> int:
-        given: int | None = getattr(parsed, name)
-        value: int = getattr(preset, name)
-        return value if given is None else given
-
+    preset = PRESETS[parsed.preset].with_given(
+        iters=parsed.iters, samples=parsed.samples, seq_len=parsed.seq_len, batch_size=parsed.batch_size
+    )
     return QuantizeSettings(
         scheme=parsed.scheme, method=parsed.method, group_size=parsed.group_size, symmetric=parsed.symmetric,
-        rank=parsed.rank, iters=chosen("iters"), learning_rate=parsed.lr, samples=chosen("samples"),
-        seq_len=chosen("seq_len"), batch_size=chosen("batch_size"), kv_bits=parsed.kv_bits, seed=parsed.seed,
-        calibration=parsed.calibration,
+        rank=parsed.rank, learning_rate=parsed.lr, weight_decay=parsed.weight_decay, kv_bits=parsed.kv_bits,
+        seed=parsed.seed, calibration=parsed.calibration, **vars(preset),
     )  # fmt: skip
 
 

@@ -2,13 +2,15 @@
 
 import os
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.utils.deterministic
+from torch import Tensor, nn
 
 from lrq_vllm.errors import SettingsError
 
-__all__ = ["choose_device", "device_name", "product_dtype", "products_in"]
+__all__ = ["block_output", "choose_device", "device_name", "product_dtype", "products_in"]
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,6 +40,13 @@ def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor multiplies it natively, else float32. Quantizers stay in float32 throughout."""
     native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if native else torch.float32
+
+
+def block_output(block: nn.Module, x: Tensor, arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    """What ``block`` puts out for hidden states x [batch, seq_len, width], with its matrix products in ``dtype``."""
+    with products_in(dtype, x.device):
+        output: Tensor = block(x.float(), **arguments)
+    return output
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[None]:

@@ -1,6 +1,6 @@
 """The settings of one quantization run, checked when built: an invalid run cannot be constructed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lrq_vllm.checkpoint.schema import GROUP_UNIT, SCHEMES, Scheme, WeightFormat
 from lrq_vllm.errors import SettingsError, one_paragraph
@@ -22,6 +22,10 @@ class Preset:
     seq_len: int
     batch_size: int = 2
 
+    def with_given(self, **given: int | None) -> "Preset":
+        """This preset with those values in place of its own that are not None."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
 
 PRESETS = {
     "fast": Preset(iters=200, samples=64, seq_len=512),
@@ -30,11 +34,14 @@ PRESETS = {
     "paper": Preset(iters=5000, samples=512, seq_len=1024),
 }
 
-# Adam's learning rates. LRQ: those of the paper's authors for 4096-wide models (their scripts; 8-bit weights: as w4a8),
-# scaled by sqrt(4096 / width) because k terms of L U with U ~ 1/sqrt(width) move an element by about k / sqrt(width)
-# times the rate, and k is width / 4. FlexRound (and LRQ at full rank): theirs for W4A16, at every width.
-_LRQ_RATE_AT_4096 = {"w8a8": 5e-4, "w4a8": 5e-4, "w4a16": 9e-4, "w3a16": 6e-4, "w2a16": 6e-4}
+# AdamW's learning rates and its decay of S2's matrix (L and U, or all of S2). The papers have no decay: their rates, 5e-4 to
+# 9e-4 for LRQ at 4096, leave more error, and higher ones without decay fit the calibration text only (docs/quantize.md).
+# LRQ's rate grows with sqrt(4096 / width): an element of L U is a sum of width / 4 terms, each as small as rate / decay in the
+# end, so its noise stays the same. FlexRound (and LRQ at full rank): its authors' rate at every width.
+_LRQ_RATE_AT_4096 = {8: 5e-4, 4: 2e-3, 3: 2e-3, 2: 2e-3}
+_LRQ_DECAY = 2.0
 _FLEXROUND_RATE = 3e-3
+_FLEXROUND_DECAY = 0.5
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class QuantizeSettings:
 
     rank: of LRQ's matrix; None means a quarter of the model's width (LRQ, section 3), ``"full"`` a matrix of full rank.
     samples, seq_len: calibration windows and tokens per window. batch_size: windows per step.
-    iters: most Adam steps per block; ignored by methods that learn nothing. learning_rate: None means the default rate.
+    iters: most AdamW steps per block; ignored by methods that learn nothing. learning_rate: None means the default rate.
+    weight_decay: of S2's matrix, per step and unit of learning rate; None means the default, 0 learns as the papers do.
     kv_bits: 8 fake-quantizes keys and values per token and head while learning; None leaves them in 16 bits.
     Raises SettingsError with every problem found.
     """
@@ -55,6 +63,7 @@ class QuantizeSettings:
     rank: int | str | None = None
     iters: int = PRESETS["default"].iters
     learning_rate: float | None = None
+    weight_decay: float | None = None
     samples: int = PRESETS["default"].samples
     seq_len: int = PRESETS["default"].seq_len
     batch_size: int = PRESETS["default"].batch_size
@@ -83,6 +92,8 @@ class QuantizeSettings:
             problems.append(f"rank is {self.rank!r}, but must be a number or {FULL_RANK}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             problems.append(f"lr is {self.learning_rate}, but must lie between 0 and 1")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < 100:
+            problems.append(f"weight-decay is {self.weight_decay}, but must lie between 0 and 100")
         if self.kv_bits not in (None, 8):
             problems.append(f"kv-bits is {self.kv_bits}, but keys and values have 8 bits or stay as they are")
         problems += self._group_problems()
@@ -127,9 +138,20 @@ class QuantizeSettings:
         return max(width // 4, 1) if self.rank is None else int(self.rank)
 
     def rate(self, width: int) -> float:
-        """Adam's first learning rate for a model ``width`` wide; 0 for a method that learns nothing."""
+        """AdamW's first learning rate for a model ``width`` wide; 0 for a method that learns nothing."""
         if not self.learns:
             return 0.0
         if self.learning_rate is not None:
             return self.learning_rate
-        return _FLEXROUND_RATE if self.matrix_rank(width) is None else _LRQ_RATE_AT_4096[self.scheme] * (4096 / width) ** 0.5
+        if self.matrix_rank(width) is None:
+            return _FLEXROUND_RATE
+        return _LRQ_RATE_AT_4096[self.bits.weight_bits] * (4096 / width) ** 0.5
+
+    @property
+    def decay(self) -> float:
+        """AdamW's weight decay of S2's matrix; 0 for a method that learns nothing."""
+        if not self.learns:
+            return 0.0
+        if self.weight_decay is not None:
+            return self.weight_decay
+        return _FLEXROUND_DECAY if self.method == "flexround" or self.rank == FULL_RANK else _LRQ_DECAY

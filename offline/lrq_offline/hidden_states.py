@@ -50,20 +50,27 @@ class HiddenStatesStore:
         self._folder = folder
         self.places: list[str] = []
 
+    def place_for(self, size: int) -> str:
+        """Where the next cache of ``size`` bytes goes; its room on the GPU is taken from the budget."""
+        if self._device.type == "cuda" and size <= self._gpu_bytes:
+            self._gpu_bytes -= size
+            return "GPU memory"
+        return "host memory" if size <= psutil.virtual_memory().available // 2 else "disk"
+
     def like(self, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
         """An uninitialised cache."""
         size = torch.Size(shape).numel() * dtype.itemsize
-        if self._device.type == "cuda" and size <= self._gpu_bytes:
-            self._gpu_bytes -= size
-            return self._made("GPU memory", torch.empty(shape, dtype=dtype, device=self._device))
-        if size <= psutil.virtual_memory().available // 2:
-            return self._made("host memory", torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda"))
+        place = self.place_for(size)
+        if place == "GPU memory":
+            return self._made(place, torch.empty(shape, dtype=dtype, device=self._device))
+        if place == "host memory":
+            return self._made(place, torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda"))
         # Mapped, not read: the file lives as long as the tensor and is gone with the process. Its room is taken now: a disk
         # that fills up under a mapping ends the process.
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".hidden-") as file:
             os.posix_fallocate(file.fileno(), 0, size)
             mapped = torch.from_file(file.name, shared=True, size=torch.Size(shape).numel(), dtype=dtype)
-        return self._made("disk", mapped.view(shape))
+        return self._made(place, mapped.view(shape))
 
     def _made(self, place: str, tensor: Tensor) -> HiddenStates:
         logger.info("%.2f GB of hidden states in %s", tensor.nbytes / 1e9, place)

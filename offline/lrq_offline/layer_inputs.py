@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.compute import products_in
+from lrq_offline.compute import block_output
 from lrq_offline.hidden_states import HiddenStates
 
 __all__ = ["InputSample", "sample_inputs", "watch_inputs"]
@@ -33,8 +33,7 @@ def watch_inputs(
     hooks = [block.get_submodule(name).register_forward_pre_hook(hook(observe)) for name, observe in observers.items()]
     try:
         for rows in hidden.slices(batch_size):
-            with products_in(dtype, hidden.device):
-                block(hidden.get(rows).float(), **arguments)
+            block_output(block, hidden.get(rows), arguments, dtype)
     finally:
         for handle in hooks:
             handle.remove()
@@ -77,7 +76,8 @@ class InputSample:
 
     @property
     def tokens(self) -> Tensor:
-        return torch.cat(self._tokens)
+        self._tokens = [torch.cat(self._tokens)]
+        return self._tokens[0]
 
 
 def sample_inputs(

@@ -69,6 +69,10 @@ class LearnedRounding(Rounding):
         """S2 in its parts. Methods define this."""
         raise NotImplementedError
 
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """What S2's matrix is made of. Methods define this."""
+        raise NotImplementedError
+
     def forward(self) -> Tensor:
         """W_hat [out, in], with gradients."""
         with torch.autocast(self.weight.device.type, enabled=False):
@@ -98,6 +102,10 @@ class FlexRoundScale(LearnedRounding):
         """S2 + r."""
         return LogScale(self.matrix, self.row)
 
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """S2 without r."""
+        return [self.matrix]
+
 
 class LrqScale(LearnedRounding):
     """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5). rank is capped by W's sides."""
@@ -124,3 +132,7 @@ class LrqScale(LearnedRounding):
     def log_scale(self) -> LogScale:
         """L U + r + c."""
         return LogScale(self.left.to(self.dtype) @ self.right.to(self.dtype), self.row, self.column)
+
+    def matrix_parameters(self) -> list[nn.Parameter]:
+        """L and U."""
+        return [self.left, self.right]

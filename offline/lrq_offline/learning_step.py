@@ -1,4 +1,4 @@
-"""One step of learning a block: forward, backward, Adam; on a GPU replayed as one CUDA graph, with no host in the loop."""
+"""One step of learning a block: forward, backward, AdamW; on a GPU replayed as one CUDA graph, with no host in the loop."""
 
 import math
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.compute import products_in
+from lrq_offline.compute import block_output
 from lrq_offline.hidden_states import BatchFeeder
 
 __all__ = ["LearningStep", "block_loss"]
@@ -16,15 +16,14 @@ _WARM_UP_STEPS = 3
 
 def block_loss(block: nn.Module, inputs: Tensor, targets: Tensor, arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
     """Mean squared difference of the block's output from ``targets``, both [batch, seq_len, width]; float32 scalar."""
-    with products_in(dtype, inputs.device):
-        output = block(inputs.float(), **arguments)
-    return nn.functional.mse_loss(output.float(), targets.float())
+    return nn.functional.mse_loss(block_output(block, inputs, arguments, dtype).float(), targets.float())
 
 
 class LearningStep:
-    """Adam on ``parameters`` of ``block``, the learning rate decayed from ``rate`` to 0 by a half-cosine over ``steps``.
+    """AdamW on ``parameters`` of ``block``, the learning rate decayed from ``rate`` to 0 by a half-cosine over ``steps``.
 
-    ``scale`` divides the loss: it keeps Adam's epsilon small beside the gradients and changes no direction.
+    Those of the parameters that are in ``decayed`` have the weight decay ``decay``. ``scale`` divides the loss: it keeps
+    Adam's epsilon small beside the gradients and changes no direction.
     """
 
     def __init__(
@@ -35,6 +34,8 @@ class LearningStep:
         arguments: dict[str, Any],
         *,
         rate: float,
+        decayed: list[nn.Parameter],
+        decay: float,
         steps: int,
         scale: float,
         dtype: torch.dtype,
@@ -45,7 +46,12 @@ class LearningStep:
         half_cosine = [rate * 0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
         self._schedule = torch.tensor(half_cosine, dtype=torch.float32, device=device)
         self._rate = self._schedule[0].clone()
-        self._optimizer = torch.optim.Adam(parameters, lr=self._rate, fused=True, capturable=device.type == "cuda")
+        ids = {id(parameter) for parameter in decayed}
+        groups = [
+            {"params": [parameter for parameter in parameters if (id(parameter) in ids) == wanted], "weight_decay": strength}
+            for wanted, strength in ((True, decay), (False, 0.0))
+        ]
+        self._optimizer = torch.optim.AdamW(groups, lr=self._rate, fused=True, capturable=device.type == "cuda")
         self.losses = torch.zeros(steps, dtype=torch.float32, device=device)
         self._loss = torch.zeros((), device=device)
         self._graph = self._captured() if device.type == "cuda" else None

@@ -24,7 +24,7 @@ from lrq_offline.calibration_lint import lint_texts
 from lrq_offline.calibration_text import read_texts, shipped_calibration
 from lrq_offline.compute import choose_device, device_name, product_dtype
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import blocks_of, empty_model, load_block, restore_rotary
+from lrq_offline.decoder_blocks import empty_model, load_block, restore_rotary
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.output_folder import carry_over, check_output, new_folder
@@ -95,7 +95,7 @@ def quantize_model(
     with new_folder(output, restart=restart) as folder:
         run = fingerprint(source.tensors, source.raw_config, windows, settings, device_name(device))
         progress = Progress(folder, run)
-        writer = ShardWriter(folder, len(blocks_of(empty_model(source.config), source.family)) + 1)
+        writer = ShardWriter(folder, len(source.block_names) + 1)
         _BlockwiseRun(source, manifest, settings, writer, device, progress, on_block).run(
             windows, HiddenStatesStore(device, gpu_budget(machine, device), folder)
         )
@@ -116,7 +116,7 @@ def manifest_of(source: SourceModel, settings: QuantizeSettings) -> Manifest:
     """The manifest of the result. Raises SettingsError before any work if the group size does not divide a layer's inputs."""
     family, model = source.family, empty_model(source.config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    modules = [f"{family.blocks}.{i}.{linear}" for i in range(len(blocks_of(model, family))) for linear in family.linears]
+    modules = [f"{block}.{linear}" for block in source.block_names for linear in family.linears]
     quantized = {name: (linears[name].out_features, linears[name].in_features) for name in modules}
     skipped = [name for name in linears if name not in quantized]
     problems = [] if settings.group_size is None else undivided_layers(settings.group_size, quantized)
@@ -147,7 +147,7 @@ class _BlockwiseRun:
     def run(self, windows: Tensor, store: HiddenStatesStore) -> None:
         """Write every shard: what stands outside the blocks first, then block after block."""
         family, model = self.source.family, empty_model(self.source.config)
-        names = [f"{family.blocks}.{index}" for index in range(len(blocks_of(model, family)))]
+        names = self.source.block_names
         if not self.progress.finished:
             outside = [name for name in self.source.tensors if not name.startswith(f"{family.blocks}.")]
             self.writer.write_shard(1, {name: self.source.read(name) for name in outside})
@@ -251,14 +251,14 @@ def _report(
     seconds: float,
 ) -> dict[str, Any]:
     float_bytes = sum(source.stored_bytes(f"{module}.weight") for module in manifest.quantized)
-    quantized_bytes = sum(
-        spec.dtype.itemsize * torch.Size(spec.shape).numel()
-        for module in manifest.quantized
-        for spec in manifest.tensors_of(module).values()
-    )
     width = source.config.hidden_size
     calibration = Path(settings.calibration).name if settings.calibration else shipped_calibration().name
-    decided = {"rank": settings.matrix_rank(width), "learning_rate": settings.rate(width), "calibration": calibration}
+    decided = {
+        "rank": settings.matrix_rank(width),
+        "learning_rate": settings.rate(width),
+        "weight_decay": settings.decay,
+        "calibration": calibration,
+    }
     return {
         "tool_version": manifest.tool_version,
         "model": source.folder.resolve().name,
@@ -266,8 +266,8 @@ def _report(
         "quantized_linears": {
             "modules": len(manifest.quantized),
             "float_bytes": float_bytes,
-            "bytes": quantized_bytes,
-            "ratio": quantized_bytes / float_bytes,
+            "bytes": manifest.quantized_bytes,
+            "ratio": manifest.quantized_bytes / float_bytes,
         },
         "source_bytes": sum(source.stored_bytes(name) for name in source.tensors),
         "checkpoint_bytes": checkpoint_bytes,

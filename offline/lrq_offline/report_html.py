@@ -1,7 +1,6 @@
 """The report of a quantization as one HTML file: no script, nothing loaded from elsewhere, everything escaped."""
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from html import escape
 from importlib.resources import files
@@ -20,6 +19,7 @@ from lrq_offline.report_pictures import (
     scientific,
     size_chart,
 )
+from lrq_vllm.checkpoint.store import replace_durably
 
 __all__ = ["write_report"]
 
@@ -39,7 +39,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     try:
         # A name that came from a file system may hold what UTF-8 has no bytes for.
         partial.write_bytes(page.encode("utf-8", "replace"))
-        os.replace(partial, output)
+        replace_durably(partial, output)
     finally:
         partial.unlink(missing_ok=True)
     return output

@@ -4,12 +4,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import PreTrainedConfig
 
 from lrq_offline.compute import choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
+from lrq_offline.hidden_states import HiddenStatesStore
 from lrq_offline.pipeline import Machine, gpu_budget, manifest_of
 from lrq_offline.source_model import SourceModel
 
@@ -43,23 +43,15 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
     manifest = manifest_of(source, settings)
     device = choose_device(machine.device)
     config = source.config
-    blocks = len(manifest.quantized) // len(source.family.linears)
+    blocks = len(source.block_names)
     shapes = list(manifest.quantized.values())[: len(source.family.linears)]
     tokens = settings.samples * settings.seq_len
     cache = tokens * config.hidden_size * (config.dtype or torch.bfloat16).itemsize
     computing = step_memory(shapes, settings, config, product_dtype(device))
-    place, on_gpu, on_host, on_disk = "host memory", 0, 2 * cache, 0
-    if device.type == "cuda" and 2 * cache <= gpu_budget(machine, device):
-        place, on_gpu, on_host = "GPU memory", 2 * cache, 0
-    elif cache > psutil.virtual_memory().available // 2:
-        place, on_host, on_disk = "disk", 0, 2 * cache
+    store = HiddenStatesStore(device, gpu_budget(machine, device), Path())
+    places = [store.place_for(cache) for _ in range(2)]
     largest = max(source.stored_bytes(name) for name in source.tensors)
-    output = sum(
-        spec.dtype.itemsize * torch.Size(spec.shape).numel()
-        for module in manifest.quantized
-        for spec in manifest.tensors_of(module).values()
-    )
-    output += sum(
+    output = manifest.quantized_bytes + sum(
         source.stored_bytes(name) for name in source.tensors if name.removesuffix(".weight") not in manifest.quantized
     )
     return ResourcePlan(
@@ -67,10 +59,10 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
         quantized_modules=len(manifest.quantized),
         skipped_modules=manifest.skipped,
         output_bytes=output,
-        gpu_bytes=computing + on_gpu if device.type == "cuda" else None,
-        host_bytes=on_host + cache + 2 * largest + (0 if device.type == "cuda" else computing),
-        disk_bytes=output + on_disk,
-        hidden_states_in=place,
+        gpu_bytes=computing + cache * places.count("GPU memory") if device.type == "cuda" else None,
+        host_bytes=cache * places.count("host memory") + cache + 2 * largest + (0 if device.type == "cuda" else computing),
+        disk_bytes=output + cache * places.count("disk"),
+        hidden_states_in=", ".join(dict.fromkeys(places)),
         minutes=blocks * _block_seconds(shapes, settings, config.hidden_size, device) / 60,
     )
 

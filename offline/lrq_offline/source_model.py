@@ -39,10 +39,14 @@ class SourceModel:
         check_model_tensors(empty_model(config), source.tensors, config)
         return source
 
+    @property
+    def block_names(self) -> list[str]:
+        """Full names of the decoder blocks, in order."""
+        return [f"{self.family.blocks}.{index}" for index in range(self.config.num_hidden_layers)]
+
     def stored_bytes(self, name: str) -> int:
         """Size of one tensor, from its header."""
-        spec = self.tensors.spec(name)
-        return spec.dtype.itemsize * torch.Size(spec.shape).numel()
+        return self.tensors.spec(name).nbytes
 
     def read(self, name: str) -> Tensor:
         """One tensor as stored. Raises ModelFolderError if it holds NaN or infinity."""
