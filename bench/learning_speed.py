@@ -2,6 +2,7 @@
 """Seconds per iteration and peak memory of learning one decoder block, and what a whole model of such blocks would take.
 
     python bench/learning_speed.py --out bench/results/learning-speed-h200.json         # one Llama-3-8B-shaped block, on a GPU
+    python bench/learning_speed.py --gpus 2 --schemes w4a16 --presets paper                     # one block on two GPUs
     python bench/learning_speed.py --small                                              # the same code on a small block
 
 Weights are random, hidden states are random with outlier channels; the code is the tool's own (block_quantizer.py).
@@ -13,6 +14,7 @@ import gc
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from lrq_offline.compute import choose_device, device_name, product_dtype
 from lrq_offline.config import PRESETS, QuantizeSettings
 from lrq_offline.decoder_blocks import FAMILIES, empty_model
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
+from lrq_offline.rank_processes import started_ranks
+from lrq_offline.ranks import Ranks
 
 BLOCKS_OF_8B = 32
 TIMED_ITERS = 100
@@ -37,19 +41,18 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["fast", "paper"])
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--max-gpu-gb", type=float, default=12.0, help="for cached hidden states")
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = choose_device("auto")
     config = block_config(small=arguments.small)
-    rows = []
-    for scheme in arguments.schemes:
-        for name in arguments.presets if scheme == arguments.schemes[0] else arguments.presets[-1:]:
-            row = measured(config, scheme, name, device, arguments)
-            rows.append(row)
-            print(json.dumps(row), flush=True)
+    work = partial(all_rows, config, device, arguments)
+    with started_ranks(arguments.gpus, device, work) as ranks:
+        rows = work(ranks)
     result = {
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
+        "gpus": arguments.gpus,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "block": {
             "hidden": config.hidden_size, "intermediate": config.intermediate_size,
@@ -80,7 +83,20 @@ def block_config(*, small: bool) -> LlamaConfig:
     )  # fmt: skip
 
 
-def measured(config: LlamaConfig, scheme: str, preset: str, device: torch.device, arguments: Any) -> dict[str, Any]:
+def all_rows(config: LlamaConfig, device: torch.device, arguments: Any, ranks: Ranks) -> list[dict[str, Any]]:
+    choose_device("auto")  # in every process: it also asks for deterministic algorithms
+    rows = []
+    for scheme in arguments.schemes:
+        for name in arguments.presets if scheme == arguments.schemes[0] else arguments.presets[-1:]:
+            rows.append(measured(config, scheme, name, device, arguments, ranks))
+            if ranks.rank == 0:
+                print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def measured(
+    config: LlamaConfig, scheme: str, preset: str, device: torch.device, arguments: Any, ranks: Ranks
+) -> dict[str, Any]:
     """Quantize one block as the tool does, with fewer iterations; the rest is extrapolated from the time of one."""
     gc.collect()
     if device.type == "cuda":
@@ -106,12 +122,13 @@ def measured(config: LlamaConfig, scheme: str, preset: str, device: torch.device
     tables = rotary(torch.zeros(1, settings.seq_len, config.hidden_size), positions)
     call = {"position_embeddings": tuple(table.to(device) for table in tables), "attention_mask": None}
     store = HiddenStatesStore(device, int(arguments.max_gpu_gb * 1e9), Path("."))
-    shape = (settings.samples, settings.seq_len, config.hidden_size)
+    shape = (settings.samples // ranks.size, settings.seq_len, config.hidden_size)
     inputs, targets = store.like(shape, torch.bfloat16), store.like(shape, torch.bfloat16)
+    torch.manual_seed(1 + ranks.rank)
     fill(inputs, config.hidden_size)
     started = time.monotonic()
     run_block(block, inputs, targets, call, 4, dtype)
-    quantizer = BlockQuantizer(settings, family, config, dtype)
+    quantizer = BlockQuantizer(settings, family, config, dtype, ranks)
     result = quantizer.quantize(block, inputs, targets, call, torch.Generator().manual_seed(0))
     run_block(block, inputs, inputs, call, 4, dtype)
     synchronize(device)

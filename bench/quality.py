@@ -52,10 +52,19 @@ def main() -> None:
         model = load_model(folder).to(device)
         row["texts"] = {name: asdict(compare(model, reference, tokens)) for name, tokens in windows.items()}
         rows.append(row)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
         shown = "  ".join(f"{name} KL {quality['kl']:.4f}" for name, quality in row["texts"].items())
         console.print(f"{row['method']} {row['scheme']} {row['group_size'] or ''}: {shown}")
 
     rows: list[dict[str, Any]] = []
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "machine": device_name(device),
+        "versions": {name: version(name) for name in ("lrq", "torch", "transformers")} | {"python": platform.python_version()},
+        "model": arguments.model.name,
+        "texts": arguments.text,
+        "rows": rows,
+    }
     for peer in arguments.peers:
         label, _, folder = peer.partition("=")
         method, scheme, size = cell_of(label)
@@ -69,15 +78,6 @@ def main() -> None:
             output = Path(scratch, cell.replace(":", "-"))
             report = quantize_model(arguments.model, output, settings, machine=Machine(arguments.device))
             measured({"method": method, "scheme": scheme, "group_size": size, **facts_of(report)}, output)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": device_name(device),
-        "versions": {name: version(name) for name in ("lrq", "torch", "transformers")} | {"python": platform.python_version()},
-        "model": arguments.model.name,
-        "texts": arguments.text,
-        "rows": rows,
-    }
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     show(rows, list(windows), console)
 
 

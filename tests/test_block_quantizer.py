@@ -40,13 +40,20 @@ class Problem:
     arguments: dict[str, Any]
 
     def quantize(
-        self, scheme: str, method: str, *, damaged: Tensor | None = None, dtype: torch.dtype = torch.float32, iters: int = 30
+        self,
+        scheme: str,
+        method: str,
+        *,
+        damaged: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        iters: int = 30,
+        rank: int | None = None,
     ) -> tuple[nn.Module, QuantizedBlock]:
         """A copy of the block, quantized, and what is told of it. damaged: X_q, where it is not X."""
         block = copy.deepcopy(self.block).to(dtype)
         inputs, targets = HiddenStates(self.inputs, CPU), HiddenStates(torch.empty_like(self.inputs), CPU)
         run_block(block, inputs, targets, self.arguments, 4, dtype)
-        quantizer = BlockQuantizer(QuantizeSettings(scheme, method, iters=iters), FAMILY, CONFIG, dtype)
+        quantizer = BlockQuantizer(QuantizeSettings(scheme, method, iters=iters, rank=rank), FAMILY, CONFIG, dtype)
         inputs = inputs if damaged is None else HiddenStates(damaged, CPU)
         return block, quantizer.quantize(block, inputs, targets, self.arguments, torch.Generator().manual_seed(0))
 
@@ -179,6 +186,11 @@ def test_gptq_sees_inputs_as_they_will_be_quantized_and_as_rounded_layers_produc
 
 def test_the_same_generator_gives_the_same_integers(problem: Problem) -> None:
     first, second = (quantized_linears(problem.quantize("w4a16", "lrq")[0]) for _ in range(2))
+    assert all(torch.equal(first[name].rounding.quantized()[0], second[name].rounding.quantized()[0]) for name in first)
+
+
+def test_a_rank_beyond_a_weights_sides_is_that_of_its_sides(problem: Problem) -> None:
+    first, second = (quantized_linears(problem.quantize("w4a16", "lrq", iters=3, rank=rank)[0]) for rank in (96, 1000))
     assert all(torch.equal(first[name].rounding.quantized()[0], second[name].rounding.quantized()[0]) for name in first)
 
 

@@ -169,13 +169,6 @@ def test_nothing_is_learned_by_round_to_nearest() -> None:
     assert list(nearest(weight, search_steps(weight, 4), 4).parameters()) == []
 
 
-@pytest.mark.parametrize(("rank", "used"), [(1, 1), (5, 5), (12, 12), (13, 12), (1000, 12)])
-def test_lrq_rank_is_capped_by_the_sides_of_the_weight(rank: int, used: int) -> None:
-    weight = weight_with_outliers()
-    scale = lrq(weight, search_steps(weight, 4), 4, rank=rank)
-    assert (tuple(scale.left.shape), tuple(scale.right.shape)) == ((12, used), (used, 96))
-
-
 def test_lrq_starts_from_its_generator_alone() -> None:
     weight = weight_with_outliers()
     initial = search_steps(weight, 4)

@@ -21,6 +21,7 @@ from lrq_offline.hidden_states import BatchFeeder, HiddenStates
 from lrq_offline.learned_scales import LearnedRounding
 from lrq_offline.learning_step import LearningStep
 from lrq_offline.quantized_block import held_weights
+from lrq_offline.ranks import ONE_RANK, Ranks
 
 __all__ = ["LearningCurve", "LearningResult", "learn_block", "relative_error", "run_block"]
 
@@ -76,15 +77,16 @@ def relative_error(
     arguments: dict[str, Any],
     rows: list[Tensor],
     dtype: torch.dtype,
+    ranks: Ranks = ONE_RANK,
 ) -> float:
-    """|| block(inputs) - targets ||^2 / || targets ||^2 over the samples in ``rows``, int64 indices per batch."""
+    """|| block(inputs) - targets ||^2 / || targets ||^2 over every rank's samples in ``rows``, int64 indices per batch."""
     sums = torch.zeros(2, dtype=torch.float64, device=inputs.device)
     with held_weights(block):
         for batch in rows:
             wanted = targets.get(batch).float()
             output = block_output(block, inputs.get(batch), arguments, dtype)
             sums += torch.stack([(output.float() - wanted).square().sum(), wanted.square().sum()])
-    squared_error, squared_norm = sums.tolist()
+    squared_error, squared_norm = ranks.sum(sums).tolist()
     return float(squared_error / max(squared_norm, torch.finfo(torch.float32).tiny))
 
 
@@ -97,34 +99,37 @@ def learn_block(
     rate: float,
     generator: torch.Generator,
     dtype: torch.dtype,
+    ranks: Ranks = ONE_RANK,
 ) -> LearningResult:
     """Learn every parameter of ``block`` that wants a gradient, in place; with none this only measures the error.
 
-    inputs, targets: X_q and block_fp(X). If no state was better than the first, the block is put back to where it started.
+    inputs, targets: X_q and block_fp(X) of this rank's windows; a batch is that of all ranks together. If no state was better
+    than the first, the block is put back to where it started.
     """
-    everything = list(torch.arange(len(inputs)).split(settings.batch_size))
+    batch_size = settings.batch_size // ranks.size
+    everything = list(torch.arange(len(inputs)).split(batch_size))
     parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    before = relative_error(block, inputs, targets, arguments, everything, dtype)
+    before = relative_error(block, inputs, targets, arguments, everything, dtype, ranks)
     if not parameters or not math.isfinite(before):
         return LearningResult(before, before, 0, 0.0, LearningCurve())
     order = torch.randperm(len(inputs), generator=generator)
     held_out, learned_from = order[: _held_out_samples(len(inputs))], order[_held_out_samples(len(inputs)) :]
-    batches = _batches(learned_from, settings.iters, settings.batch_size, generator)
-    checked = list((held_out if len(held_out) else learned_from).split(settings.batch_size))
-    scale = _mean_square(targets)
+    batches = _batches(learned_from, settings.iters, batch_size, generator)
+    checked = list((held_out if len(held_out) else learned_from).split(batch_size))
+    scale = _mean_square(targets, ranks)
     step = LearningStep(
         block, parameters, BatchFeeder(inputs, targets, batches), arguments,
-        rate=rate, decayed=_matrices(block), decay=settings.decay, steps=settings.iters, scale=scale, dtype=dtype,
+        rate=rate, decayed=_matrices(block), decay=settings.decay, steps=settings.iters, scale=scale, dtype=dtype, ranks=ranks,
     )  # fmt: skip
     best = _BestState(parameters)
     curve = LearningCurve()
 
     def check(taken: int) -> bool:
         """Record the error after ``taken`` steps; False when learning should end."""
-        error = relative_error(block, inputs, targets, arguments, checked, dtype)
+        error = relative_error(block, inputs, targets, arguments, checked, dtype, ranks)
         if math.isfinite(error):
             previous = curve.step[-1] if curve.step else 0
-            curve.train.append(step.losses[previous:taken].mean().item() if taken else None)
+            curve.train.append(ranks.sum(step.losses[previous:taken].mean()).item() if taken else None)
             curve.held_out.append(error)
             curve.step.append(taken)
         return best.offer(error)
@@ -141,7 +146,7 @@ def learn_block(
         taken = upto
         going_on = check(taken)
     best.restore()
-    after = relative_error(block, inputs, targets, arguments, everything, dtype)
+    after = relative_error(block, inputs, targets, arguments, everything, dtype, ranks)
     if best.is_first:
         logger.warning("learning did not lower the error of %.3g: the block keeps round-to-nearest", before)
     return LearningResult(before, after, taken, seconds / taken, curve)
@@ -180,9 +185,9 @@ def _held_out_samples(samples: int) -> int:
     return samples // _HELD_OUT_SHARE
 
 
-def _mean_square(states: HiddenStates) -> float:
-    total = sum(states.get(rows).double().square().mean(dim=(1, 2)).sum() for rows in states.slices(8))
-    return max(float(total) / len(states), torch.finfo(torch.float32).tiny)
+def _mean_square(states: HiddenStates, ranks: Ranks) -> float:
+    total = torch.stack([states.get(rows).double().square().mean(dim=(1, 2)).sum() for rows in states.slices(8)]).sum()
+    return max(ranks.sum(total).item() / (len(states) * ranks.size), torch.finfo(torch.float32).tiny)
 
 
 def _matrices(block: nn.Module) -> list[nn.Parameter]:

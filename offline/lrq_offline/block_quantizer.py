@@ -24,6 +24,8 @@ from lrq_offline.quantized_block import (
     fix_weights,
     replace_linears,
 )
+from lrq_offline.ranks import ONE_RANK, Ranks
+from lrq_offline.sharded_rounding import ShardedRounding
 from lrq_offline.smoothquant import SharedHeads, divide_output, multiply_input, smoothing_scale
 from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, quantize
@@ -64,6 +66,7 @@ class BlockQuantizer:
     family: Family
     config: PreTrainedConfig
     dtype: torch.dtype
+    ranks: Ranks = ONE_RANK
 
     def quantize(
         self,
@@ -75,11 +78,12 @@ class BlockQuantizer:
     ) -> QuantizedBlock:
         """Quantize a float block in place: its linear layers become :class:`FakeQuantizedLinear` with fixed integers.
 
-        inputs: X_q, what the quantized blocks before it produce. targets: block_fp(X), what it should put out.
+        inputs: X_q, what the quantized blocks before it produce. targets: block_fp(X), what it should put out. Both of this
+        rank's windows; the outcome is the same in every rank.
         """
         samples = sample_inputs(
             block, inputs, arguments, [group[0] for group in self.family.linear_groups], _SAMPLED_TOKENS,
-            generator, self.settings.batch_size, self.dtype,
+            generator, self.settings.batch_size // self.ranks.size, self.dtype, self.ranks,
         )  # fmt: skip
         usable = all(sample.finite for sample in samples.values())
         if usable and self.settings.smooths:
@@ -98,7 +102,15 @@ class BlockQuantizer:
                 for name, rounding in self._learned_roundings(weights, steps, generator).items():
                     _quantized_linear(block, name).rounding = rounding
         learning = learn_block(
-            block, inputs, targets, arguments, self.settings, self.settings.rate(self.config.hidden_size), generator, self.dtype
+            block,
+            inputs,
+            targets,
+            arguments,
+            self.settings,
+            self.settings.rate(self.config.hidden_size),
+            generator,
+            self.dtype,
+            self.ranks,
         )
         fix_weights(block, self.dtype)
         layers = {}
@@ -163,10 +175,17 @@ class BlockQuantizer:
     def _learned_roundings(
         self, weights: Mapping[str, Tensor], steps: Mapping[str, StepAndZeroPoint], generator: torch.Generator
     ) -> Mapping[str, Rounding]:
+        return {name: self._learned(weight, steps[name], generator) for name, weight in weights.items()}
+
+    def _learned(self, weight: Tensor, steps: StepAndZeroPoint, generator: torch.Generator) -> Rounding:
         rank, bits = self.settings.matrix_rank(self.config.hidden_size), self.settings.bits.weight_bits
-        if rank is None:
-            return {name: FlexRoundScale(weight, steps[name], bits, self.dtype) for name, weight in weights.items()}
-        return {name: LrqScale(weight, steps[name], bits, rank, generator, self.dtype) for name, weight in weights.items()}
+        own, own_steps = self.ranks.own_rows(weight), StepAndZeroPoint(*map(self.ranks.own_rows, steps))
+        learned = (
+            FlexRoundScale(own, own_steps, bits, self.dtype)
+            if rank is None
+            else LrqScale(own, own_steps, bits, min(rank, *weight.shape), generator, self.dtype)
+        )
+        return learned if self.ranks.size == 1 else ShardedRounding(learned, self.ranks)
 
     def _round_by_gptq(
         self,
@@ -184,9 +203,9 @@ class BlockQuantizer:
         for group in self.family.linear_groups:
             first, total = _quantized_linear(block, group[0]), HessianSum()
             observer = {group[0]: lambda x, layer=first, total=total: total(layer.quantized_input(x))}
-            watch_inputs(block, inputs, arguments, observer, self.settings.batch_size, self.dtype)
+            watch_inputs(block, inputs, arguments, observer, self.settings.batch_size // self.ranks.size, self.dtype)
             for name in group:
-                result = gptq(weights[name], total.value(), steps[name], self.settings.bits.weight_bits)
+                result = gptq(weights[name], total.value(self.ranks), steps[name], self.settings.bits.weight_bits)
                 logger.info("%s: GPTQ with damping %s", name, result.damping)
                 _quantized_linear(block, name).rounding = FixedRounding(result.q, steps[name], self.dtype)
                 fallbacks[name] = None if result.damping is not None else "its inputs' Hessian could not be inverted"

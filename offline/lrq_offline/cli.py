@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     quantize = commands.add_parser("quantize", help="quantize a model folder into an LRQ checkpoint")
     _add_settings(quantize)
+    quantize.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs to learn each block on (default: 1)")
     quantize.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<model>-lrq-<scheme>")
     quantize.add_argument("--overwrite", action="store_true", help="replace OUT if it is an LRQ checkpoint")
     quantize.add_argument("--restart", action="store_true", help="throw the work of an unfinished run away")
@@ -167,7 +168,7 @@ def _quantize(parsed: argparse.Namespace, console: Console) -> None:
     started = time.monotonic()
     with console.status(f"{settings.method} {settings.scheme}: learning block by block"):
         report = quantize_model(
-            parsed.model_dir, output, settings, machine=Machine(parsed.device, parsed.max_gpu_gb),
+            parsed.model_dir, output, settings, machine=Machine(parsed.device, parsed.max_gpu_gb, parsed.gpus),
             overwrite=parsed.overwrite, restart=parsed.restart,
             on_warning=lambda warning: console.print(f"warning: {warning}"), on_block=show,
         )  # fmt: skip

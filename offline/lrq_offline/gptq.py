@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize, quantize
 
 __all__ = ["GptqResult", "HessianSum", "gptq"]
@@ -25,10 +26,10 @@ class HessianSum:
         self._sum = product if self._sum is None else self._sum + product
         self._tokens += len(x)
 
-    def value(self) -> Tensor:
-        """H. Only after the first call."""
+    def value(self, ranks: Ranks = ONE_RANK) -> Tensor:
+        """H of the inputs of all ranks, which are as many in each. Only after the first call."""
         assert self._sum is not None
-        return self._sum * (2 / self._tokens)
+        return ranks.sum(self._sum.clone()) * (2 / (self._tokens * ranks.size))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lrq_offline.compute import block_output
 from lrq_offline.hidden_states import HiddenStates
+from lrq_offline.ranks import ONE_RANK, Ranks
 
 __all__ = ["InputSample", "sample_inputs", "watch_inputs"]
 
@@ -61,6 +62,12 @@ class InputSample:
         chosen = torch.randint(len(x), (min(self._share, len(x)),), generator=self._generator)
         self._tokens.append(x[chosen.to(x.device)])
 
+    def share(self, ranks: Ranks) -> None:
+        """Make this the sample of all ranks' inputs, the same in each."""
+        self._low, self._high = ranks.smallest(self._low), -ranks.smallest(-self._high)
+        self._tokens = [ranks.all_rows(self.tokens)]
+        self.finite = ranks.sum(torch.tensor(0.0 if self.finite else 1.0, device=self._low.device)).item() == 0
+
     def divide(self, scale: Tensor) -> None:
         """Make this the sample of inputs divided by ``scale`` [in], channel by channel."""
         self._low, self._high = self._low / scale, self._high / scale
@@ -89,9 +96,12 @@ def sample_inputs(
     generator: torch.Generator,
     batch_size: int,
     dtype: torch.dtype,
+    ranks: Ranks = ONE_RANK,
 ) -> dict[str, InputSample]:
-    """Layer name -> a sample of its inputs, for the layers in ``names``."""
-    calls = -(-len(hidden) // batch_size)
+    """Layer name -> a sample of its inputs over the windows of all ranks, for the layers in ``names``."""
+    calls = -(-len(hidden) // batch_size) * ranks.size
     samples = {name: InputSample(calls, wanted, generator) for name in names}
     watch_inputs(block, hidden, arguments, samples, batch_size, dtype)
+    for sample in samples.values():
+        sample.share(ranks)
     return samples

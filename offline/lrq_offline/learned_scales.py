@@ -73,6 +73,10 @@ class LearnedRounding(Rounding):
         """What S2's matrix is made of. Methods define this."""
         raise NotImplementedError
 
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Those that have no rows of their own: they serve every row of W."""
+        return []
+
     def forward(self) -> Tensor:
         """W_hat [out, in], with gradients."""
         with torch.autocast(self.weight.device.type, enabled=False):
@@ -108,7 +112,7 @@ class FlexRoundScale(LearnedRounding):
 
 
 class LrqScale(LearnedRounding):
-    """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5). rank is capped by W's sides."""
+    """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5)."""
 
     def __init__(
         self,
@@ -121,7 +125,6 @@ class LrqScale(LearnedRounding):
     ) -> None:
         super().__init__(weight, initial, bits, dtype)
         out_features, in_features = weight.shape
-        rank = min(rank, out_features, in_features)
         self.left = self._zeros(out_features, rank)
         right = torch.empty(rank, in_features)
         nn.init.kaiming_uniform_(right, a=math.sqrt(5), generator=generator)
@@ -136,3 +139,7 @@ class LrqScale(LearnedRounding):
     def matrix_parameters(self) -> list[nn.Parameter]:
         """L and U."""
         return [self.left, self.right]
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """U and c."""
+        return [self.right, self.column]

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lrq_offline.compute import block_output
 from lrq_offline.hidden_states import BatchFeeder
+from lrq_offline.ranks import ONE_RANK, Ranks
+from lrq_offline.sharded_rounding import finish_sums, start_weights
 
 __all__ = ["LearningStep", "block_loss"]
 
@@ -20,7 +22,9 @@ def block_loss(block: nn.Module, inputs: Tensor, targets: Tensor, arguments: dic
 
 
 class LearningStep:
-    """AdamW on ``parameters`` of ``block``, the learning rate decayed from ``rate`` to 0 by a half-cosine over ``steps``.
+    """AdamW on ``parameters`` of ``block`` for the loss over the batches of all ``ranks``.
+
+    The learning rate is decayed from ``rate`` to 0 by a half-cosine over ``steps``.
 
     Those of the parameters that are in ``decayed`` have the weight decay ``decay``. ``scale`` divides the loss: it keeps
     Adam's epsilon small beside the gradients and changes no direction.
@@ -39,10 +43,13 @@ class LearningStep:
         steps: int,
         scale: float,
         dtype: torch.dtype,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         device = feeder.inputs.device
         self._block, self._parameters, self._feeder, self._arguments = block, parameters, feeder, arguments
-        self._scale, self._dtype = scale, dtype
+        self._ranks = ranks
+        # Gradients are summed over the ranks, and the loss is a mean.
+        self._scale, self._dtype = scale * ranks.size, dtype
         half_cosine = [rate * 0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
         self._schedule = torch.tensor(half_cosine, dtype=torch.float32, device=device)
         self._rate = self._schedule[0].clone()
@@ -57,7 +64,7 @@ class LearningStep:
         self._graph = self._captured() if device.type == "cuda" else None
 
     def run(self, step: int) -> None:
-        """Take one step. Its loss (relative to ``scale``) lands in ``losses[step]``, on the device."""
+        """Take one step. Its loss (this rank's part, relative to ``scale``) lands in ``losses[step]``, on the device."""
         self._feeder.feed(step)
         self._rate.copy_(self._schedule[step])
         if self._graph is None:
@@ -73,8 +80,10 @@ class LearningStep:
 
     def _step(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+        start_weights(self._block)
         loss = block_loss(self._block, self._feeder.inputs, self._feeder.targets, self._arguments, self._dtype) / self._scale
         loss.backward()
+        finish_sums(self._block)
         self._optimizer.step()
         self._loss.copy_(loss.detach())
 
@@ -90,7 +99,8 @@ class LearningStep:
         torch.cuda.current_stream().wait_stream(stream)
         self._optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # With several ranks another thread, of torch.distributed, asks for events meanwhile: that must not end the capture.
+        with torch.cuda.graph(graph, capture_error_mode="global" if self._ranks.size == 1 else "thread_local"):
             self._step()
         with torch.no_grad():
             for parameter, value in zip(self._parameters, before, strict=True):

@@ -1,7 +1,4 @@
-"""Quantize a model folder: open, calibrate, learn block by block, write. Reads top to bottom.
-
-In memory at any time: one decoder block and its learning state, and the cached hidden states of both models.
-"""
+"""Quantize a model folder: open, calibrate, learn block by block (blockwise_run.py), write. Reads top to bottom."""
 
 import json
 import logging
@@ -14,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lrq_offline.block_learning import run_block
-from lrq_offline.block_quantizer import BlockQuantizer, QuantizedBlock
-from lrq_offline.calibration import BlockInputs, capture_block_inputs, token_windows
+from lrq_offline.block_quantizer import QuantizedBlock
+from lrq_offline.blockwise_run import BlockwiseRun, FinishedBlock
+from lrq_offline.calibration import token_windows
 from lrq_offline.calibration_lint import lint_texts
 from lrq_offline.calibration_text import read_texts, shipped_calibration
-from lrq_offline.compute import choose_device, device_name, product_dtype
+from lrq_offline.compute import choose_device, device_name
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import empty_model, load_block, restore_rotary
-from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
-from lrq_offline.kv_cache import quantize_kv_cache
+from lrq_offline.decoder_blocks import empty_model
+from lrq_offline.hidden_states import HiddenStatesStore
 from lrq_offline.output_folder import carry_over, check_output, new_folder
 from lrq_offline.progress import Progress, fingerprint
+from lrq_offline.rank_processes import started_ranks
+from lrq_offline.ranks import Ranks
 from lrq_offline.report_data import REPORT_NAME
 from lrq_offline.source_model import SourceModel, load_tokenizer
-from lrq_offline.stored_block import block_tensors, restore_block
+from lrq_offline.stored_block import block_tensors
 from lrq_vllm.checkpoint.schema import Manifest, undivided_layers
 from lrq_vllm.checkpoint.store import ShardWriter
 from lrq_vllm.errors import SettingsError, one_paragraph
@@ -40,16 +37,17 @@ __all__ = ["BlockReport", "Machine", "gpu_budget", "manifest_of", "quantize_mode
 
 logger = logging.getLogger(__name__)
 
-# Windows per pass where nothing is learned.
-_WINDOWS_AT_ONCE = 4
-
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run computes: device ``auto``, ``cpu`` or ``cuda``; the GPU memory that cached hidden states may take."""
+    """Where a run computes: device ``auto``, ``cpu`` or ``cuda``; the memory of a GPU that cached hidden states may take.
+
+    gpus: how many to use, each by a process of its own (with device ``cpu``: processes).
+    """
 
     device: str = "auto"
     max_gpu_gb: float | None = None
+    gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ def quantize_model(
     manifest = manifest_of(source, settings)
     machine = machine or Machine()
     device = choose_device(machine.device)
+    _check_ranks(machine.gpus, device, settings, manifest)
     tokenizer = load_tokenizer(model_dir)
     texts = read_texts(settings.calibration or shipped_calibration(), tokenizer)
     windows = token_windows(tokenizer, texts, settings.samples, settings.seq_len)
@@ -93,12 +92,16 @@ def quantize_model(
     for warning in warnings:
         on_warning(warning)
     with new_folder(output, restart=restart) as folder:
-        run = fingerprint(source.tensors, source.raw_config, windows, settings, device_name(device))
+        run = fingerprint(source.tensors, source.raw_config, windows, settings, _place(machine, device))
         progress = Progress(folder, run)
         writer = ShardWriter(folder, len(source.block_names) + 1)
-        _BlockwiseRun(source, manifest, settings, writer, device, progress, on_block).run(
-            windows, HiddenStatesStore(device, gpu_budget(machine, device), folder)
-        )
+        shards = _Output(source, manifest, writer, progress, on_block)
+        shards.start()
+        finished = [shards.shard(index) for index in range(len(progress.finished))]
+        helper = _Helper(model_dir, settings, machine, windows, finished, folder)
+        with started_ranks(machine.gpus, device, helper) as ranks:
+            store = HiddenStatesStore(device, gpu_budget(machine, device), folder)
+            BlockwiseRun(source, manifest, settings, finished, device, ranks).run(windows, store, shards.take)
         total_bytes = writer.finish()
         report = _report(source, manifest, settings, progress.finished, warnings, total_bytes, time.monotonic() - started)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
@@ -125,6 +128,25 @@ def manifest_of(source: SourceModel, settings: QuantizeSettings) -> Manifest:
     return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"))
 
 
+def _check_ranks(count: int, device: torch.device, settings: QuantizeSettings, manifest: Manifest) -> None:
+    """Raises SettingsError if so many GPUs are not there, or the work cannot be divided among them."""
+    problems = []
+    if count < 1:
+        problems.append(f"gpus is {count}, but must be at least 1")
+    elif device.type == "cuda" and count > torch.cuda.device_count():
+        problems.append(f"gpus is {count}, but this machine has {torch.cuda.device_count()}")
+    else:
+        divided = {"samples": settings.samples, "batch-size": settings.batch_size}
+        divided |= {f"the outputs of {name}": out_features for name, (out_features, _) in manifest.quantized.items()}
+        problems += [f"{name} ({value}) cannot be divided by {count} GPUs" for name, value in divided.items() if value % count]
+    if problems:
+        raise SettingsError("The work does not fit the GPUs: " + one_paragraph(problems, "Change --gpus or these options."))
+
+
+def _place(machine: Machine, device: torch.device) -> str:
+    return device_name(device) if machine.gpus == 1 else f"{machine.gpus} x {device_name(device)}"
+
+
 def gpu_budget(machine: Machine, device: torch.device) -> int:
     """Bytes for cached hidden states: what was asked for, else half of what the GPU has free."""
     if machine.max_gpu_gb is not None:
@@ -132,74 +154,34 @@ def gpu_budget(machine: Machine, device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
 
 
-@dataclass
-class _BlockwiseRun:
-    """The passage through the model's blocks: those that are finished are restored, the others quantized."""
+@dataclass(frozen=True)
+class _Output:
+    """What is written while a run goes on: a shard for each block and the note that it is finished."""
 
     source: SourceModel
     manifest: Manifest
-    settings: QuantizeSettings
     writer: ShardWriter
-    device: torch.device
     progress: Progress
     on_block: Callable[[BlockReport], None]
 
-    def run(self, windows: Tensor, store: HiddenStatesStore) -> None:
-        """Write every shard: what stands outside the blocks first, then block after block."""
-        family, model = self.source.family, empty_model(self.source.config)
-        names = self.source.block_names
+    def start(self) -> None:
+        """Write what stands outside the blocks, unless an earlier run has done it."""
         if not self.progress.finished:
-            outside = [name for name in self.source.tensors if not name.startswith(f"{family.blocks}.")]
+            outside = [name for name in self.source.tensors if not name.startswith(f"{self.source.family.blocks}.")]
             self.writer.write_shard(1, {name: self.source.read(name) for name in outside})
-        inputs = self._first_block_inputs(model, windows)
-        caches = [store.like(tuple(inputs.hidden.shape), inputs.hidden.dtype) for _ in range(2)]
-        for cache in caches:
-            cache.put(slice(None), inputs.hidden)
-        arguments = {key: _moved(value, self.device) for key, value in inputs.arguments.items()}
-        for index, name in enumerate(names):
-            self._block(model, name, index, len(names), caches[0], caches[1], arguments)
 
-    def _block(
-        self,
-        model: nn.Module,
-        name: str,
-        index: int,
-        count: int,
-        float_hidden: HiddenStates,
-        quantized_hidden: HiddenStates,
-        arguments: dict[str, Any],
-    ) -> None:
-        """One block: both caches hold its inputs before and its outputs after."""
-        started = time.monotonic()
-        dtype = product_dtype(self.device)
-        # 16-bit weights stay as they are where products are 16-bit, unless smoothing is going to change them.
-        as_stored = dtype == torch.bfloat16 and not self.settings.smooths
-        block = load_block(model, name, self.source.read, None if as_stored else torch.float32, self.device)
-        run_block(block, float_hidden, float_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
-        if self.settings.kv_bits is not None:
-            quantize_kv_cache(block, self.settings.kv_bits)
-        resumed = index < len(self.progress.finished)
-        if resumed:
-            restore_block(block, name, self.manifest, load_file(self.writer.path(index + 2)), dtype)
-        else:
-            quantizer = BlockQuantizer(self.settings, self.source.family, self.source.config, dtype)
-            # Of the block alone, so that a run that goes on draws what an uninterrupted one would.
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index)
-            result = quantizer.quantize(block, quantized_hidden, float_hidden, arguments, generator)
-            self.writer.write_shard(index + 2, self._tensors(name, block, result))
-            self.progress.record(_block_report(index, count, result, time.monotonic() - started))
-        run_block(block, quantized_hidden, quantized_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
+    def shard(self, index: int) -> Path:
+        """The file of block ``index``, from 0."""
+        return self.writer.path(index + 2)
+
+    def take(self, finished: FinishedBlock) -> None:
+        """Make a block durable, and tell of it."""
+        index, count, result = finished.index, len(self.source.block_names), finished.result
+        if result is not None:
+            self.writer.write_shard(index + 2, self._tensors(finished.name, finished.block, result))
+            self.progress.record(_block_report(index, count, result, finished.seconds))
         done = self.progress.finished[index]
-        self.on_block(BlockReport(index + 1, count, done["error_before"], done["error_after"], done["seconds"], resumed))
-
-    def _first_block_inputs(self, model: nn.Module, windows: Tensor) -> BlockInputs:
-        family, config = self.source.family, self.source.config
-        model.set_submodule(
-            family.embedding, load_block(model, family.embedding, self.source.read, torch.float32, torch.device("cpu"))
-        )
-        restore_rotary(model, family, config)
-        # Hidden states are kept in the model's own precision, which is what a server hands from block to block.
-        return capture_block_inputs(model, family, windows, config.dtype or torch.bfloat16)
+        self.on_block(BlockReport(index + 1, count, done["error_before"], done["error_after"], done["seconds"], result is None))
 
     def _tensors(self, name: str, block: nn.Module, result: QuantizedBlock) -> dict[str, Tensor]:
         """The block's shard; tensors of the source that the model does not use go along as they are."""
@@ -209,10 +191,22 @@ class _BlockwiseRun:
         return stored | {key: self.source.read(key) for key in others}
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device) for item in value)
-    return value.to(device) if isinstance(value, Tensor) else value
+@dataclass(frozen=True)
+class _Helper:
+    """The run of every rank but the first, which writes nothing: what another process needs to make it."""
+
+    model_dir: Path
+    settings: QuantizeSettings
+    machine: Machine
+    windows: Tensor
+    finished: list[Path]
+    folder: Path
+
+    def __call__(self, ranks: Ranks) -> None:
+        source = SourceModel.open(self.model_dir)
+        device = choose_device(self.machine.device)
+        run = BlockwiseRun(source, manifest_of(source, self.settings), self.settings, self.finished, device, ranks)
+        run.run(self.windows, HiddenStatesStore(device, gpu_budget(self.machine, device), self.folder), lambda finished: None)
 
 
 def _block_report(index: int, count: int, result: QuantizedBlock, seconds: float) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrq_offline.affine import fake_quantize, fake_quantize_per_token
-from lrq_offline.learned_scales import FixedRounding, LearnedRounding, Rounding
+from lrq_offline.learned_scales import FixedRounding, Rounding
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 from lrq_vllm.checkpoint.schema import ActivationFormat
 
@@ -77,7 +77,7 @@ def held_weights(block: nn.Module) -> Iterator[None]:
 def fix_weights(block: nn.Module, dtype: torch.dtype) -> None:
     """Replace what each quantized layer of a block has learned by the integers that came of it."""
     for module in block.modules():
-        if isinstance(module, FakeQuantizedLinear) and isinstance(module.rounding, LearnedRounding):
+        if isinstance(module, FakeQuantizedLinear) and not isinstance(module.rounding, FixedRounding):
             module.rounding = FixedRounding(*module.rounding.quantized(), dtype)
 
 

@@ -1,0 +1,110 @@
+"""The passage through a model's blocks: those that are finished are restored, the others quantized. Every rank makes it.
+
+In memory at any time: one decoder block and its learning state, and the cached hidden states of both models.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lrq_offline.block_learning import run_block
+from lrq_offline.block_quantizer import BlockQuantizer, QuantizedBlock
+from lrq_offline.calibration import BlockInputs, capture_block_inputs
+from lrq_offline.compute import product_dtype
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.decoder_blocks import empty_model, load_block, restore_rotary
+from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
+from lrq_offline.kv_cache import quantize_kv_cache
+from lrq_offline.ranks import Ranks
+from lrq_offline.source_model import SourceModel
+from lrq_offline.stored_block import restore_block
+from lrq_vllm.checkpoint.schema import Manifest
+
+__all__ = ["BlockwiseRun", "FinishedBlock"]
+
+# Windows per pass where nothing is learned.
+_WINDOWS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """Block ``index`` (from 0) called ``name``, quantized. ``result`` is None if an earlier run had finished it."""
+
+    index: int
+    name: str
+    block: nn.Module
+    result: QuantizedBlock | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BlockwiseRun:
+    """What a rank needs to know. ``finished``: the shards of blocks that an earlier run had finished, in order."""
+
+    source: SourceModel
+    manifest: Manifest
+    settings: QuantizeSettings
+    finished: list[Path]
+    device: torch.device
+    ranks: Ranks
+
+    def run(self, windows: Tensor, store: HiddenStatesStore, on_block: Callable[[FinishedBlock], None]) -> None:
+        """Take every block in turn. windows: token ids of all ranks, int64 [samples, seq_len]."""
+        model = empty_model(self.source.config)
+        inputs = self._first_block_inputs(model, self.ranks.share(windows))
+        caches = [store.like(tuple(inputs.hidden.shape), inputs.hidden.dtype) for _ in range(2)]
+        for cache in caches:
+            cache.put(slice(None), inputs.hidden)
+        arguments = {key: _moved(value, self.device) for key, value in inputs.arguments.items()}
+        for index, name in enumerate(self.source.block_names):
+            on_block(self._block(model, name, index, caches[0], caches[1], arguments))
+
+    def _block(
+        self,
+        model: nn.Module,
+        name: str,
+        index: int,
+        float_hidden: HiddenStates,
+        quantized_hidden: HiddenStates,
+        arguments: dict[str, Any],
+    ) -> FinishedBlock:
+        """One block: both caches hold its inputs before and its outputs after."""
+        started = time.monotonic()
+        dtype = product_dtype(self.device)
+        # 16-bit weights stay as they are where products are 16-bit, unless smoothing is going to change them.
+        as_stored = dtype == torch.bfloat16 and not self.settings.smooths
+        block = load_block(model, name, self.source.read, None if as_stored else torch.float32, self.device)
+        run_block(block, float_hidden, float_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
+        if self.settings.kv_bits is not None:
+            quantize_kv_cache(block, self.settings.kv_bits)
+        result = None
+        if index < len(self.finished):
+            restore_block(block, name, self.manifest, load_file(self.finished[index]), dtype)
+        else:
+            quantizer = BlockQuantizer(self.settings, self.source.family, self.source.config, dtype, self.ranks)
+            # Of the block alone, so that a run that goes on draws what an uninterrupted one would.
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index)
+            result = quantizer.quantize(block, quantized_hidden, float_hidden, arguments, generator)
+        run_block(block, quantized_hidden, quantized_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
+        return FinishedBlock(index, name, block, result, time.monotonic() - started)
+
+    def _first_block_inputs(self, model: nn.Module, windows: Tensor) -> BlockInputs:
+        family, config = self.source.family, self.source.config
+        model.set_submodule(
+            family.embedding, load_block(model, family.embedding, self.source.read, torch.float32, torch.device("cpu"))
+        )
+        restore_rotary(model, family, config)
+        # Hidden states are kept in the model's own precision, which is what a server hands from block to block.
+        return capture_block_inputs(model, family, windows, config.dtype or torch.bfloat16)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device) for item in value)
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,0 +1,96 @@
+"""Several processes that learn each block together: what one GPU's process gives, from the shares of all."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.learned_scales import LrqScale
+from lrq_offline.pipeline import Machine, quantize_model
+from lrq_offline.rank_processes import started_ranks
+from lrq_offline.ranks import ONE_RANK, Ranks
+from lrq_offline.sharded_rounding import ShardedRounding
+from lrq_offline.step_search import search_steps
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint
+from lrq_vllm.checkpoint.packing import unpack
+from lrq_vllm.checkpoint.store import TensorFolder, read_manifest
+from lrq_vllm.errors import SettingsError
+from tests.checkpoints import QUICK, TINY
+
+
+def test_the_shares_of_all_ranks_are_the_whole() -> None:
+    ranks = [Ranks(rank, 3) for rank in range(3)]
+    windows, weight = torch.arange(12).view(6, 2), torch.randn(9, 4)
+    assert sorted(window for rank in ranks for window in rank.share(windows).tolist()) == windows.tolist()
+    assert torch.equal(torch.cat([rank.own_rows(weight) for rank in ranks]), weight)
+
+
+def test_one_rank_changes_nothing() -> None:
+    values = torch.randn(4, 3)
+    for given in (ONE_RANK.share, ONE_RANK.own_rows, ONE_RANK.all_rows, ONE_RANK.sum, ONE_RANK.smallest):
+        assert torch.equal(given(values.clone()), values)
+
+
+def gradients(ranks: Ranks) -> dict[str, Tensor]:
+    """Of every parameter of a scale, for a loss of which each rank knows a part."""
+    torch.manual_seed(0)
+    weight, size, parts = torch.randn(8, 16), 0.1 * torch.randn(8, 4), torch.randn(2, 8, 16)
+    steps = search_steps(weight, 3)
+    own = LrqScale(
+        ranks.own_rows(weight), StepAndZeroPoint(*map(ranks.own_rows, steps)), 3, 4, torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        own.left.copy_(ranks.own_rows(size))
+    rounding = own if ranks.size == 1 else ShardedRounding(own, ranks)
+    (rounding() * ranks.share(parts).sum(dim=0)).sum().backward()
+    return {name: parameter.grad for name, parameter in own.named_parameters() if parameter.grad is not None}
+
+
+def check_gradients(ranks: Ranks) -> None:
+    one, own = gradients(ONE_RANK), gradients(ranks)
+    assert set(own) == set(one) == {"log_step", "left", "right", "row", "column"}
+    for name, gradient in own.items():
+        expected = one[name] if name in ("right", "column") else ranks.own_rows(one[name])
+        torch.testing.assert_close(gradient, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_each_of_two_processes_gets_the_gradients_of_its_rows_and_of_what_is_shared() -> None:
+    with started_ranks(2, torch.device("cpu"), check_gradients) as ranks:
+        check_gradients(ranks)
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    # Every batch is both windows, so one process and two see the same text at every step.
+    settings = QuantizeSettings("w4a16", **{**QUICK, "batch_size": 2, "iters": 3, "learning_rate": 5e-3})
+    outputs, reports = [], []
+    for processes in (1, 2):
+        outputs.append(tmp_path / str(processes))
+        reports.append(quantize_model(TINY, outputs[-1], settings, machine=Machine("cpu", gpus=processes)))
+    one, two = ([block["error_after"] for block in report["blocks"]] for report in reports)
+    assert two == pytest.approx(one, rel=0.03)
+    manifest, folders = read_manifest(outputs[0]), [TensorFolder(output) for output in outputs]
+    assert set(folders[0]) == set(folders[1])
+    for module, (_, in_features) in manifest.quantized.items():
+        first, second = (unpack(folder.get(f"{module}.qweight"), 4, in_features).int() for folder in folders)
+        assert (first != second).float().mean() < 0.02, module
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "said"),
+    [
+        (0, {}, "gpus is 0"),
+        (3, {}, "the outputs of model.layers.0.self_attn.q_proj"),
+        (2, {"samples": 3}, "samples \\(3\\) cannot be divided by 2 GPUs"),
+        (4, {"samples": 4}, "batch-size \\(2\\) cannot be divided by 4 GPUs"),
+    ],
+)
+def test_work_that_cannot_be_divided_is_refused_before_it_starts(
+    tmp_path: Path, gpus: int, changes: dict[str, Any], said: str
+) -> None:
+    settings = QuantizeSettings("w4a16", "rtn", **{**QUICK, **changes})
+    with pytest.raises(SettingsError, match=said):
+        quantize_model(TINY, tmp_path / "out", settings, machine=Machine("cpu", gpus=gpus))
+    assert list(tmp_path.iterdir()) == []
