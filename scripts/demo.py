@@ -66,19 +66,16 @@ def quantize(folder: Path, scheme: str) -> None:
 
 
 def measured(scheme: str, folder: Path) -> Row:
-    quality = evaluate_folder(folder, HELDOUT, reference=MODEL, windows=WINDOWS)
-    linears = json.loads((folder / "lrq_report.json").read_text())["quantized_linears"]
-    return Row(scheme, linears["bytes"], f"{linears['ratio']:.1%}", quality.perplexity, quality.kl, ask(scheme, folder))
-
-
-def ask(scheme: str, folder: Path) -> str:
-    """Serve a checkpoint, take one completion over the OpenAI API, stop the server."""
+    """Evaluate a checkpoint while its server starts, take one completion over the OpenAI API, stop the server."""
     options = ["--quantization", "lrq", "--max-model-len", "512", "--enforce-eager"]
     with start_vllm(folder, OUT / f"vllm-{scheme}.log", options) as server:
+        quality = evaluate_folder(folder, HELDOUT, reference=MODEL, windows=WINDOWS)
         server.wait_until_ready()
         request = {"model": str(folder), "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
         answer = httpx.post(f"{server.url}/v1/completions", json=request, timeout=60).raise_for_status().json()
-    return " ".join(answer["choices"][0]["text"].split())
+    completion = " ".join(answer["choices"][0]["text"].split())
+    linears = json.loads((folder / "lrq_report.json").read_text())["quantized_linears"]
+    return Row(scheme, linears["bytes"], f"{linears['ratio']:.1%}", quality.perplexity, quality.kl, completion)
 
 
 def show(rows: list[Row], console: Console, seconds: float) -> None:

@@ -1,5 +1,7 @@
 """Several processes that learn each block together: what one GPU's process gives, from the shares of all."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,28 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     for module, (_, in_features) in manifest.quantized.items():
         first, second = (unpack(folder.get(f"{module}.qweight"), 4, in_features).int() for folder in folders)
         assert (first != second).float().mean() < 0.02, module
+
+
+FAILING = """
+import threading
+import torch
+from lrq_offline.rank_processes import started_ranks
+
+def fail(ranks):
+    raise RuntimeError("out of memory")
+
+if __name__ == "__main__":
+    with started_ranks(2, torch.device("cpu"), fail):
+        threading.Event().wait()  # as a sum waits whose other half will never come
+"""
+
+
+def test_a_process_that_fails_ends_the_run_and_says_why(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(FAILING)
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert "RuntimeError: out of memory" in ended.stderr and "a GPU's process failed" in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,23 +46,30 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-@pytest.fixture(scope="module", params=SCHEMES)
-def scheme_folder(request: pytest.FixtureRequest, checkpoints: Checkpoints) -> Path:
-    return checkpoints(request.param, "lrq")
-
-
 @pytest.fixture(scope="module")
-def served(scheme_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """One server per scheme, compiled as vLLM does by default, asked once."""
+def served(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    """By scheme, what a server answered, compiled as vLLM does by default.
+
+    Two servers at a time: imports and compilation, which take long, keep one core busy.
+    """
+    folders = {scheme: checkpoints(scheme, "lrq") for scheme in SCHEMES}
+    prompts = token_windows(load_tokenizer(TINY), read_texts(HELDOUT), PROMPTS, PROMPT_TOKENS)
+    logs = tmp_path_factory.mktemp("logs")
+    answers = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
-        log = tmp_path_factory.mktemp("log") / "vllm.log"
-        options = ("--quantization", "lrq", *OPTIONS)
-        with start_vllm(scheme_folder, log, options) as server:
-            server.wait_until_ready()
-            prompts = token_windows(load_tokenizer(TINY), read_texts(HELDOUT), PROMPTS, PROMPT_TOKENS)
-            answer = complete(server, scheme_folder, prompts.tolist())
-        yield parse(prompts, answer["choices"])
+        for pair in zip(SCHEMES[::2], SCHEMES[1::2], strict=True):
+            with ExitStack() as running:
+                servers = {
+                    scheme: running.enter_context(
+                        start_vllm(folders[scheme], logs / f"{scheme}.log", ("--quantization", "lrq", *OPTIONS))
+                    )
+                    for scheme in pair
+                }
+                for scheme, server in servers.items():
+                    server.wait_until_ready()
+                    answers[scheme] = parse(prompts, complete(server, folders[scheme], prompts.tolist())["choices"])
+    return answers
 
 
 def complete(server: VllmServer, model: Path, prompts: list[list[int]]) -> Any:
@@ -86,10 +93,16 @@ def parse(prompts: torch.Tensor, choices: list[dict[str, Any]]) -> Served:
     return Served(prompts, torch.tensor(log_probabilities), continuations)
 
 
-def test_served_numbers_are_those_of_the_reference_path(scheme_folder: Path, served: Served) -> None:
-    agreement = agreement_with_reference(scheme_folder, served.prompts, served.log_probabilities, served.continuations)
-    print(f"{scheme_folder.name}: {agreement}")
-    assert served.continuations.shape == (PROMPTS, NEW_TOKENS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_served_numbers_are_those_of_the_reference_path(
+    scheme: str, checkpoints: Checkpoints, served: dict[str, Served]
+) -> None:
+    answer = served[scheme]
+    agreement = agreement_with_reference(
+        checkpoints(scheme, "lrq"), answer.prompts, answer.log_probabilities, answer.continuations
+    )
+    print(f"{scheme}: {agreement}")
+    assert answer.continuations.shape == (PROMPTS, NEW_TOKENS)
     assert agreement.mean_difference <= 0.02
     assert agreement.greedy_agreement >= 0.97
 
