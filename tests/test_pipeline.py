@@ -22,7 +22,7 @@ QUICK_OPTIONS = ("--iters", "2", "--samples", "2", "--seq-len", "32")
 @pytest.mark.parametrize("scheme", ["w4a16", "w3a16", "w4a8"])
 def test_lrq_beats_round_to_nearest_on_heldout_text(checkpoints: Checkpoints, scheme: str) -> None:
     def quality(method: str) -> Quality:
-        return evaluate_folder(checkpoints(scheme, method), HELDOUT, reference=TINY)
+        return evaluate_folder(checkpoints(scheme, method), HELDOUT, reference=TINY, windows=8)
 
     learned, rounded = quality("lrq"), quality("rtn")
     assert learned.kl is not None and rounded.kl is not None
