@@ -15,7 +15,7 @@ SCHEMES = ("w8a8", "w4a8", "w4a16", "w3a16")
 QUICK = {"iters": 2, "samples": 2, "seq_len": 32}
 
 # Enough to beat round-to-nearest by far; at the defaults bench/quality.py measures. No test claims anything of w8a8's learning.
-LEARNED = {"samples": 16}
+LEARNED = {"samples": 32}
 ITERS = {"w8a8": 20}
 
 Checkpoints = Callable[[str, str], Path]
@@ -27,7 +27,7 @@ def checkpoint_maker(folder: Path) -> Checkpoints:
     @cache
     def make(scheme: str, method: str) -> Path:
         output = folder / f"{scheme}-{method}"
-        quantize_model(TINY, output, QuantizeSettings(scheme, method, iters=ITERS.get(scheme, 40), **LEARNED))
+        quantize_model(TINY, output, QuantizeSettings(scheme, method, iters=ITERS.get(scheme, 50), **LEARNED))
         return output
 
     return make
