@@ -16,7 +16,8 @@ from lrq_vllm.checkpoint.affine import dequantize, quantize, step_and_zero_point
 
 __all__ = ["SharedHeads", "divide_output", "multiply_input", "smoothing_scale"]
 
-_ALPHAS = tuple(0.05 * i for i in range(21))
+_COARSE = [0.2 * i for i in range(6)]
+_FINE = [0.05 * i for i in (0, -1, 1, -2, 2)]
 _CLIPPING = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.09)
 _LEAST = 1e-5
 
@@ -49,7 +50,7 @@ def smoothing_scale(sample: InputSample, weight: Tensor, heads: SharedHeads, wei
     """The scale s [in] whose alpha (0, 0.05 .. 1, or no smoothing at all) gives the least error of the product.
 
     weight: the W of all layers that read the input, one above the other, [out, in]. Inputs that are copies of one output of
-    the producer (``heads``) share their scale. Alpha is chosen with both sides rounded to nearest,
+    the producer (``heads``) share their scale. Alpha is searched coarse to fine, with both sides rounded to nearest,
     activations by one static range.
     """
     largest_input = heads.largest(torch.maximum(-sample.low, sample.high))
@@ -69,8 +70,13 @@ def smoothing_scale(sample: InputSample, weight: Tensor, heads: SharedHeads, wei
 
         return min(clipped(share) for share in _CLIPPING)
 
-    candidates = [_scale(largest_input, largest_weight, alpha) for alpha in _ALPHAS]
-    return min([torch.ones_like(largest_input), *candidates], key=error)
+    def scale_at(alpha: float) -> Tensor:
+        return _scale(largest_input, largest_weight, alpha)
+
+    coarse = min(_COARSE, key=lambda alpha: error(scale_at(alpha)))
+    near = [coarse + offset for offset in _FINE if 0 <= coarse + offset <= 1]
+    fine = min(near, key=lambda alpha: error(scale_at(alpha)))
+    return min(torch.ones_like(largest_input), scale_at(fine), key=error)
 
 
 def _scale(largest_input: Tensor, largest_weight: Tensor, alpha: float) -> Tensor:
