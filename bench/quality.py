@@ -26,10 +26,10 @@ from rich.table import Table
 
 from lrq_offline.calibration import token_windows
 from lrq_offline.calibration_text import read_texts
-from lrq_offline.compute import choose_device, device_name
+from lrq_offline.compute import Machine, choose_device, device_name
 from lrq_offline.config import PRESETS, QuantizeSettings
 from lrq_offline.evaluate import compare
-from lrq_offline.pipeline import Machine, quantize_model
+from lrq_offline.pipeline import quantize_model
 from lrq_offline.reference_model import load_model
 from lrq_offline.report_data import REPORT_NAME
 from lrq_offline.source_model import load_tokenizer

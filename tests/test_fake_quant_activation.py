@@ -169,22 +169,14 @@ def test_a_layer_that_asks_for_half_precision_gives_what_autocast_would(
 # --- Triton against plain torch ---
 
 
+@pytest.mark.parametrize("quantizer", [STATIC[8], None], ids=["static", "per_token"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", INPUTS)
-def test_the_kernel_rounds_each_token_as_its_twin_does(
-    kind: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+def test_the_kernel_rounds_as_its_twin_does(
+    kind: str, shape: tuple[int, int], dtype: torch.dtype, quantizer: StepAndZeroPoint | None, device: torch.device
 ) -> None:
-    assert_kernel_is_twin(made(kind, shape, dtype), None, 8, device)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", INPUTS)
-def test_the_kernel_rounds_with_a_fixed_step_as_its_twin_does(
-    kind: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> None:
-    assert_kernel_is_twin(made(kind, shape, dtype), STATIC[8], 8, device)
+    assert_kernel_is_twin(made(kind, shape, dtype), quantizer, 8, device)
 
 
 @pytest.mark.parametrize("static", [True, False], ids=["static", "per_token"])

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lrq_offline.calibration_text import shipped_calibration
 from lrq_offline.cli import main
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.evaluate import Quality, evaluate_folder
@@ -101,6 +102,14 @@ def test_options_give_a_checkpoint_that_evaluates(tmp_path: Path, options: tuple
     output = tmp_path / "out"
     assert main(["quantize", str(TINY), "-o", str(output), *QUICK_OPTIONS, *options]) == 0
     assert evaluate_folder(output, HELDOUT, windows=1, seq_len=64).perplexity < 1000
+
+
+def test_evaluation_text_that_is_learned_from_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for calibration, seen in ((HELDOUT, True), (shipped_calibration(), False)):
+        output = tmp_path / str(seen)
+        options = ["--method", "rtn", "--scheme", "w4a16", "--calibration", str(calibration), "--eval-text", str(HELDOUT)]
+        assert main(["quantize", str(TINY), "-o", str(output), *QUICK_OPTIONS, *options]) == 0
+        assert ("100% of the evaluation text" in capsys.readouterr().out) == seen
 
 
 def test_gptq_beats_round_to_nearest_on_heldout_text(checkpoints: Checkpoints) -> None:

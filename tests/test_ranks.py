@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrq_offline.compute import Machine
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.learned_scales import LrqScale
-from lrq_offline.pipeline import Machine, quantize_model
+from lrq_offline.pipeline import quantize_model
 from lrq_offline.rank_processes import started_ranks
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.sharded_rounding import ShardedRounding

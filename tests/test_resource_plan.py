@@ -9,9 +9,9 @@ import torch
 from transformers import LlamaConfig
 
 from lrq_offline.cli import main
+from lrq_offline.compute import Machine
 from lrq_offline.config import PRESETS, QuantizeSettings
 from lrq_offline.decoder_blocks import empty_model
-from lrq_offline.pipeline import Machine
 from lrq_offline.resource_plan import plan_run, step_memory
 from tests.checkpoints import TINY
 

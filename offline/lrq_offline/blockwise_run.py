@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lrq_offline.block_learning import run_block
 from lrq_offline.block_quantizer import BlockQuantizer, QuantizedBlock
 from lrq_offline.calibration import BlockInputs, capture_block_inputs
-from lrq_offline.compute import product_dtype
+from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import empty_model, load_block, restore_rotary
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
@@ -43,27 +43,38 @@ class FinishedBlock:
     seconds: float
 
 
+def _nothing(finished: FinishedBlock) -> None:
+    """What the ranks do with a block that only one of them has to write."""
+
+
 @dataclass(frozen=True)
 class BlockwiseRun:
-    """What a rank needs to know. ``finished``: the shards of blocks that an earlier run had finished, in order."""
+    """What every rank needs to know; it travels to their processes.
+
+    windows: token ids of all ranks, int64 [samples, seq_len]. finished: the shards of blocks that an earlier run had finished,
+    in order. folder: for hidden states that fit no memory.
+    """
 
     source: SourceModel
     manifest: Manifest
     settings: QuantizeSettings
+    machine: Machine
+    windows: Tensor
     finished: list[Path]
-    device: torch.device
-    ranks: Ranks
+    folder: Path
 
-    def run(self, windows: Tensor, store: HiddenStatesStore, on_block: Callable[[FinishedBlock], None]) -> None:
-        """Take every block in turn. windows: token ids of all ranks, int64 [samples, seq_len]."""
+    def __call__(self, ranks: Ranks, on_block: Callable[[FinishedBlock], None] = _nothing) -> None:
+        """Take every block in turn, with this rank's share of the windows."""
+        device = choose_device(self.machine.device)
         model = empty_model(self.source.config)
-        inputs = self._first_block_inputs(model, self.ranks.share(windows))
+        inputs = self._first_block_inputs(model, ranks.share(self.windows))
+        store = HiddenStatesStore(device, self.machine.cache_bytes(device), self.folder)
         caches = [store.like(tuple(inputs.hidden.shape), inputs.hidden.dtype) for _ in range(2)]
         for cache in caches:
             cache.put(slice(None), inputs.hidden)
-        arguments = {key: _moved(value, self.device) for key, value in inputs.arguments.items()}
+        arguments = {key: _moved(value, device) for key, value in inputs.arguments.items()}
         for index, name in enumerate(self.source.block_names):
-            on_block(self._block(model, name, index, caches[0], caches[1], arguments))
+            on_block(self._block(model, name, index, caches[0], caches[1], arguments, ranks))
 
     def _block(
         self,
@@ -73,13 +84,14 @@ class BlockwiseRun:
         float_hidden: HiddenStates,
         quantized_hidden: HiddenStates,
         arguments: dict[str, Any],
+        ranks: Ranks,
     ) -> FinishedBlock:
         """One block: both caches hold its inputs before and its outputs after."""
         started = time.monotonic()
-        dtype = product_dtype(self.device)
+        dtype = product_dtype(float_hidden.device)
         # 16-bit weights stay as they are where products are 16-bit, unless smoothing is going to change them.
         as_stored = dtype == torch.bfloat16 and not self.settings.smooths
-        block = load_block(model, name, self.source.read, None if as_stored else torch.float32, self.device)
+        block = load_block(model, name, self.source.read, None if as_stored else torch.float32, float_hidden.device)
         run_block(block, float_hidden, float_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
         if self.settings.kv_bits is not None:
             quantize_kv_cache(block, self.settings.kv_bits)
@@ -87,7 +99,7 @@ class BlockwiseRun:
         if index < len(self.finished):
             restore_block(block, name, self.manifest, load_file(self.finished[index]), dtype)
         else:
-            quantizer = BlockQuantizer(self.settings, self.source.family, self.source.config, dtype, self.ranks)
+            quantizer = BlockQuantizer(self.settings, self.source.family, self.source.config, dtype, ranks)
             # Of the block alone, so that a run that goes on draws what an uninterrupted one would.
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index)
             result = quantizer.quantize(block, quantized_hidden, float_hidden, arguments, generator)

@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(quantize)
     quantize.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs to learn each block on (default: 1)")
     quantize.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<model>-lrq-<scheme>")
+    quantize.add_argument(
+        "--eval-text", metavar="TEXT", help="what you will evaluate on: warns if it was learned from"
+    )
     quantize.add_argument("--overwrite", action="store_true", help="replace OUT if it is an LRQ checkpoint")
     quantize.add_argument("--restart", action="store_true", help="throw the work of an unfinished run away")
     quantize.set_defaults(command=_quantize)
@@ -144,7 +147,8 @@ def _settings(parsed: argparse.Namespace) -> QuantizeSettings:
 
 
 def _quantize(parsed: argparse.Namespace, console: Console) -> None:
-    from lrq_offline.pipeline import BlockReport, Machine, quantize_model
+    from lrq_offline.compute import Machine
+    from lrq_offline.pipeline import BlockReport, quantize_model
 
     settings = _settings(parsed)
     output: Path = parsed.output or Path(f"{parsed.model_dir.resolve().name}-lrq-{parsed.scheme}")
@@ -169,7 +173,7 @@ def _quantize(parsed: argparse.Namespace, console: Console) -> None:
     with console.status(f"{settings.method} {settings.scheme}: learning block by block"):
         report = quantize_model(
             parsed.model_dir, output, settings, machine=Machine(parsed.device, parsed.max_gpu_gb, parsed.gpus),
-            overwrite=parsed.overwrite, restart=parsed.restart,
+            evaluation=parsed.eval_text, overwrite=parsed.overwrite, restart=parsed.restart,
             on_warning=lambda warning: console.print(f"warning: {warning}"), on_block=show,
         )  # fmt: skip
     linears = report["quantized_linears"]
@@ -180,7 +184,7 @@ def _quantize(parsed: argparse.Namespace, console: Console) -> None:
 
 
 def _plan(parsed: argparse.Namespace, console: Console) -> None:
-    from lrq_offline.pipeline import Machine
+    from lrq_offline.compute import Machine
     from lrq_offline.resource_plan import plan_run
 
     plan = plan_run(parsed.model_dir, _settings(parsed), Machine(parsed.device, parsed.max_gpu_gb))

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,26 @@ from torch import Tensor, nn
 
 from lrq_vllm.errors import SettingsError
 
-__all__ = ["block_output", "choose_device", "device_name", "product_dtype", "products_in"]
+__all__ = ["Machine", "block_output", "choose_device", "device_name", "product_dtype", "products_in"]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run computes: device ``auto``, ``cpu`` or ``cuda``; the memory of a GPU that cached hidden states may take.
+
+    max_gpu_gb: None for half of what the GPU has free. gpus: how many to use, each by a process of its own (with device
+    ``cpu``: processes).
+    """
+
+    device: str = "auto"
+    max_gpu_gb: float | None = None
+    gpus: int = 1
+
+    def cache_bytes(self, device: torch.device) -> int:
+        """The room for hidden states on ``device``, one of this machine's."""
+        if self.max_gpu_gb is not None:
+            return int(self.max_gpu_gb * 1e9)
+        return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
 
 
 def choose_device(name: str) -> torch.device:

@@ -131,9 +131,14 @@ class QuantizeSettings:
         """Whether the method learns by gradient descent."""
         return self.method in ("lrq", "flexround")
 
+    @property
+    def full_matrix(self) -> bool:
+        """Whether S2's matrix is learned element by element, as FlexRound does, not as a product."""
+        return self.method == "flexround" or self.rank == FULL_RANK
+
     def matrix_rank(self, width: int) -> int | None:
         """The rank of S2's matrix for a model ``width`` wide; None means a full matrix."""
-        if self.method == "flexround" or self.rank == FULL_RANK:
+        if self.full_matrix:
             return None
         return max(width // 4, 1) if self.rank is None else int(self.rank)
 
@@ -143,7 +148,7 @@ class QuantizeSettings:
             return 0.0
         if self.learning_rate is not None:
             return self.learning_rate
-        if self.matrix_rank(width) is None:
+        if self.full_matrix:
             return _FLEXROUND_RATE
         return _LRQ_RATE_AT_4096[self.bits.weight_bits] * (4096 / width) ** 0.5
 
@@ -154,4 +159,4 @@ class QuantizeSettings:
             return 0.0
         if self.weight_decay is not None:
             return self.weight_decay
-        return _FLEXROUND_DECAY if self.method == "flexround" or self.rank == FULL_RANK else _LRQ_DECAY
+        return _FLEXROUND_DECAY if self.full_matrix else _LRQ_DECAY

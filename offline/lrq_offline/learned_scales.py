@@ -21,8 +21,6 @@ __all__ = ["FixedRounding", "FlexRoundScale", "LearnedRounding", "LrqScale", "Ro
 class Rounding(nn.Module):
     """One weight W [out, in] under quantization; calling it gives W_hat [out, in] in the dtype of the block's products."""
 
-    zero_point: Tensor
-
     def quantized(self) -> tuple[Tensor, StepAndZeroPoint]:
         """Integers uint8 [out, in] on the unsigned grid, with steps and zero-points float32 [out, groups]."""
         raise NotImplementedError
@@ -45,7 +43,7 @@ class FixedRounding(Rounding):
 
     def quantized(self) -> tuple[Tensor, StepAndZeroPoint]:
         """The integers as they were given."""
-        return self.get_buffer("q"), StepAndZeroPoint(self.get_buffer("step"), self.zero_point)
+        return self.get_buffer("q"), StepAndZeroPoint(self.get_buffer("step"), self.get_buffer("zero_point"))
 
 
 class LearnedRounding(Rounding):
@@ -56,6 +54,7 @@ class LearnedRounding(Rounding):
     """
 
     weight: Tensor
+    zero_point: Tensor
 
     def __init__(self, weight: Tensor, initial: StepAndZeroPoint, bits: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

@@ -18,14 +18,12 @@ from lrq_offline.blockwise_run import BlockwiseRun, FinishedBlock
 from lrq_offline.calibration import token_windows
 from lrq_offline.calibration_lint import lint_texts
 from lrq_offline.calibration_text import read_texts, shipped_calibration
-from lrq_offline.compute import choose_device, device_name
+from lrq_offline.compute import Machine, choose_device, device_name
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import empty_model
-from lrq_offline.hidden_states import HiddenStatesStore
 from lrq_offline.output_folder import carry_over, check_output, new_folder
 from lrq_offline.progress import Progress, fingerprint
 from lrq_offline.rank_processes import started_ranks
-from lrq_offline.ranks import Ranks
 from lrq_offline.report_data import REPORT_NAME
 from lrq_offline.source_model import SourceModel, load_tokenizer
 from lrq_offline.stored_block import block_tensors
@@ -33,21 +31,9 @@ from lrq_vllm.checkpoint.schema import Manifest, undivided_layers
 from lrq_vllm.checkpoint.store import ShardWriter
 from lrq_vllm.errors import SettingsError, one_paragraph
 
-__all__ = ["BlockReport", "Machine", "gpu_budget", "manifest_of", "quantize_model"]
+__all__ = ["BlockReport", "manifest_of", "quantize_model"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a run computes: device ``auto``, ``cpu`` or ``cuda``; the memory of a GPU that cached hidden states may take.
-
-    gpus: how many to use, each by a process of its own (with device ``cpu``: processes).
-    """
-
-    device: str = "auto"
-    max_gpu_gb: float | None = None
-    gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +54,7 @@ def quantize_model(
     settings: QuantizeSettings,
     *,
     machine: Machine | None = None,
+    evaluation: str | None = None,
     overwrite: bool = False,
     restart: bool = False,
     on_warning: Callable[[str], None] = lambda warning: None,
@@ -75,6 +62,7 @@ def quantize_model(
 ) -> dict[str, Any]:
     """Quantize ``model_dir`` into ``output`` and return what was written to lrq_report.json.
 
+    evaluation: a text that the result will be measured on, only looked for in the calibration text.
     ``output`` appears whole at the end or not at all. A run that was stopped goes on after its last finished block, unless
     ``restart``. Raises a child of LrqError for anything the user can put right.
     """
@@ -88,20 +76,20 @@ def quantize_model(
     tokenizer = load_tokenizer(model_dir)
     texts = read_texts(settings.calibration or shipped_calibration(), tokenizer)
     windows = token_windows(tokenizer, texts, settings.samples, settings.seq_len)
-    warnings = lint_texts(texts, tokenizer, samples=settings.samples, seq_len=settings.seq_len)
+    unseen = read_texts(evaluation, tokenizer) if evaluation else []
+    warnings = lint_texts(texts, tokenizer, samples=settings.samples, seq_len=settings.seq_len, evaluation=unseen)
     for warning in warnings:
         on_warning(warning)
     with new_folder(output, restart=restart) as folder:
         run = fingerprint(source.tensors, source.raw_config, windows, settings, _place(machine, device))
         progress = Progress(folder, run)
         writer = ShardWriter(folder, len(source.block_names) + 1)
-        shards = _Output(source, manifest, writer, progress, on_block)
+        shards = _Shards(source, manifest, writer, progress, on_block)
         shards.start()
-        finished = [shards.shard(index) for index in range(len(progress.finished))]
-        helper = _Helper(model_dir, settings, machine, windows, finished, folder)
-        with started_ranks(machine.gpus, device, helper) as ranks:
-            store = HiddenStatesStore(device, gpu_budget(machine, device), folder)
-            BlockwiseRun(source, manifest, settings, finished, device, ranks).run(windows, store, shards.take)
+        finished = [shards.path(index) for index in range(len(progress.finished))]
+        blockwise = BlockwiseRun(source, manifest, settings, machine, windows, finished, folder)
+        with started_ranks(machine.gpus, device, blockwise) as ranks:
+            blockwise(ranks, shards.take)
         total_bytes = writer.finish()
         report = _report(source, manifest, settings, progress.finished, warnings, total_bytes, time.monotonic() - started)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
@@ -147,15 +135,8 @@ def _place(machine: Machine, device: torch.device) -> str:
     return device_name(device) if machine.gpus == 1 else f"{machine.gpus} x {device_name(device)}"
 
 
-def gpu_budget(machine: Machine, device: torch.device) -> int:
-    """Bytes for cached hidden states: what was asked for, else half of what the GPU has free."""
-    if machine.max_gpu_gb is not None:
-        return int(machine.max_gpu_gb * 1e9)
-    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
-
-
 @dataclass(frozen=True)
-class _Output:
+class _Shards:
     """What is written while a run goes on: a shard for each block and the note that it is finished."""
 
     source: SourceModel
@@ -170,7 +151,7 @@ class _Output:
             outside = [name for name in self.source.tensors if not name.startswith(f"{self.source.family.blocks}.")]
             self.writer.write_shard(1, {name: self.source.read(name) for name in outside})
 
-    def shard(self, index: int) -> Path:
+    def path(self, index: int) -> Path:
         """The file of block ``index``, from 0."""
         return self.writer.path(index + 2)
 
@@ -189,24 +170,6 @@ class _Output:
         replaced = {f"{module}.weight" for module in self.manifest.quantized}
         others = [key for key in self.source.tensors if key.startswith(f"{name}.") and key not in {*stored, *replaced}]
         return stored | {key: self.source.read(key) for key in others}
-
-
-@dataclass(frozen=True)
-class _Helper:
-    """The run of every rank but the first, which writes nothing: what another process needs to make it."""
-
-    model_dir: Path
-    settings: QuantizeSettings
-    machine: Machine
-    windows: Tensor
-    finished: list[Path]
-    folder: Path
-
-    def __call__(self, ranks: Ranks) -> None:
-        source = SourceModel.open(self.model_dir)
-        device = choose_device(self.machine.device)
-        run = BlockwiseRun(source, manifest_of(source, self.settings), self.settings, self.finished, device, ranks)
-        run.run(self.windows, HiddenStatesStore(device, gpu_budget(self.machine, device), self.folder), lambda finished: None)
 
 
 def _block_report(index: int, count: int, result: QuantizedBlock, seconds: float) -> dict[str, Any]:

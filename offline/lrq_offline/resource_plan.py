@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from lrq_offline.compute import choose_device, product_dtype
+from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.hidden_states import HiddenStatesStore
-from lrq_offline.pipeline import Machine, gpu_budget, manifest_of
+from lrq_offline.pipeline import manifest_of
 from lrq_offline.source_model import SourceModel
 
 __all__ = ["ResourcePlan", "plan_run", "step_memory"]
@@ -48,7 +48,7 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
     tokens = settings.samples * settings.seq_len
     cache = tokens * config.hidden_size * (config.dtype or torch.bfloat16).itemsize
     computing = step_memory(shapes, settings, config, product_dtype(device))
-    store = HiddenStatesStore(device, gpu_budget(machine, device), Path())
+    store = HiddenStatesStore(device, machine.cache_bytes(device), Path())
     places = [store.place_for(cache) for _ in range(2)]
     largest = max(source.stored_bytes(name) for name in source.tensors)
     output = manifest.quantized_bytes + sum(
