@@ -107,7 +107,7 @@ def measured(
         wanted = replace(wanted, samples=8, seq_len=64)
     settings = QuantizeSettings(
         scheme=scheme, iters=TIMED_ITERS if not arguments.small else 20, samples=wanted.samples, seq_len=wanted.seq_len,
-        batch_size=wanted.batch_size,
+        batch_size=wanted.batch_size, renew=QuantizeSettings(scheme, iters=wanted.iters).renews,
     )  # fmt: skip
     dtype = product_dtype(device)
     torch.manual_seed(0)
@@ -140,6 +140,7 @@ def measured(
         "preset": preset,
         "tokens_per_step": settings.batch_size * settings.seq_len,
         "rank": settings.matrix_rank(config.hidden_size),
+        "renews": settings.renews,
         "ms_per_iteration": per_iteration * 1e3,
         "fixed_seconds": fixed,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0,

@@ -62,7 +62,7 @@ def main() -> None:
         "machine": device_name(device),
         "versions": {name: version(name) for name in ("lrq", "torch", "transformers")} | {"python": platform.python_version()},
         "model": arguments.model.name,
-        "texts": arguments.text,
+        "texts": [f"{name}={Path(path).name}" for name, _, path in (text.partition("=") for text in arguments.text)],
         "rows": rows,
     }
     for peer in arguments.peers:

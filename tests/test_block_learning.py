@@ -322,6 +322,32 @@ def test_learning_decays_the_matrix_of_the_scale_and_nothing_else() -> None:
     assert linear.matrix_parameters() == [linear.left, linear.right] and full.matrix_parameters() == [full.matrix]
 
 
+class LearnedLinear(nn.Module):
+    """x W_hat^T, with W_hat at 3 bits and a scale of rank 2."""
+
+    def __init__(self, weight: Tensor, *, renews: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.rounding = LrqScale(weight, search_steps(weight, 3), 3, 2, generator, renews=renews)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.rounding())
+
+
+def test_renewed_factors_learn_more_than_their_rank_holds() -> None:
+    # Inputs that go together: for independent ones round-to-nearest is the best there is.
+    weight, inputs = torch.randn(16, 32), torch.randn(8, 40, 8) @ torch.randn(8, 32)
+    targets, errors = inputs @ weight.T, []
+    for renews in (False, True):
+        block = LearnedLinear(weight, renews=renews)
+        result = learn(block, inputs, targets, rate=0.02, iters=300, weight_decay=0.0)
+        assert result.error_after == pytest.approx(error_of(block, inputs, targets), rel=1e-4)
+        errors.append(result.error_after)
+        matrix = block.rounding.log_scale().matrix
+        assert matrix is not None and (torch.linalg.matrix_rank(matrix) > 2) == renews
+    assert errors[1] < 0.97 * errors[0]
+
+
 def test_losses_are_divided_by_the_scale_and_land_at_their_step() -> None:
     inputs = torch.ones(3, 1, WIDTH)
     targets = torch.tensor([2.0, 3.0, 5.0]).view(3, 1, 1) * inputs

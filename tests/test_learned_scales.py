@@ -124,6 +124,29 @@ def test_lrq_scale_is_low_rank_matrix_plus_row_plus_column() -> None:
     assert column is scale.column and column.shape == (1, 96)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_renewed_factors_leave_the_scale_as_it_is(dtype: torch.dtype) -> None:
+    weight, generator = weight_with_outliers(), torch.Generator().manual_seed(0)
+    scale = randomised(LrqScale(weight, search_steps(weight, 4), 4, 4, generator, dtype, renews=True))
+    before, first_right = scale.log_scale().matrix, scale.right.detach().clone()
+    assert before is not None and before.any()
+    scale.renew(generator)
+    after = scale.log_scale().matrix
+    torch.testing.assert_close(after, before, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps / 10)
+    assert not scale.left.any() and not torch.equal(scale.right, first_right)
+
+
+def test_renewed_factors_let_the_rank_grow() -> None:
+    weight, generator = weight_with_outliers(), torch.Generator().manual_seed(0)
+    scale = LrqScale(weight, search_steps(weight, 4), 4, 4, generator, renews=True)
+    for rank in (4, 8, 12):
+        with torch.no_grad():
+            scale.left.normal_()
+        matrix = scale.log_scale().matrix
+        assert matrix is not None and torch.linalg.matrix_rank(matrix) == rank
+        scale.renew(generator)
+
+
 def test_flexround_scale_is_a_matrix_plus_a_column_of_one_value_per_row() -> None:
     weight = weight_with_outliers()
     scale = randomised(FlexRoundScale(weight, search_steps(weight, 4), 4))

@@ -89,6 +89,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
         ("--scheme", "w3a16", "--method", "flexround"),
         ("--scheme", "w3a16", "--rank", "4"),
         ("--scheme", "w3a16", "--rank", "full"),
+        ("--scheme", "w3a16", "--renew"),
         ("--scheme", "w2a16", "--group-size", "32"),
         ("--scheme", "w4a8", "--kv-bits", "8"),
         ("--scheme", "w4a8", "--method", "gptq"),

@@ -60,9 +60,7 @@ def test_more_text_needs_more_memory_and_time(big: Path) -> None:
 @pytest.mark.parametrize("row", json.loads(MEASURED.read_text())["rows"], ids=lambda row: f"{row['scheme']} {row['preset']}")
 def test_the_planned_peak_is_near_the_measured_one(row: dict[str, float | str]) -> None:
     preset = PRESETS[str(row["preset"])]
-    settings = QuantizeSettings(
-        str(row["scheme"]), samples=preset.samples, seq_len=preset.seq_len, batch_size=preset.batch_size
-    )
+    settings = QuantizeSettings(str(row["scheme"]), renew=bool(row["renews"]), **vars(preset))
     attention, mlp = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)], [(14336, 4096)] * 2 + [(4096, 14336)]
     config = LlamaConfig(hidden_size=4096, intermediate_size=14336)
     hidden_states = 2 * preset.samples * preset.seq_len * 4096 * 2

@@ -51,6 +51,15 @@ def test_every_scheme_and_method_has_settings_that_need_nothing_else(scheme: str
     assert settings.weight_format == WeightFormat(int(scheme[1]), symmetric=False, group_size=None)
 
 
+def test_lrq_renews_its_factors_below_8_bits_where_they_have_steps_enough() -> None:
+    assert QuantizeSettings("w4a16", iters=300).renews and not QuantizeSettings("w4a16", iters=299).renews
+    assert QuantizeSettings("w4a16", iters=50, renew=True).renews
+    assert not QuantizeSettings("w4a16", iters=5000, renew=False).renews
+    assert not QuantizeSettings("w8a8", iters=5000).renews
+    for other in ({"method": "flexround"}, {"method": "gptq"}, {"rank": "full"}):
+        assert not QuantizeSettings("w4a16", **other).renews  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_accepted(name: str) -> None:
     QuantizeSettings("w4a16", **vars(PRESETS[name]))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lrq_offline.compute import block_output
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.hidden_states import BatchFeeder, HiddenStates
-from lrq_offline.learned_scales import LearnedRounding
+from lrq_offline.learned_scales import LearnedRounding, LrqScale
 from lrq_offline.learning_step import LearningStep
 from lrq_offline.quantized_block import held_weights
 from lrq_offline.ranks import ONE_RANK, Ranks
@@ -27,7 +27,6 @@ __all__ = ["LearningCurve", "LearningResult", "learn_block", "relative_error", "
 
 logger = logging.getLogger(__name__)
 
-_CHECKS = 10
 _PATIENCE = 6
 _HELD_OUT_SHARE = 16
 
@@ -103,8 +102,9 @@ def learn_block(
 ) -> LearningResult:
     """Learn every parameter of ``block`` that wants a gradient, in place; with none this only measures the error.
 
-    inputs, targets: X_q and block_fp(X) of this rank's windows; a batch is that of all ranks together. If no state was better
-    than the first, the block is put back to where it started.
+    inputs, targets: X_q and block_fp(X) of this rank's windows; a batch is that of all ranks together. Scales that
+    renew their factors do so after each check. If no state was better than the first, the block is put back to where it
+    started.
     """
     batch_size = settings.batch_size // ranks.size
     everything = list(torch.arange(len(inputs)).split(batch_size))
@@ -121,7 +121,8 @@ def learn_block(
         block, parameters, BatchFeeder(inputs, targets, batches), arguments,
         rate=rate, decayed=_matrices(block), decay=settings.decay, steps=settings.iters, scale=scale, dtype=dtype, ranks=ranks,
     )  # fmt: skip
-    best = _BestState(parameters)
+    renewing = [module for module in block.modules() if isinstance(module, LrqScale) and module.settled is not None]
+    best = _BestState([*parameters, *(scale.get_buffer("settled") for scale in renewing)])
     curve = LearningCurve()
 
     def check(taken: int) -> bool:
@@ -135,7 +136,7 @@ def learn_block(
         return best.offer(error)
 
     check(0)
-    taken, every, seconds = 0, max(settings.iters // _CHECKS, 1), 0.0
+    taken, every, seconds = 0, settings.check_every, 0.0
     going_on = True
     while taken < settings.iters and going_on:
         started, upto = time.monotonic(), min(taken + every, settings.iters)
@@ -145,6 +146,10 @@ def learn_block(
         seconds += time.monotonic() - started
         taken = upto
         going_on = check(taken)
+        if taken < settings.iters and going_on:
+            for rounding in renewing:
+                rounding.renew(generator)
+                step.forget(rounding.matrix_parameters())
     best.restore()
     after = relative_error(block, inputs, targets, arguments, everything, dtype, ranks)
     if best.is_first:
@@ -153,11 +158,11 @@ def learn_block(
 
 
 class _BestState:
-    """The parameters' values at the lowest held-out error so far."""
+    """The values of ``tensors`` at the lowest held-out error so far."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._values = [parameter.detach().clone() for parameter in parameters]
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tensors = [tensor.detach() for tensor in tensors]
+        self._values = [tensor.clone() for tensor in self._tensors]
         self._errors: list[float] = []
         self._best_at = 0
 
@@ -171,13 +176,11 @@ class _BestState:
         latest = len(self._errors) - 1
         if error < self._errors[self._best_at]:
             self._best_at = latest
-            torch._foreach_copy_(self._values, [parameter.detach() for parameter in self._parameters])
+            torch._foreach_copy_(self._values, self._tensors)
         return math.isfinite(error) and latest - self._best_at < _PATIENCE
 
-    @torch.no_grad()
     def restore(self) -> None:
-        for parameter, value in zip(self._parameters, self._values, strict=True):
-            parameter.copy_(value)
+        torch._foreach_copy_(self._tensors, self._values)
 
 
 def _held_out_samples(samples: int) -> int:

@@ -16,7 +16,7 @@ from lrq_offline.decoder_blocks import Family
 from lrq_offline.gptq import HessianSum, gptq
 from lrq_offline.hidden_states import HiddenStates
 from lrq_offline.layer_inputs import InputSample, sample_inputs, watch_inputs
-from lrq_offline.learned_scales import FixedRounding, FlexRoundScale, LrqScale, Rounding
+from lrq_offline.learned_scales import FixedRounding, FlexRoundScale, LearnedRounding, LrqScale, Rounding
 from lrq_offline.quantized_block import (
     ActivationQuantizer,
     FakeQuantizedLinear,
@@ -180,11 +180,12 @@ class BlockQuantizer:
     def _learned(self, weight: Tensor, steps: StepAndZeroPoint, generator: torch.Generator) -> Rounding:
         rank, bits = self.settings.matrix_rank(self.config.hidden_size), self.settings.bits.weight_bits
         own, own_steps = self.ranks.own_rows(weight), StepAndZeroPoint(*map(self.ranks.own_rows, steps))
-        learned = (
-            FlexRoundScale(own, own_steps, bits, self.dtype)
-            if rank is None
-            else LrqScale(own, own_steps, bits, min(rank, *weight.shape), generator, self.dtype)
-        )
+        learned: LearnedRounding
+        if rank is None:
+            learned = FlexRoundScale(own, own_steps, bits, self.dtype)
+        else:
+            rank, renews = min(rank, *weight.shape), self.settings.renews
+            learned = LrqScale(own, own_steps, bits, rank, generator, self.dtype, renews=renews)
         return learned if self.ranks.size == 1 else ShardedRounding(learned, self.ranks)
 
     def _round_by_gptq(

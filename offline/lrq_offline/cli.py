@@ -66,9 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(quantize)
     quantize.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs to learn each block on (default: 1)")
     quantize.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<model>-lrq-<scheme>")
-    quantize.add_argument(
-        "--eval-text", metavar="TEXT", help="what you will evaluate on: warns if it was learned from"
-    )
+    quantize.add_argument("--eval-text", metavar="TEXT", help="what you will evaluate on: warns if it was learned from")
     quantize.add_argument("--overwrite", action="store_true", help="replace OUT if it is an LRQ checkpoint")
     quantize.add_argument("--restart", action="store_true", help="throw the work of an unfinished run away")
     quantize.set_defaults(command=_quantize)
@@ -116,6 +114,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iters", type=int, help=f"most steps per block (default preset: {default.iters})")
     parser.add_argument("--lr", type=float, help="learning rate (default: by method and scheme, docs/quantize.md)")
     parser.add_argument("--weight-decay", type=float, metavar="X", help="of the scale matrix; 0 as in the papers")
+    parser.add_argument(
+        "--renew",
+        action=argparse.BooleanOptionalAction,
+        help="let LRQ's factors begin anew (default: from 300 steps on, below 8 bits)",
+    )
     parser.add_argument("--samples", type=int, help=f"calibration windows (default preset: {default.samples})")
     parser.add_argument("--seq-len", type=int, help=f"tokens per window (default preset: {default.seq_len})")
     parser.add_argument("--batch-size", type=int, help=f"windows per step (default preset: {default.batch_size})")
@@ -141,8 +144,8 @@ def _settings(parsed: argparse.Namespace) -> QuantizeSettings:
     )
     return QuantizeSettings(
         scheme=parsed.scheme, method=parsed.method, group_size=parsed.group_size, symmetric=parsed.symmetric,
-        rank=parsed.rank, learning_rate=parsed.lr, weight_decay=parsed.weight_decay, kv_bits=parsed.kv_bits,
-        seed=parsed.seed, calibration=parsed.calibration, **vars(preset),
+        rank=parsed.rank, learning_rate=parsed.lr, weight_decay=parsed.weight_decay, renew=parsed.renew,
+        kv_bits=parsed.kv_bits, seed=parsed.seed, calibration=parsed.calibration, **vars(preset),
     )  # fmt: skip
 
 

@@ -3,7 +3,8 @@
     W_hat = s1 * (clamp(round(W / (s1 * exp(S2))) + z, 0, 2^b - 1) - z)
 
 FlexRound (arXiv 2306.00317): S2 is a full matrix plus a row vector r.
-LRQ (arXiv 2407.11534, section 2): S2 = L U + r + c, with L [out, k] and U [k, in].
+LRQ (arXiv 2407.11534, section 2): S2 = L U + r + c, with L [out, k] and U [k, in]. Renewing the factors now and
+then (as ReLoRA, arXiv 2307.05695, does) makes it S2 = M + L U + r + c, where M collects the L U of earlier factors.
 Both start at S2 = 0, that is, at round-to-nearest. Only s1, z and the integers outlive the learning.
 """
 
@@ -111,7 +112,12 @@ class FlexRoundScale(LearnedRounding):
 
 
 class LrqScale(LearnedRounding):
-    """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5)."""
+    """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5).
+
+    renews: whether :meth:`renew` will be called; then S2 = M + L U + r + c, with M [out, in] in ``dtype``.
+    """
+
+    settled: Tensor | None
 
     def __init__(
         self,
@@ -121,19 +127,30 @@ class LrqScale(LearnedRounding):
         rank: int,
         generator: torch.Generator,
         dtype: torch.dtype = torch.float32,
+        *,
+        renews: bool = False,
     ) -> None:
         super().__init__(weight, initial, bits, dtype)
         out_features, in_features = weight.shape
         self.left = self._zeros(out_features, rank)
-        right = torch.empty(rank, in_features)
-        nn.init.kaiming_uniform_(right, a=math.sqrt(5), generator=generator)
-        self.right = nn.Parameter(right.to(weight.device))
+        self.right = nn.Parameter(_kaiming(rank, in_features, generator).to(weight.device))
         self.row = self._zeros(out_features, 1)
         self.column = self._zeros(1, in_features)
+        self.register_buffer("settled", torch.zeros_like(weight, dtype=dtype) if renews else None)
 
     def log_scale(self) -> LogScale:
-        """L U + r + c."""
-        return LogScale(self.left.to(self.dtype) @ self.right.to(self.dtype), self.row, self.column)
+        """M + L U + r + c."""
+        left, right = self.left.to(self.dtype), self.right.to(self.dtype)
+        matrix = left @ right if self.settled is None else torch.addmm(self.settled, left, right)
+        return LogScale(matrix, self.row, self.column)
+
+    @torch.no_grad()
+    def renew(self, generator: torch.Generator) -> None:
+        """Add L U to M and begin with new factors: S2 stays what it is (up to rounding), its rank can go on to grow."""
+        assert self.settled is not None
+        self.settled.add_((self.left @ self.right).to(self.dtype))
+        self.left.zero_()
+        self.right.copy_(_kaiming(self.right.shape[0], self.right.shape[1], generator))
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """L and U."""
@@ -142,3 +159,8 @@ class LrqScale(LearnedRounding):
     def shared_parameters(self) -> list[nn.Parameter]:
         """U and c."""
         return [self.right, self.column]
+
+
+def _kaiming(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
+    """U at a start, float32 [rank, in] on the CPU."""
+    return nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)

@@ -73,6 +73,12 @@ class LearningStep:
             self._graph.replay()
         self.losses[step].copy_(self._loss)
 
+    def forget(self, parameters: list[nn.Parameter]) -> None:
+        """Let AdamW treat these parameters as new: their moments and step counts become 0."""
+        for parameter in parameters:
+            for state in self._optimizer.state[parameter].values():
+                state.zero_()
+
     def wait(self) -> None:
         """Return when the steps so far have been computed."""
         if self._graph is not None:
@@ -105,6 +111,5 @@ class LearningStep:
         with torch.no_grad():
             for parameter, value in zip(self._parameters, before, strict=True):
                 parameter.copy_(value)
-                for state in self._optimizer.state[parameter].values():
-                    state.zero_()
+        self.forget(self._parameters)
         return graph

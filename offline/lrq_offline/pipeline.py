@@ -214,6 +214,7 @@ def _report(
         "rank": settings.matrix_rank(width),
         "learning_rate": settings.rate(width),
         "weight_decay": settings.decay,
+        "renew": settings.renews,
         "calibration": calibration,
     }
     return {

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lrq_offline.decoder_blocks import FAMILIES, Family, empty_model
@@ -106,6 +106,8 @@ def model_config(raw_config: dict[str, Any], folder: Path) -> PreTrainedConfig:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, without network and without the folder's own code. Raises ModelFolderError if it has none."""
+    from transformers import AutoTokenizer  # half a second that `plan` need not wait for
+
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and the tokenizers library's own
