@@ -41,9 +41,10 @@ def main() -> None:
     arguments = parsed()
     device = choose_device(arguments.device)
     tokenizer = load_tokenizer(arguments.model)
+    texts = dict(text.split("=", 1) for text in arguments.text)
     windows = {
         name: token_windows(tokenizer, read_texts(path, tokenizer), arguments.windows, arguments.seq_len).to(device)
-        for name, _, path in (text.partition("=") for text in arguments.text)
+        for name, path in texts.items()
     }
     reference = load_model(arguments.model).to(device)
     console = Console(width=140, highlight=False)
@@ -62,7 +63,7 @@ def main() -> None:
         "machine": device_name(device),
         "versions": {name: version(name) for name in ("lrq", "torch", "transformers")} | {"python": platform.python_version()},
         "model": arguments.model.name,
-        "texts": [f"{name}={Path(path).name}" for name, _, path in (text.partition("=") for text in arguments.text)],
+        "texts": [f"{name}={Path(path).name}" for name, path in texts.items()],
         "rows": rows,
     }
     for peer in arguments.peers:

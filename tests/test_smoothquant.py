@@ -77,6 +77,7 @@ def test_dividing_a_linear_layer_and_multiplying_its_reader_leaves_the_product(h
     scale = heads.largest(torch.rand(24 * heads.repeats) + 0.1)
     used = divide_output(producer, heads.once(scale), torch.float32)
     multiply_input(reader, heads.repeated(used))
+    assert not torch.equal(used, torch.ones_like(used))
     torch.testing.assert_close(reader(repeat_heads(producer(x), heads)), before, rtol=1e-5, atol=1e-5)
 
 

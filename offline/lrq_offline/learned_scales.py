@@ -133,7 +133,8 @@ class LrqScale(LearnedRounding):
         super().__init__(weight, initial, bits, dtype)
         out_features, in_features = weight.shape
         self.left = self._zeros(out_features, rank)
-        self.right = nn.Parameter(_kaiming(rank, in_features, generator).to(weight.device))
+        self.right = self._zeros(rank, in_features)
+        _kaiming_(self.right, generator)
         self.row = self._zeros(out_features, 1)
         self.column = self._zeros(1, in_features)
         self.register_buffer("settled", torch.zeros_like(weight, dtype=dtype) if renews else None)
@@ -150,7 +151,7 @@ class LrqScale(LearnedRounding):
         assert self.settled is not None
         self.settled.add_((self.left @ self.right).to(self.dtype))
         self.left.zero_()
-        self.right.copy_(_kaiming(self.right.shape[0], self.right.shape[1], generator))
+        _kaiming_(self.right, generator)
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """L and U."""
@@ -161,6 +162,9 @@ class LrqScale(LearnedRounding):
         return [self.right, self.column]
 
 
-def _kaiming(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
-    """U at a start, float32 [rank, in] on the CPU."""
-    return nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5), generator=generator)
+def _kaiming_(factor: Tensor, generator: torch.Generator) -> None:
+    """Fill U with what it holds at a start. ``generator`` is on the CPU; on a GPU it gives the seed of one there."""
+    if factor.device != generator.device:
+        seed = torch.randint(2**62, (), generator=generator).item()
+        generator = torch.Generator(factor.device).manual_seed(int(seed))
+    nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)

@@ -6,6 +6,7 @@ The division is done by whatever produces X: the gain of a norm, or the rows of 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +74,14 @@ def smoothing_scale(sample: InputSample, weight: Tensor, heads: SharedHeads, wei
     def scale_at(alpha: float) -> Tensor:
         return _scale(largest_input, largest_weight, alpha)
 
-    coarse = min(_COARSE, key=lambda alpha: error(scale_at(alpha)))
-    near = [coarse + offset for offset in _FINE if 0 <= coarse + offset <= 1]
-    fine = min(near, key=lambda alpha: error(scale_at(alpha)))
-    return min(torch.ones_like(largest_input), scale_at(fine), key=error)
+    @cache
+    def error_at(alpha: float) -> float:
+        return error(scale_at(alpha))
+
+    coarse = min(_COARSE, key=error_at)
+    fine = min((coarse + offset for offset in _FINE if 0 <= coarse + offset <= 1), key=error_at)
+    unsmoothed = torch.ones_like(largest_input)
+    return scale_at(fine) if error_at(fine) < error(unsmoothed) else unsmoothed
 
 
 def _scale(largest_input: Tensor, largest_weight: Tensor, alpha: float) -> Tensor:
