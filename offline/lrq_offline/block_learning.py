@@ -121,8 +121,8 @@ def learn_block(
         block, parameters, BatchFeeder(inputs, targets, batches), arguments,
         rate=rate, decayed=_matrices(block), decay=settings.decay, steps=settings.iters, scale=scale, dtype=dtype, ranks=ranks,
     )  # fmt: skip
-    renewing = [module for module in block.modules() if isinstance(module, LrqScale) and module.settled is not None]
-    best = _BestState([*parameters, *(scale.get_buffer("settled") for scale in renewing)])
+    renewing = [module for module in block.modules() if isinstance(module, LrqScale) and module.renews]
+    best = _BestState([*parameters, *(rounding.weight for rounding in renewing)])
     curve = LearningCurve()
 
     def check(taken: int) -> bool:

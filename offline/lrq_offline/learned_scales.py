@@ -4,7 +4,7 @@
 
 FlexRound (arXiv 2306.00317): S2 is a full matrix plus a row vector r.
 LRQ (arXiv 2407.11534, section 2): S2 = L U + r + c, with L [out, k] and U [k, in]. Renewing the factors now and
-then (as ReLoRA, arXiv 2307.05695, does) makes it S2 = M + L U + r + c, where M collects the L U of earlier factors.
+then (as ReLoRA, arXiv 2307.05695, does) makes it S2 = M + L U + r + c, where M is the sum of the earlier factors' L U.
 Both start at S2 = 0, that is, at round-to-nearest. Only s1, z and the integers outlive the learning.
 """
 
@@ -114,10 +114,9 @@ class FlexRoundScale(LearnedRounding):
 class LrqScale(LearnedRounding):
     """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5).
 
-    renews: whether :meth:`renew` will be called; then S2 = M + L U + r + c, with M [out, in] in ``dtype``.
+    renews: whether :meth:`renew` will be called. Then ``weight`` is a copy, W / exp(M) in W's dtype, which is all that the
+    arithmetic needs of W and M.
     """
-
-    settled: Tensor | None
 
     def __init__(
         self,
@@ -130,26 +129,24 @@ class LrqScale(LearnedRounding):
         *,
         renews: bool = False,
     ) -> None:
-        super().__init__(weight, initial, bits, dtype)
+        super().__init__(weight.clone() if renews else weight, initial, bits, dtype)
+        self.renews = renews
         out_features, in_features = weight.shape
         self.left = self._zeros(out_features, rank)
         self.right = self._zeros(rank, in_features)
         _kaiming_(self.right, generator)
         self.row = self._zeros(out_features, 1)
         self.column = self._zeros(1, in_features)
-        self.register_buffer("settled", torch.zeros_like(weight, dtype=dtype) if renews else None)
 
     def log_scale(self) -> LogScale:
-        """M + L U + r + c."""
-        left, right = self.left.to(self.dtype), self.right.to(self.dtype)
-        matrix = left @ right if self.settled is None else torch.addmm(self.settled, left, right)
-        return LogScale(matrix, self.row, self.column)
+        """L U + r + c, relative to ``weight``."""
+        return LogScale(self.left.to(self.dtype) @ self.right.to(self.dtype), self.row, self.column)
 
     @torch.no_grad()
     def renew(self, generator: torch.Generator) -> None:
         """Add L U to M and begin with new factors: S2 stays what it is (up to rounding), its rank can go on to grow."""
-        assert self.settled is not None
-        self.settled.add_((self.left @ self.right).to(self.dtype))
+        assert self.renews
+        self.weight.copy_(self.weight * torch.exp(-(self.left @ self.right)))
         self.left.zero_()
         _kaiming_(self.right, generator)
 

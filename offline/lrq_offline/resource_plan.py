@@ -77,7 +77,7 @@ def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, confi
         learned = elements if rank is None else sum(min(rank, *shape) * sum(shape) for shape in shapes)
         # Parameters with their gradients, Adam's two moments, best values, and a copy for products.
         total += learned * (5 * 4 + dtype.itemsize)
-        # W_hat, S2's matrix and the gradients of both; what earlier starts have left of S2, and its best values.
+        # W_hat, S2's matrix and the gradients of both; the weight under earlier factors, and its best values.
         total += elements * 2 * (dtype.itemsize + (4 if rank is None else dtype.itemsize))
         total += elements * 2 * dtype.itemsize if settings.renews else 0
     # What a step keeps for its backward pass, roughly: a dozen tensors of the block's width, four of the MLP's.
