@@ -150,6 +150,7 @@ def learn_block(
             for rounding in renewing:
                 rounding.renew(generator)
                 step.forget(rounding.matrix_parameters())
+            step.wait()
     best.restore()
     after = relative_error(block, inputs, targets, arguments, everything, dtype, ranks)
     if best.is_first:

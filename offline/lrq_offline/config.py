@@ -41,7 +41,7 @@ PRESETS = {
 _LRQ_RATE_AT_4096 = {8: 5e-4, 4: 2e-3, 3: 2e-3, 2: 2e-3}
 _LRQ_DECAY = 2.0
 _FLEXROUND_RATE = 3e-3
-_FLEXROUND_DECAY = 0.5
+_FLEXROUND_DECAY = 1.0
 
 _CHECKS = 10
 # Steps that new factors need to be worth it: with 30 they gained, with fewer nothing has been tried. 8-bit weights lost by them
