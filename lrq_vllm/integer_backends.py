@@ -7,84 +7,93 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lrq_vllm.arranged_layer import Static, arranged_linear, keep_arranged
 from lrq_vllm.checkpoint.packing import unpack
-from lrq_vllm.errors import SettingsError
+from lrq_vllm.kernel_choice import HOPPER, TRITON, first_that_can
 from lrq_vllm.kernels import reference
+from lrq_vllm.kernels.arranged_weight import arrange
 from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
 
-__all__ = ["IntegerBackend", "OneDnnBackend", "TritonBackend", "choose_integer_backend"]
+__all__ = ["HopperBackend", "IntegerBackend", "OneDnnBackend", "TritonBackend", "choose_integer_backend"]
 
 
 class IntegerBackend(Protocol):
-    """Quantizes activations and multiplies them with a prepared weight; signatures follow kernels/reference.py."""
+    """Quantizes activations and multiplies them with a prepared weight; the arithmetic is that of kernels/reference.py."""
 
     name: str
 
-    def why_not(self, device: torch.device) -> str | None:
-        """The reason why this backend cannot run here, or None if it can."""
+    def why_not(self, weight: IntegerWeight, in_features: int) -> str | None:
+        """The reason why this backend cannot run with this weight, on its device, or None if it can."""
 
-    def prepare(self, layer: Any, weight: IntegerWeight) -> None:
+    def prepare(self, layer: Any, weight: IntegerWeight, in_features: int) -> None:
         """Put the weight on the layer in this backend's layout, as parameters."""
 
-    def quantize_per_token(self, x: Tensor) -> QuantizedTokens:
-        """x [tokens, in] with a step for each token."""
-
-    def quantize_static(self, x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
-        """x [tokens, in] with one calibrated step."""
-
-    def multiply(self, layer: Any, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """y [tokens, out]."""
+    def linear(self, layer: Any, x: Tensor, static: Static | None, bias: Tensor | None) -> Tensor:
+        """y [tokens, out] in x's dtype. static: the calibrated step and zero-point of x; None: one for each token."""
 
 
-def choose_integer_backend(device: torch.device) -> IntegerBackend:
-    """The first backend that can run on ``device``. Raises SettingsError with every backend's reason if none can."""
-    reasons = []
-    backends: tuple[IntegerBackend, ...] = (TritonBackend(), OneDnnBackend())
-    for backend in backends:
-        reason = backend.why_not(device)
-        if reason is None:
-            return backend
-        reasons.append(f"{backend.name}: {reason}")
-    raise SettingsError(
-        f"No integer kernel runs on {device} ({'; '.join(reasons)}). Serve on an NVIDIA GPU of the Ampere generation or "
-        "later, or on an x86 CPU with vLLM's CPU build."
-    )
+def choose_integer_backend(weight: IntegerWeight, in_features: int) -> IntegerBackend:
+    """The first backend that can run, or the one that LRQ_KERNEL names.
+
+    Raises SettingsError with every backend's reason if none can.
+    """
+    backends: tuple[IntegerBackend, ...] = (TritonBackend(), OneDnnBackend(), HopperBackend())
+    return first_that_can([(backend, backend.why_not(weight, in_features)) for backend in backends], weight.step.device)
+
+
+class HopperBackend:
+    """Our kernels for Hopper GPUs, as one opaque op: the weight is laid out for them at load and kept in its bits.
+
+    It stands last, so that only LRQ_KERNEL=hopper asks for it: it has not run inside vLLM yet (docs/kernels.md).
+    """
+
+    name = HOPPER
+
+    def why_not(self, weight: IntegerWeight, in_features: int) -> str | None:
+        """Needs a Hopper GPU, and sizes that fit."""
+        from lrq_vllm.kernels.cuda_kernel import why_not
+
+        reason = why_not(weight.step.device)
+        if reason is not None:
+            return reason
+        from lrq_vllm.kernels import stream_linear
+
+        return stream_linear.why_not(weight.step.device, len(weight.step), in_features, weight.bits, integer=True)
+
+    def prepare(self, layer: Any, weight: IntegerWeight, in_features: int) -> None:
+        """Lay the weight out."""
+        q = weight.q if weight.bits == 8 else unpack(weight.q, weight.bits, in_features)
+        arranged = arrange(q, weight.step, weight.zero_point, weight.total, weight.bits, integer=True)
+        keep_arranged(layer, arranged)
+
+    def linear(self, layer: Any, x: Tensor, static: Static | None, bias: Tensor | None) -> Tensor:
+        """Quantization, product and scaling in one kernel or few, chosen by the number of tokens."""
+        return arranged_linear(layer, x, bias, static)
 
 
 class TritonBackend:
     """Our Triton kernels, as opaque ops: they survive torch.compile and CUDA graphs. 4-bit weights stay packed."""
 
-    name = "triton int8"
+    name = TRITON
 
-    def why_not(self, device: torch.device) -> str | None:
+    def why_not(self, weight: IntegerWeight, in_features: int) -> str | None:
         """Needs CUDA."""
-        return None if device.type == "cuda" else "needs a CUDA device"
+        return None if weight.step.is_cuda else "needs a CUDA device"
 
-    def prepare(self, layer: Any, weight: IntegerWeight) -> None:
+    def prepare(self, layer: Any, weight: IntegerWeight, in_features: int) -> None:
         """Keep the checkpoint's layout, and the column sums beside it."""
         for field in ("q", "step", "zero_point", "total"):
             value = getattr(weight, field).contiguous()
             setattr(layer, f"lrq_{field}", Parameter(value, requires_grad=False))
         layer.lrq_bits = weight.bits
 
-    def quantize_per_token(self, x: Tensor) -> QuantizedTokens:
-        """One program per token."""
-        from lrq_vllm.kernels import ops
-
-        return QuantizedTokens(*ops.quantize_per_token(x))
-
-    def quantize_static(self, x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
-        """One program per token."""
-        from lrq_vllm.kernels import ops
-
-        return QuantizedTokens(*ops.quantize_static(x, step, zero_point))
-
-    def multiply(self, layer: Any, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def linear(self, layer: Any, x: Tensor, static: Static | None, bias: Tensor | None) -> Tensor:
         """int8 tensor cores; exact int32 sums."""
         from lrq_vllm.kernels import ops
 
+        tokens = ops.quantize_static(x, *static) if static else ops.quantize_per_token(x)
         weight = (layer.lrq_q, layer.lrq_step, layer.lrq_zero_point, layer.lrq_total)
-        return ops.integer_linear(*x, *weight, bias, layer.lrq_bits, out_dtype)
+        return ops.integer_linear(*tokens, *weight, bias, layer.lrq_bits, x.dtype)
 
 
 class OneDnnBackend:
@@ -97,11 +106,11 @@ class OneDnnBackend:
     8-bit weight is multiplied as two halves of 7 bits, whose pairs do fit, and takes 16 bits in memory.
     """
 
-    name = "oneDNN int8"
+    name = "onednn"
 
-    def why_not(self, device: torch.device) -> str | None:
+    def why_not(self, weight: IntegerWeight, in_features: int) -> str | None:
         """Needs a CPU and vLLM's CPU extension."""
-        if device.type != "cpu":
+        if weight.step.device.type != "cpu":
             return "needs the CPU"
         import vllm._custom_ops  # noqa: F401 (loads the extension)
 
@@ -109,7 +118,7 @@ class OneDnnBackend:
             return "this vLLM build has no oneDNN int8 product"
         return None
 
-    def prepare(self, layer: Any, weight: IntegerWeight) -> None:
+    def prepare(self, layer: Any, weight: IntegerWeight, in_features: int) -> None:
         """Pack the weight into oneDNN's own layout; the int8 tensor is not kept."""
         from vllm import _custom_ops
 
@@ -117,7 +126,7 @@ class OneDnnBackend:
         if weight.bits == 8:
             q = weight.q
         else:  # q - zero_point of a 4-bit weight fits int8: no zero-point is left
-            unpacked = unpack(weight.q, weight.bits, layer.lrq_in_features)
+            unpacked = unpack(weight.q, weight.bits, in_features)
             q = (unpacked.to(torch.int32) - zero_point.unsqueeze(1)).to(torch.int8)
             zero_point = torch.zeros_like(zero_point)
         layer.lrq_halved = weight.bits == 8 and not _multiplies_bytes_exactly()
@@ -139,16 +148,12 @@ class OneDnnBackend:
             q.t(), layer.lrq_unit_steps, torch.float32, dynamic_quant=False, use_azp=False
         )
 
-    def quantize_per_token(self, x: Tensor) -> QuantizedTokens:
-        """Plain torch."""
-        return reference.quantize_per_token(x)
+    def linear(self, layer: Any, x: Tensor, static: Static | None, bias: Tensor | None) -> Tensor:
+        """Plain torch quantizes; int32 sums in oneDNN, zero-points and steps in float32."""
+        tokens = reference.quantize_static(x, *static) if static else reference.quantize_per_token(x)
+        return self._multiply(layer, tokens, bias, x.dtype)
 
-    def quantize_static(self, x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
-        """Plain torch."""
-        return reference.quantize_static(x, step, zero_point)
-
-    def multiply(self, layer: Any, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """int32 sums in oneDNN, zero-points and steps in float32."""
+    def _multiply(self, layer: Any, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         from vllm import _custom_ops
 
         sums = torch.empty((x.q.shape[0], layer.lrq_product.n), dtype=torch.float32)

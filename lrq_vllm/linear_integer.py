@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
+from lrq_vllm.arranged_layer import Static
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.integer_backends import IntegerBackend, choose_integer_backend
-from lrq_vllm.kernels.reference import QuantizedTokens, integer_weight
+from lrq_vllm.kernels.reference import integer_weight
 from lrq_vllm.layer_weights import LayerWeights
 
 __all__ = ["LrqW4A8LinearMethod", "LrqW8A8LinearMethod"]
@@ -39,11 +40,11 @@ class _IntegerLinearMethod(LinearMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything came, and bring the weight into the layout of the kernel that will run."""
         packed = self._weights.take(layer)
-        backend = choose_integer_backend(packed[0].device)
         self._prepare_activations(layer)
         # Column sums are taken here, from this rank's share of the inputs.
         weight = integer_weight(*packed, self._bits, layer.lrq_in_features)
-        backend.prepare(layer, weight)
+        backend = choose_integer_backend(weight, layer.lrq_in_features)
+        backend.prepare(layer, weight, layer.lrq_in_features)
         self._backend = backend
         layer.lrq_kernel = backend.name
         logger.debug("%s runs on %s", self._name, backend.name)
@@ -51,14 +52,15 @@ class _IntegerLinearMethod(LinearMethodBase):
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
         assert self._backend is not None
-        tokens = self._quantize(self._backend, layer, x.reshape(-1, x.shape[-1]))
-        return self._backend.multiply(layer, tokens, bias, x.dtype).view(*x.shape[:-1], -1)
+        y = self._backend.linear(layer, x.reshape(-1, x.shape[-1]), self._static(layer), bias)
+        return y.view(*x.shape[:-1], -1)
 
     def _prepare_activations(self, layer: Any) -> None:
         """Settle the activation parameters after loading; dynamic quantization has none."""
 
-    def _quantize(self, backend: IntegerBackend, layer: Any, x: Tensor) -> QuantizedTokens:
-        return backend.quantize_per_token(x)
+    def _static(self, layer: Any) -> Static | None:
+        """The calibrated step and zero-point of the input; None quantizes each token by itself."""
+        return None
 
 
 @register_weight_loader_v2_supported_method
@@ -70,8 +72,8 @@ class LrqW8A8LinearMethod(_IntegerLinearMethod):
             value = self._weights.shared_value(getattr(layer, name).data, name)
             setattr(layer, name, Parameter(value.clone(), requires_grad=False))
 
-    def _quantize(self, backend: IntegerBackend, layer: Any, x: Tensor) -> QuantizedTokens:
-        return backend.quantize_static(x, layer.input_step, layer.input_zero_point)
+    def _static(self, layer: Any) -> Static | None:
+        return layer.input_step, layer.input_zero_point
 
 
 @register_weight_loader_v2_supported_method

@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
 from lrq_vllm.checkpoint.schema import Manifest
-from lrq_vllm.errors import SettingsError
-from lrq_vllm.kernels.reference import dequantize_weight
 from lrq_vllm.layer_weights import LayerWeights
+from lrq_vllm.weight_only_backends import PackedWeight, WeightOnlyBackend, choose_weight_only_backend
 
 __all__ = ["LrqWeightOnlyLinearMethod"]
 
@@ -21,14 +19,13 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 @register_weight_loader_v2_supported_method
 class LrqWeightOnlyLinearMethod(LinearMethodBase):
-    """On CUDA the weight stays packed and our Triton kernel unpacks it; on a CPU it is expanded to 16 bits at load."""
-
-    _expansion_logged = False
+    """One step per channel or per group of inputs; where the weight is unpacked is up to the backend."""
 
     def __init__(self, manifest: Manifest, modules: Sequence[str]) -> None:
         self._bits = manifest.weight.bits
-        self._scheme = manifest.scheme
         self._weights = LayerWeights(manifest, modules)
+        self._name = f"{manifest.scheme} {modules[0]}"
+        self._backend: WeightOnlyBackend | None = None
 
     def create_weights(
         self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
@@ -39,35 +36,15 @@ class LrqWeightOnlyLinearMethod(LinearMethodBase):
         self._weights.create(layer, input_size_per_partition, output_partition_sizes, input_size, extra["weight_loader"])
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that everything came; on a CPU, expand. Raises SettingsError on a device without a kernel."""
-        packed = self._weights.take(layer)
-        device = packed[0].device.type
-        if device == "cuda":
-            for name, value in zip(("lrq_q", "lrq_step", "lrq_zero_point"), packed, strict=True):
-                setattr(layer, name, Parameter(value.contiguous(), requires_grad=False))
-            layer.lrq_kernel = f"triton {self._scheme}"
-        elif device == "cpu":
-            self._log_expansion(layer.lrq_dtype)
-            weight = dequantize_weight(*packed, self._bits, layer.lrq_in_features).to(layer.lrq_dtype)
-            layer.lrq_weight = Parameter(weight, requires_grad=False)
-            layer.lrq_kernel = "torch linear (expanded)"
-        else:
-            raise SettingsError(f"lrq has no {self._scheme} kernel for {device}. Serve on an NVIDIA GPU or on a CPU.")
+        """Check that everything came, and bring the weight into the layout of the kernel that will run."""
+        weight = PackedWeight(*self._weights.take(layer), self._bits, layer.lrq_in_features, layer.lrq_dtype)
+        backend = choose_weight_only_backend(weight)
+        backend.prepare(layer, weight)
+        self._backend = backend
+        layer.lrq_kernel = backend.name
+        logger.debug("%s runs on %s", self._name, backend.name)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
-        if hasattr(layer, "lrq_weight"):
-            return torch.nn.functional.linear(x, layer.lrq_weight, bias)
-        from lrq_vllm.kernels import ops
-
-        packed = (layer.lrq_q, layer.lrq_step, layer.lrq_zero_point)
-        y = ops.weight_only_linear(x.reshape(-1, x.shape[-1]), *packed, self._bits, bias)
-        return y.view(*x.shape[:-1], -1)
-
-    def _log_expansion(self, dtype: torch.dtype) -> None:
-        if not LrqWeightOnlyLinearMethod._expansion_logged:
-            LrqWeightOnlyLinearMethod._expansion_logged = True
-            logger.info(
-                "lrq %s on a CPU: %d-bit weights are expanded to %s at load (no memory is saved while serving).",
-                self._scheme, self._bits, str(dtype).removeprefix("torch."),
-            )  # fmt: skip
+        assert self._backend is not None
+        return self._backend.linear(layer, x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], -1)

@@ -30,9 +30,10 @@ def _launch(x: Tensor, step: Tensor | None, zero_point: Tensor | None) -> Quanti
         total=torch.empty((tokens, 1), dtype=torch.int32, device=x.device),
     )
     if tokens:
+        block = triton.next_power_of_2(in_features)
         _quantize_kernel[(tokens,)](
             x, step, zero_point, *out, in_features, x.stride(0), x.stride(1),
-            STATIC=step is not None, BLOCK=triton.next_power_of_2(in_features),
+            STATIC=step is not None, BLOCK=block, num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
     return out
 

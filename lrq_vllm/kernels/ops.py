@@ -6,9 +6,10 @@ Arguments are those of the kernels, flattened: a NamedTuple cannot cross an op's
 import torch
 from torch import Tensor
 
+from lrq_vllm.kernels.arranged_weight import ArrangedWeight
 from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
 
-__all__ = ["integer_linear", "quantize_per_token", "quantize_static", "weight_only_linear"]
+__all__ = ["arranged_linear", "integer_linear", "quantize_per_token", "quantize_static", "weight_only_linear"]
 
 _Tokens = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -79,3 +80,24 @@ def weight_only_linear(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Ten
 @weight_only_linear.register_fake
 def _(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None) -> Tensor:
     return torch.empty((x.shape[0], step.shape[0]), dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("lrq::arranged_linear", mutates_args=())
+def arranged_linear(
+    x: Tensor, q: Tensor, facts: Tensor, bits: int, integer: bool, out_features: int,
+    bias: Tensor | None, x_step: Tensor | None, x_zero_point: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """kernels/arranged_linear.py; x_step and x_zero_point: calibrated, or both None."""
+    from lrq_vllm.kernels import arranged_linear as kernel
+
+    weight = ArrangedWeight(q, facts, bits, integer, out_features, x.shape[1])
+    static = None if x_step is None or x_zero_point is None else (x_step, x_zero_point)
+    return kernel.arranged_linear(x, weight, bias, static)
+
+
+@arranged_linear.register_fake
+def _(
+    x: Tensor, q: Tensor, facts: Tensor, bits: int, integer: bool, out_features: int,
+    bias: Tensor | None, x_step: Tensor | None, x_zero_point: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)

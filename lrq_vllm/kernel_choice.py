@@ -1,0 +1,44 @@
+"""Which kernel a layer runs on: the first that can, or the one that the environment variable LRQ_KERNEL names."""
+
+import os
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import torch
+
+from lrq_vllm.errors import SettingsError
+
+__all__ = ["HOPPER", "TRITON", "first_that_can"]
+
+HOPPER, TRITON = "hopper", "triton"
+
+
+class Named(Protocol):
+    """A candidate; its name is what LRQ_KERNEL takes and what a layer shows as ``lrq_kernel``."""
+
+    name: str
+
+
+Candidate = TypeVar("Candidate", bound=Named)
+
+
+def first_that_can(candidates: Sequence[tuple[Candidate, str | None]], device: torch.device) -> Candidate:
+    """The first candidate whose reason not to run is None.
+
+    Raises SettingsError with every reason if there is none, and if LRQ_KERNEL asks for one that cannot run.
+    """
+    wanted = os.environ.get("LRQ_KERNEL")
+    if wanted and wanted not in [candidate.name for candidate, _ in candidates]:
+        names = ", ".join(candidate.name for candidate, _ in candidates)
+        raise SettingsError(f"LRQ_KERNEL is {wanted!r}, but these layers run on one of {names}. Name one of them or unset it.")
+    considered = [pair for pair in candidates if not wanted or pair[0].name == wanted]
+    for candidate, reason in considered:
+        if reason is None:
+            return candidate
+    reasons = "; ".join(f"{candidate.name}: {reason}" for candidate, reason in considered)
+    if wanted:
+        raise SettingsError(f"LRQ_KERNEL asks for a kernel that cannot run on {device} ({reasons}). Unset it.")
+    raise SettingsError(
+        f"No kernel runs these layers on {device} ({reasons}). Serve on an NVIDIA GPU of the Ampere generation or later, or on "
+        "an x86 CPU with vLLM's CPU build."
+    )
