@@ -1,20 +1,29 @@
 """Who multiplies integers on which device. Each backend computes the scheme exactly, or says why it cannot run."""
 
 import platform
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lrq_vllm.arranged_layer import Static, arranged_linear, keep_arranged
+from lrq_vllm.arranged_layer import arranged_linear, keep_arranged
 from lrq_vllm.checkpoint.packing import unpack
 from lrq_vllm.kernel_choice import HOPPER, TRITON, first_that_can
 from lrq_vllm.kernels import reference
-from lrq_vllm.kernels.arranged_weight import arrange
-from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
+from lrq_vllm.kernels.arranged_linear import why_not
+from lrq_vllm.kernels.arranged_weight import WeightShape, arrange
+from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens, Static
 
-__all__ = ["HopperBackend", "IntegerBackend", "OneDnnBackend", "TritonBackend", "choose_integer_backend"]
+__all__ = ["HopperBackend", "IntegerBackend", "LayerInput", "OneDnnBackend", "TritonBackend", "choose_integer_backend"]
+
+
+class LayerInput(NamedTuple):
+    """What comes into a layer."""
+
+    features: int
+    dtype: torch.dtype
+    static: bool  # whether one calibrated step quantizes it, not one for each token
 
 
 class IntegerBackend(Protocol):
@@ -22,49 +31,41 @@ class IntegerBackend(Protocol):
 
     name: str
 
-    def why_not(self, weight: IntegerWeight, in_features: int) -> str | None:
+    def why_not(self, weight: IntegerWeight, x: LayerInput) -> str | None:
         """The reason why this backend cannot run with this weight, on its device, or None if it can."""
 
-    def prepare(self, layer: Any, weight: IntegerWeight, in_features: int) -> None:
+    def prepare(self, layer: Any, weight: IntegerWeight, x: LayerInput) -> None:
         """Put the weight on the layer in this backend's layout, as parameters."""
 
     def linear(self, layer: Any, x: Tensor, static: Static | None, bias: Tensor | None) -> Tensor:
         """y [tokens, out] in x's dtype. static: the calibrated step and zero-point of x; None: one for each token."""
 
 
-def choose_integer_backend(weight: IntegerWeight, in_features: int) -> IntegerBackend:
+def choose_integer_backend(weight: IntegerWeight, x: LayerInput) -> IntegerBackend:
     """The first backend that can run, or the one that LRQ_KERNEL names.
 
     Raises SettingsError with every backend's reason if none can.
     """
-    backends: tuple[IntegerBackend, ...] = (TritonBackend(), OneDnnBackend(), HopperBackend())
-    return first_that_can([(backend, backend.why_not(weight, in_features)) for backend in backends], weight.step.device)
+    backends: tuple[IntegerBackend, ...] = (HopperBackend(), TritonBackend(), OneDnnBackend())
+    return first_that_can([(backend, backend.why_not(weight, x)) for backend in backends], weight.step.device)
 
 
 class HopperBackend:
-    """Our kernels for Hopper GPUs, as one opaque op: the weight is laid out for them at load and kept in its bits.
-
-    It stands last, so that only LRQ_KERNEL=hopper asks for it: it has not run inside vLLM yet (docs/kernels.md).
-    """
+    """Our kernels for Hopper GPUs, as one opaque op: the weight is laid out for them at load and kept in its bits."""
 
     name = HOPPER
 
-    def why_not(self, weight: IntegerWeight, in_features: int) -> str | None:
+    def why_not(self, weight: IntegerWeight, x: LayerInput) -> str | None:
         """Needs a Hopper GPU, and sizes that fit."""
-        from lrq_vllm.kernels.cuda_kernel import why_not
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return f"takes 16-bit activations, not {x.dtype}"
+        return why_not(weight.step.device, WeightShape(weight.bits, True, len(weight.step), x.features))
 
-        reason = why_not(weight.step.device)
-        if reason is not None:
-            return reason
-        from lrq_vllm.kernels import stream_linear
-
-        return stream_linear.why_not(weight.step.device, len(weight.step), in_features, weight.bits, integer=True)
-
-    def prepare(self, layer: Any, weight: IntegerWeight, in_features: int) -> None:
-        """Lay the weight out."""
-        q = weight.q if weight.bits == 8 else unpack(weight.q, weight.bits, in_features)
+    def prepare(self, layer: Any, weight: IntegerWeight, x: LayerInput) -> None:
+        """Lay the weight out and compile what it may need."""
+        q = weight.q if weight.bits == 8 else unpack(weight.q, weight.bits, x.features)
         arranged = arrange(q, weight.step, weight.zero_point, weight.total, weight.bits, integer=True)
-        keep_arranged(layer, arranged)
+        keep_arranged(layer, arranged, x.dtype, static=x.static)
 
     def linear(self, layer: Any, x: Tensor, static: Static | None, bias: Tensor | None) -> Tensor:
         """Quantization, product and scaling in one kernel or few, chosen by the number of tokens."""
@@ -76,11 +77,11 @@ class TritonBackend:
 
     name = TRITON
 
-    def why_not(self, weight: IntegerWeight, in_features: int) -> str | None:
+    def why_not(self, weight: IntegerWeight, x: LayerInput) -> str | None:
         """Needs CUDA."""
         return None if weight.step.is_cuda else "needs a CUDA device"
 
-    def prepare(self, layer: Any, weight: IntegerWeight, in_features: int) -> None:
+    def prepare(self, layer: Any, weight: IntegerWeight, x: LayerInput) -> None:
         """Keep the checkpoint's layout, and the column sums beside it."""
         for field in ("q", "step", "zero_point", "total"):
             value = getattr(weight, field).contiguous()
@@ -108,7 +109,7 @@ class OneDnnBackend:
 
     name = "onednn"
 
-    def why_not(self, weight: IntegerWeight, in_features: int) -> str | None:
+    def why_not(self, weight: IntegerWeight, x: LayerInput) -> str | None:
         """Needs a CPU and vLLM's CPU extension."""
         if weight.step.device.type != "cpu":
             return "needs the CPU"
@@ -118,7 +119,7 @@ class OneDnnBackend:
             return "this vLLM build has no oneDNN int8 product"
         return None
 
-    def prepare(self, layer: Any, weight: IntegerWeight, in_features: int) -> None:
+    def prepare(self, layer: Any, weight: IntegerWeight, x: LayerInput) -> None:
         """Pack the weight into oneDNN's own layout; the int8 tensor is not kept."""
         from vllm import _custom_ops
 
@@ -126,7 +127,7 @@ class OneDnnBackend:
         if weight.bits == 8:
             q = weight.q
         else:  # q - zero_point of a 4-bit weight fits int8: no zero-point is left
-            unpacked = unpack(weight.q, weight.bits, in_features)
+            unpacked = unpack(weight.q, weight.bits, x.features)
             q = (unpacked.to(torch.int32) - zero_point.unsqueeze(1)).to(torch.int8)
             zero_point = torch.zeros_like(zero_point)
         layer.lrq_halved = weight.bits == 8 and not _multiplies_bytes_exactly()

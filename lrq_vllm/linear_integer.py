@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
-from lrq_vllm.arranged_layer import Static
 from lrq_vllm.checkpoint.schema import Manifest
-from lrq_vllm.integer_backends import IntegerBackend, choose_integer_backend
-from lrq_vllm.kernels.reference import integer_weight
+from lrq_vllm.integer_backends import IntegerBackend, LayerInput, choose_integer_backend
+from lrq_vllm.kernels.reference import Static, integer_weight
 from lrq_vllm.layer_weights import LayerWeights
 
 __all__ = ["LrqW4A8LinearMethod", "LrqW8A8LinearMethod"]
@@ -34,7 +33,7 @@ class _IntegerLinearMethod(LinearMethodBase):
         output_size: int, params_dtype: torch.dtype, **extra: Any,
     ) -> None:  # fmt: skip
         """Register the parameters that the loader fills."""
-        layer.lrq_in_features = input_size_per_partition
+        layer.lrq_in_features, layer.lrq_dtype = input_size_per_partition, params_dtype
         self._weights.create(layer, input_size_per_partition, output_partition_sizes, input_size, extra["weight_loader"])
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -43,8 +42,9 @@ class _IntegerLinearMethod(LinearMethodBase):
         self._prepare_activations(layer)
         # Column sums are taken here, from this rank's share of the inputs.
         weight = integer_weight(*packed, self._bits, layer.lrq_in_features)
-        backend = choose_integer_backend(weight, layer.lrq_in_features)
-        backend.prepare(layer, weight, layer.lrq_in_features)
+        x = LayerInput(layer.lrq_in_features, layer.lrq_dtype, static=self._static(layer) is not None)
+        backend = choose_integer_backend(weight, x)
+        backend.prepare(layer, weight, x)
         self._backend = backend
         layer.lrq_kernel = backend.name
         logger.debug("%s runs on %s", self._name, backend.name)

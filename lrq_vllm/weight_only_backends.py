@@ -10,7 +10,8 @@ from torch.nn import Parameter
 from lrq_vllm.arranged_layer import arranged_linear, keep_arranged
 from lrq_vllm.checkpoint.packing import unpack
 from lrq_vllm.kernel_choice import HOPPER, TRITON, first_that_can
-from lrq_vllm.kernels.arranged_weight import arrange
+from lrq_vllm.kernels.arranged_linear import why_not
+from lrq_vllm.kernels.arranged_weight import WeightShape, arrange
 from lrq_vllm.kernels.reference import dequantize_weight
 
 __all__ = ["PackedWeight", "WeightOnlyBackend", "choose_weight_only_backend"]
@@ -49,40 +50,30 @@ def choose_weight_only_backend(weight: PackedWeight) -> WeightOnlyBackend:
 
     Raises SettingsError with every backend's reason if none can.
     """
-    backends: tuple[WeightOnlyBackend, ...] = (TritonBackend(), ExpandedBackend(), HopperBackend())
+    backends: tuple[WeightOnlyBackend, ...] = (HopperBackend(), TritonBackend(), ExpandedBackend())
     return first_that_can([(backend, backend.why_not(weight)) for backend in backends], weight.q.device)
 
 
 class HopperBackend:
-    """Our kernels for Hopper GPUs, as one opaque op: the weight is laid out for them at load and kept in its bits.
-
-    It stands last, so that only LRQ_KERNEL=hopper asks for it: it has not run inside vLLM yet (docs/kernels.md).
-    """
+    """Our kernels for Hopper GPUs, as one opaque op: the weight is laid out for them at load and kept in its bits."""
 
     name = HOPPER
 
     def why_not(self, weight: PackedWeight) -> str | None:
         """Needs a Hopper GPU, steps per channel, and sizes that fit."""
-        from lrq_vllm.kernels.cuda_kernel import why_not
-
-        reason = why_not(weight.q.device)
-        if reason is not None:
-            return reason
         if weight.step.shape[1] > 1:
             return "takes one step per channel, not groups"
         if weight.dtype not in (torch.bfloat16, torch.float16):
             return f"takes 16-bit activations, not {weight.dtype}"
-        from lrq_vllm.kernels import stream_linear
-
-        return stream_linear.why_not(weight.q.device, len(weight.q), weight.in_features, weight.bits, integer=False)
+        return why_not(weight.q.device, WeightShape(weight.bits, False, len(weight.q), weight.in_features))
 
     def prepare(self, layer: Any, weight: PackedWeight) -> None:
-        """Lay the weight out."""
+        """Lay the weight out and compile what it may need."""
         q, zero_point = unpack(weight.q, weight.bits, weight.in_features), weight.zero_point.flatten().to(torch.int32)
-        keep_arranged(layer, arrange(q, weight.step.flatten(), zero_point, None, weight.bits, integer=False))
+        keep_arranged(layer, arrange(q, weight.step.flatten(), zero_point, None, weight.bits, integer=False), weight.dtype)
 
     def linear(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        """One kernel for few tokens, unpacking and torch's product for many."""
+        """The fastest kernel for the number of tokens."""
         return arranged_linear(layer, x, bias)
 
 

@@ -1,12 +1,16 @@
 """The layout of weights for Hopper GPUs, and the kernels that read it, against reference.py."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from lrq_vllm.checkpoint.packing import pack
-from lrq_vllm.kernels import arranged_linear, arranged_tiles, reference, stream_linear
-from lrq_vllm.kernels.arranged_weight import ArrangedWeight, arrange, arranged_integers
+from lrq_vllm.kernels import arranged_linear, hopper_table, reference, stream_linear, tile_linear
+from lrq_vllm.kernels.arrange_tokens import arrange_tokens
+from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, arrange, arranged_integers
+from lrq_vllm.kernels.hopper_table import STREAM, Tile
 from lrq_vllm.kernels.stream_linear import Input, plan
 
 # Bits, and whether activations are integers.
@@ -48,12 +52,36 @@ def on(device: torch.device, tensors: tuple[Tensor, Tensor], *, static: bool) ->
 # --- the layout ---
 
 
-def test_a_chunk_holds_for_each_lane_16_inputs_of_two_outputs() -> None:
-    q = torch.arange(16 * 64).view(16, 64) % 256 - 128
-    lanes = arranged_integers(q, 8, integer=True).view(torch.int8).view(2, 32, 16)
-    for half, lane in ((0, 0), (1, 0), (0, 5), (1, 31)):
-        g, t = divmod(lane, 4)
-        assert torch.equal(lanes[half, lane].int(), q[g + 8 * half, 16 * t : 16 * t + 16].int())
+def unpacked(weight: ArrangedWeight) -> Tensor:
+    """Integers [N, K]: weight_chunk.cuh again, operand by operand."""
+    bits, integer, rows, columns = weight.shape
+    stripes, chunks, _ = weight.q.shape
+    out = torch.zeros(stripes, STRIPE, chunks, CHUNK, dtype=torch.long)
+    words = weight.q.view(torch.int32).long() & 0xFFFFFFFF
+    lanes = torch.arange(32)
+    g, t = lanes // 4, lanes % 4
+    for step, i, byte in itertools.product(range(2 if integer else 4), range(4), range(4 if integer else 2)):
+        half, late = i % 2, i // 2
+        if bits == 8:
+            unit = 2 * step + late
+            at, shift = 128 * half + 16 * g + 4 * (unit ^ (g // 2)) + t, 8 * byte
+        elif integer:
+            at, shift = 4 * lanes + 2 * half + step, 8 * byte + 4 * late
+        elif bits == 4:
+            at, shift = 4 * lanes + step, 16 * byte + 4 * i
+        else:
+            place = 4 * step + i
+            at, shift = lanes + 32 * (place // 5), 16 * byte + 3 * (place % 5)
+        value = (
+            words[:, :, at] >> shift & (2**bits - 1)
+            if bits != 3 or 4 * step + i < 15
+            else sum((words[:, :, lanes + 32 * bit] >> (16 * byte + 15) & 1) << bit for bit in range(3))
+        )
+        k = 32 * step + 16 * late + 4 * t + byte if integer else 16 * t + 4 * step + 2 * late + byte
+        out[:, g + 8 * half, :, k] = value.permute(2, 0, 1)
+    if bits == 8:
+        out = (out + 128) % 256 - 128
+    return out.view(stripes * STRIPE, chunks * CHUNK)[:rows, :columns]
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -65,40 +93,9 @@ def test_an_arranged_weight_takes_its_bits_and_no_more(bits: int, integer: bool,
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize(("bits", "integer"), KINDS)
-def test_unpacking_gives_back_what_was_arranged(
-    device: torch.device, bits: int, integer: bool, rows: int, columns: int
-) -> None:
-    weight = Weight(bits, integer, rows, columns, device)
-    if integer:
-        assert torch.equal(arranged_tiles.unpacked_integers(weight.arranged).cpu().int(), weight.q.int())
-    else:
-        found = arranged_tiles.unpacked_weight(weight.arranged, torch.float32).cpu()
-        assert torch.equal(found, reference.dequantize_weight(*weight.stored, bits, columns))
-
-
-# --- products of the unpacked weight ---
-
-
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(20, 40, 208), (33, 96, 128)])
-@pytest.mark.parametrize("bits", [8, 4])
-def test_products_of_the_unpacked_weight_equal_the_reference(
-    device: torch.device, bits: int, tokens: int, rows: int, columns: int, static: bool
-) -> None:
-    weight = Weight(bits, True, rows, columns, device)
-    x, bias = torch.randn(tokens, columns) * torch.logspace(-2, 1, tokens).unsqueeze(1), torch.randn(rows)
-    for added in (None, bias):
-        found = arranged_linear.unpacked_linear(
-            x.to(device), weight.arranged, None if added is None else added.to(device), on(device, STATIC, static=static)
-        )
-        assert torch.equal(found.cpu(), weight.product(x, added, static=static))
-
-
-@pytest.mark.parametrize("bits", [4, 3])
-def test_products_of_the_unpacked_16_bit_weight_are_close_to_the_reference(device: torch.device, bits: int) -> None:
-    weight, x = Weight(bits, False, 40, 208, device), torch.randn(20, 208).half()
-    found = arranged_linear.unpacked_linear(x.to(device), weight.arranged, None)
-    torch.testing.assert_close(found.cpu(), weight.product(x, None, static=False), rtol=2e-3, atol=2e-3)
+def test_unpacking_as_the_kernels_do_gives_back_what_was_arranged(bits: int, integer: bool, rows: int, columns: int) -> None:
+    weight = Weight(bits, integer, rows, columns, torch.device("cpu"))
+    assert torch.equal(unpacked(weight.arranged), weight.q.long())
 
 
 # --- the streaming kernel's plans ---
@@ -112,7 +109,7 @@ def test_a_plan_covers_all_inputs_and_stripes_with_the_memory_there_is(
 ) -> None:
     kinds = (Input.PER_TOKEN, Input.STATIC, Input.QUANTIZED) if integer else (Input.AS_IT_IS,)
     for kind in kinds:
-        found = plan(tokens, (bits, rows, columns, integer), kind, 132)
+        found = plan(tokens, WeightShape(bits, integer, rows, columns), kind, 132)
         if found is None:  # more inputs than the registers of a cluster hold
             assert columns > 14336
             continue
@@ -123,10 +120,33 @@ def test_a_plan_covers_all_inputs_and_stripes_with_the_memory_there_is(
 
 
 def test_more_tokens_than_a_kernel_takes_have_no_plan() -> None:
-    assert plan(stream_linear.MOST_TOKENS + 1, (4, 4096, 4096, True), Input.QUANTIZED, 132) is None
+    assert plan(stream_linear.MOST_TOKENS + 1, WeightShape(4, True, 4096, 4096), Input.QUANTIZED, 132) is None
 
 
-# --- the streaming kernel, on a GPU ---
+# --- which kernel ---
+
+
+@pytest.mark.parametrize(("bits", "integer"), KINDS)
+def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: bool) -> None:
+    for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336), (512, 512), (8192, 28672)):
+        shape = WeightShape(bits, integer, rows, columns)
+        limits = [most for most, _ in hopper_table.choices(shape)]
+        assert limits[-1] is None and limits[:-1] == sorted(set(limits[:-1]))
+        for tokens in (1, 2, 17, 33, 100, 1000, 100_000):
+            tile = hopper_table.chosen(tokens, shape)
+            if tile is STREAM:
+                assert tokens <= stream_linear.MOST_TOKENS
+            else:
+                found = tile_linear.plan(bits, *tile, integer=integer)
+                assert found.stages >= 2 and found.shared_bytes <= (227 * 1024) // tile.blocks
+
+
+def test_a_layer_that_was_not_measured_takes_the_choices_of_the_most_similar_one() -> None:
+    for near, known in (((6144, 4000), (6144, 4096)), ((30000, 5000), (28672, 4096)), ((5120, 27648), (4096, 14336))):
+        assert hopper_table.choices(WeightShape(4, True, *near)) == hopper_table.choices(WeightShape(4, True, *known))
+
+
+# --- the kernels, on a GPU ---
 
 GPU_SHAPES = [(512, 14336), (200, 4096), (48, 512), (1000, 1040)]
 
@@ -173,12 +193,44 @@ def test_the_streaming_kernel_takes_strided_rows_and_no_rows() -> None:
     assert stream_linear.stream_linear(wide.to(device)[:0, :512], weight.arranged, None).shape == (0, 96)
 
 
+TILES = [Tile(16, 1, 2), Tile(32, 2, 1), Tile(64, 1, 2), Tile(64, 4, 1), Tile(128, 2, 1), Tile(192, 1, 1), Tile(256, 1, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("bits", "integer"), KINDS)
+def test_the_tile_kernel_equals_the_reference(bits: int, integer: bool, dtype: torch.dtype, tile: Tile) -> None:
+    device = torch.device("cuda")
+    chosen = tile_linear.plan(bits, *tile, integer=integer, float16=dtype == torch.float16)
+    for rows, columns in GPU_SHAPES:
+        weight = Weight(bits, integer, rows, columns, device)
+        for tokens in (1, 7, 64, 100, 300):
+            for x, bias in ((torch.randn(tokens, columns), None), (hard_tokens(tokens, columns), torch.randn(rows).to(dtype))):
+                x = x.to(dtype)
+                for static in (False, True) if integer else (False,):
+                    arranged = arrange_tokens(
+                        x.to(device), tile.tokens, integer=integer, static=on(device, STATIC, static=static)
+                    )
+                    added = None if bias is None else bias.to(device)
+                    found = tile_linear.tile_linear(arranged, weight.arranged, added, chosen).cpu()
+                    wanted = weight.product(x, bias, static=static)
+                    if integer:
+                        assert torch.equal(found, wanted)
+                    elif wanted.isfinite().all():
+                        assert (found.double() - wanted.double()).norm() < 6e-3 * wanted.double().norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("bits", "integer"), KINDS)
-def test_few_and_many_tokens_give_the_same_product(bits: int, integer: bool) -> None:
+def test_every_number_of_tokens_gives_the_same_product(bits: int, integer: bool) -> None:
     device = torch.device("cuda")
-    weight, x = Weight(bits, integer, 512, 1024, device), torch.randn(150, 1024).bfloat16()
-    for tokens in (33, 64, 65, 150):
+    weight, x = Weight(bits, integer, 512, 1024, device), torch.randn(600, 1024).bfloat16()
+    arranged_linear.prepare(weight.arranged.shape, x.dtype, device, static=False)
+    for tokens in (0, 1, 5, 17, 33, 65, 150, 600):
         found = arranged_linear.arranged_linear(x[:tokens].to(device), weight.arranged, None).cpu()
         wanted = weight.product(x[:tokens], None, static=False)
-        assert torch.equal(found, wanted) if integer else (found - wanted).float().norm() < 6e-3 * wanted.float().norm()
+        if integer or not tokens:
+            assert torch.equal(found, wanted)
+        else:
+            assert (found - wanted).float().norm() < 6e-3 * wanted.float().norm()

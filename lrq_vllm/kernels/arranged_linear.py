@@ -1,68 +1,68 @@
-"""y = x W^T with an arranged weight, on a Hopper GPU: the weight is streamed for few tokens, unpacked for many.
+"""y = x W^T with an arranged weight, on a Hopper GPU: by the kernel that hopper_table.py knows to be the fastest.
 
 Twins: reference.quantize_per_token or quantize_static with reference.integer_linear; reference.weight_only_linear.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from lrq_vllm.kernels import activation_quant, arranged_tiles, stream_linear
-from lrq_vllm.kernels.arranged_weight import STRIPE, ArrangedWeight
-from lrq_vllm.kernels.reference import QuantizedTokens
+from lrq_vllm.kernels import arrange_tokens, cuda_kernel, stream_linear, tile_linear
+from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape
+from lrq_vllm.kernels.hopper_table import STREAM, Tile, choices, chosen
+from lrq_vllm.kernels.reference import Static
 
-__all__ = ["Static", "arranged_linear", "unpacked_linear"]
+__all__ = ["arranged_linear", "prepare", "why_not"]
 
-Static = tuple[Tensor, Tensor]
-"""The calibrated step (float32 [1]) and zero-point (uint8 [1]) of activations."""
+_COMPILING_THREADS = 8
 
-# Up to here several passes over the packed weight take less time than writing it out once.
-_STREAMED_TOKENS = 2 * stream_linear.MOST_TOKENS
+
+def why_not(device: torch.device, weight: WeightShape) -> str | None:
+    """The reason why these kernels do not take such a weight, or None if they do."""
+    reason = cuda_kernel.why_not(device)
+    if reason is not None:
+        return reason
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return "needs a GPU of the Hopper generation"
+    if (weight.bits, weight.integer) not in ((8, True), (4, True), (4, False), (3, False)):
+        return f"{weight.bits}-bit weights with {8 if weight.integer else 16}-bit activations have no such kernel"
+    if weight.in_features % 16 or weight.out_features % 8:
+        return f"{weight.in_features} inputs and {weight.out_features} outputs are no multiples of 16 and 8"
+    return None
 
 
 def arranged_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, static: Static | None = None) -> Tensor:
     """y [T, N] for x [T, K], bfloat16 or float16. static: None quantizes x per token if ``weight.integer``."""
-    if x.shape[0] > _STREAMED_TOKENS:
-        return unpacked_linear(x, weight, bias, static)
-    parts = [stream_linear.stream_linear(part, weight, bias, static) for part in x.split(stream_linear.MOST_TOKENS)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    tile = _tile(len(x), weight.shape, x.device, static=static is not None)
+    if tile is STREAM:
+        return stream_linear.stream_linear(x, weight, bias, static)
+    arranged = arrange_tokens.arrange_tokens(x, tile.tokens, integer=weight.shape.integer, static=static)
+    return tile_linear.tile_linear(arranged, weight, bias, _plan(tile, weight.shape, x.dtype))
 
 
-def unpacked_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, static: Static | None = None) -> Tensor:
-    """As :func:`arranged_linear`, by torch's matrix product (exact int32 sums of int8, or 16-bit floats), T > 16."""
-    if not weight.integer:
-        return torch.nn.functional.linear(x, arranged_tiles.unpacked_weight(weight, x.dtype), bias)
-    tokens = activation_quant.quantize_static(x, *static) if static else activation_quant.quantize_per_token(x)
-    return _scaled(torch._int_mm(tokens.q, arranged_tiles.unpacked_integers(weight).t()), tokens, weight, bias, x.dtype)
+@cache
+def prepare(weight: WeightShape, dtype: torch.dtype, device: torch.device, *, static: bool) -> None:
+    """Compile every kernel that :func:`arranged_linear` may take for such a weight: a CUDA graph cannot record compiling."""
+    sources = set(arrange_tokens.sources(weight.in_features, dtype, integer=weight.integer, static=static))
+    for tokens in (*range(1, stream_linear.MOST_TOKENS + 1), *(most + 1 for most, _ in choices(weight) if most is not None)):
+        tile = _tile(tokens, weight, device, static=static)
+        if tile is STREAM:
+            sources.add(stream_linear.source(tokens, weight, dtype, device, static=static))
+        else:
+            sources.add(_plan(tile, weight, dtype).source())
+    with ThreadPoolExecutor(min(_COMPILING_THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda one: cuda_kernel.compiled(one, device), sources))
 
 
-def _scaled(sums: Tensor, x: QuantizedTokens, weight: ArrangedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What reference.integer_linear makes of its products: sums int32 [T, N] of q_x q_w."""
-    y = torch.empty(sums.shape, dtype=dtype, device=sums.device)
-    block = 1024
-    _scale_kernel[(sums.shape[0], triton.cdiv(sums.shape[1], block))](
-        sums, x.step, x.zero_point, x.total, weight.facts.view(torch.float32), weight.facts, bias, y, sums.shape[1],
-        HAS_BIAS=bias is not None, ROWS=STRIPE, BLOCK=block, enable_fp_fusion=False,
-    )  # fmt: skip
-    return y
+def _plan(tile: Tile, weight: WeightShape, dtype: torch.dtype) -> tile_linear.Plan:
+    return tile_linear.plan(weight.bits, *tile, integer=weight.integer, float16=dtype == torch.float16)
 
 
-@triton.jit
-def _scale_kernel(
-    sums_ptr, x_step_ptr, x_zero_ptr, x_total_ptr, step_ptr, facts_ptr, bias_ptr, y_ptr, N,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = n < N
-    fact = n // ROWS * (3 * ROWS) + n % ROWS
-    step = tl.load(step_ptr + fact, mask=inside, other=0.0)
-    zero = tl.load(facts_ptr + fact + ROWS, mask=inside, other=0)
-    total = tl.load(facts_ptr + fact + 2 * ROWS, mask=inside, other=0)
-    sums = tl.load(sums_ptr + token * N + n, mask=inside, other=0)
-    sums -= tl.load(x_zero_ptr + token) * total + zero * tl.load(x_total_ptr + token)
-    y = sums.to(tl.float32) * tl.load(x_step_ptr + token) * step
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token * N + n, y.to(y_ptr.dtype.element_ty), mask=inside)
+def _tile(tokens: int, weight: WeightShape, device: torch.device, *, static: bool) -> Tile | None:
+    tile = chosen(tokens, weight)
+    if tile is STREAM and not stream_linear.takes(tokens, weight, device, static=static):
+        return Tile(16 if tokens <= 16 else 32, split=1, blocks=2)
+    return tile

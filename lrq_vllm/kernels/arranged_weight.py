@@ -1,7 +1,11 @@
 """The layout of a weight for the kernels of Hopper GPUs: chunks of 16 outputs x 64 inputs, ready for a warp's registers.
 
-A chunk is what tensor cores take as their left operand, without any shuffling: lane 4 g + t of a warp's 32 has inputs 16 t to
-16 t + 15 of outputs g and g + 8. Letters as in reference.py: N outputs, K inputs. Steps are per channel.
+Letters as in reference.py: N outputs, K inputs; steps are per channel. Of a chunk, lane 4 g + t of a warp's 32 takes 16 inputs
+of outputs g and g + 8 as the left operand of its tensor-core steps, without any shuffling. Which ones:
+
+- 4 bits, integer activations: 4 t to 4 t + 3 of every 16, as the instruction counts them.
+- 16-bit activations: 16 t to 16 t + 15. The inputs are counted differently then, in x too: a lane reads neighbours.
+- 8 bits: as 4 bits. Tensor cores can also read them from shared memory themselves: rows of 64 bytes, "swizzled" by 64 bytes.
 """
 
 from typing import NamedTuple
@@ -9,10 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "STRIPE", "ArrangedWeight", "arrange", "arranged_integers"]
+__all__ = ["CHUNK", "STRIPE", "ArrangedWeight", "WeightShape", "arrange", "arranged_integers"]
 
 STRIPE, CHUNK = 16, 64  # outputs and inputs of a chunk
 _SLICE = 64 * STRIPE  # outputs arranged at a time: the integers take 4 bytes each meanwhile
+
+
+class WeightShape(NamedTuple):
+    """What decides which kernel takes a weight."""
+
+    bits: int
+    integer: bool  # whether activations are quantized
+    out_features: int
+    in_features: int
 
 
 class ArrangedWeight(NamedTuple):
@@ -20,10 +33,7 @@ class ArrangedWeight(NamedTuple):
 
     q: Tensor  # uint8 [stripes, chunks, 128 * bits], by :func:`arranged_integers`
     facts: Tensor  # int32 [stripes, 3, 16]: step (the float's bits), zero-point on q's grid, total
-    bits: int
-    integer: bool  # whether activations are quantized
-    out_features: int
-    in_features: int
+    shape: WeightShape
 
 
 def arrange(q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor | None, bits: int, *, integer: bool) -> ArrangedWeight:
@@ -36,7 +46,7 @@ def arrange(q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor | None, b
         if values is not None:
             facts[place, :rows] = values
     by_stripe = facts.unflatten(1, (-1, STRIPE)).transpose(0, 1).contiguous()
-    return ArrangedWeight(arranged_integers(q, bits, integer=integer), by_stripe, bits, integer, rows, columns)
+    return ArrangedWeight(arranged_integers(q, bits, integer=integer), by_stripe, WeightShape(bits, integer, rows, columns))
 
 
 def arranged_integers(q: Tensor, bits: int, *, integer: bool) -> Tensor:
@@ -52,13 +62,15 @@ def _arranged_slice(q: Tensor, bits: int, *, integer: bool) -> Tensor:
     padded = torch.zeros(-(-rows // STRIPE) * STRIPE, -(-columns // CHUNK) * CHUNK, dtype=torch.int32, device=q.device)
     padded[:rows, :columns] = q
     stripes, chunks = padded.shape[0] // STRIPE, padded.shape[1] // CHUNK
+    if bits == 8:  # [stripe, row, chunk, unit of 16 inputs, input] to [stripe, chunk, row, place, input]
+        units = padded.to(torch.int8).view(stripes, STRIPE, chunks, 4, 16).transpose(1, 2)
+        row, place = torch.arange(STRIPE, device=q.device).unsqueeze(1), torch.arange(4, device=q.device)
+        return units[:, :, row, place ^ (row // 2 % 4)].reshape(stripes, chunks, -1).view(torch.uint8)
+    if integer:  # [stripe, half, g, chunk, step, half of a byte, t, byte] to [.., stripe, chunk, g, t, half, step, byte]
+        low, high = padded.view(stripes, 2, 8, chunks, 2, 2, 4, 4).permute(5, 0, 3, 2, 6, 1, 4, 7)
+        return (low | high << 4).to(torch.uint8).reshape(stripes, chunks, -1)
     # [stripe, half, g, chunk, t, j] to [stripe, chunk, g, t, half, j]
     values = padded.view(stripes, 2, 8, chunks, 4, 16).permute(0, 3, 2, 4, 1, 5)
-    if bits == 8:  # two vectors of 16 bytes, one for each half
-        return values.permute(0, 1, 4, 2, 3, 5).to(torch.int8).reshape(stripes, chunks, -1).view(torch.uint8)
-    if integer:  # byte b of word w: inputs 8 w + b and, in the high half, 8 w + 4 + b
-        low, high = values.unflatten(5, (2, 2, 4)).unbind(6)
-        return (low | high << 4).to(torch.uint8).reshape(stripes, chunks, -1)
     # Pairs of neighbouring inputs: the even one goes to the low 16 bits of a word, the odd one to the high ones. In the order
     # of a tensor-core step's registers: [stripe, chunk, g, t, step * (pair * half), 2].
     pairs = values.unflatten(5, (4, 2, 2)).permute(0, 1, 2, 3, 5, 6, 4, 7).flatten(4, 6)

@@ -1,14 +1,16 @@
 """CUDA C++ that is compiled when first needed, by NVRTC. What torch's CUDA builds bring along is all it takes."""
 
 import ctypes
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, lru_cache
+from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CudaKernel", "compiled", "why_not"]
+__all__ = ["CudaKernel", "Source", "boxes", "compiled", "source", "why_not"]
 
 
 def why_not(device: torch.device) -> str | None:
@@ -20,14 +22,22 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
+class Source(NamedTuple):
+    """An ``extern "C"`` kernel and the shared memory in bytes that a block of it takes."""
+
+    name: str
+    shared_bytes: int
+    text: str
+
+
 class CudaKernel(NamedTuple):
     """A compiled kernel and the shared memory in bytes that a block of it takes."""
 
     function: Any
     shared_bytes: int
 
-    def launch(self, blocks: int, threads: int, arguments: list[Tensor | int]) -> None:
-        """Run on torch's current stream. Tensors are passed as pointers, whole numbers as int.
+    def launch(self, blocks: int, threads: int, arguments: list[Any]) -> None:
+        """Run on torch's current stream. Tensors are passed as pointers, whole numbers as int, :func:`boxes` as they are.
 
         The kernel may begin before the one in front of it has ended, and must wait for that itself (griddepcontrol.wait).
         """
@@ -39,7 +49,7 @@ class CudaKernel(NamedTuple):
         early.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [early], 1
         values = tuple(argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments)
-        kinds = tuple(ctypes.c_void_p if isinstance(argument, Tensor) else ctypes.c_int for argument in arguments)
+        kinds = tuple(_kind(argument) for argument in arguments)
         _checked(driver.cuLaunchKernelEx(config, self.function, (values, kinds), 0))
 
     def resident_clusters(self, cluster: int, threads: int) -> int:
@@ -64,14 +74,23 @@ class CudaKernel(NamedTuple):
         return config
 
 
+def source(name: str, constants: Mapping[str, int], *headers: str, shared_bytes: int = 0, macros: str = "") -> Source:
+    """The kernel ``name`` of the file of that name, behind a definition of each constant in capitals and ``headers``."""
+    definitions = "".join(f"#define {constant.upper()} {int(value)}\n" for constant, value in constants.items())
+    texts = (files("lrq_vllm.kernels").joinpath(file).read_text() for file in (*headers, f"{name}.cu"))
+    return Source(name, shared_bytes, definitions + macros + "".join(texts))
+
+
 @cache
-def compiled(source: str, name: str, shared_bytes: int, device: torch.device) -> CudaKernel:
-    """Compile the ``extern "C"`` kernel ``name`` for ``device``; a second or so. Raises RuntimeError."""
+def compiled(source: Source, device: torch.device) -> CudaKernel:
+    """Compile for ``device``; a second or so. Raises RuntimeError."""
     from cuda.bindings import driver, nvrtc
 
+    name, shared_bytes, text = source
     major, minor = torch.cuda.get_device_capability(device)
-    program = _checked(nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], []))
-    options = [f"--gpu-architecture=sm_{major}{minor}".encode(), b"--std=c++17", b"-default-device"]
+    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), f"{name}.cu".encode(), 0, [], []))
+    # "a": with the instructions of this generation alone, like wgmma.
+    options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major >= 9 else ''}".encode(), b"--std=c++17", b"-default-device"]
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
@@ -86,6 +105,33 @@ def compiled(source: str, name: str, shared_bytes: int, device: torch.device) ->
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(function, limit, shared_bytes))
     return CudaKernel(function, shared_bytes)
+
+
+@lru_cache(maxsize=65536)
+def boxes(start: int, rows: int, row_bytes: int, box: tuple[int, int]) -> Any:
+    """What a kernel needs to fetch boxes (rows, bytes) of the array at address ``start``; rows are multiples of 16 bytes.
+
+    A box has at most 256 rows of 2048 bytes. What of it lies outside the array comes as zeros.
+    """
+    from cuda.bindings import driver
+
+    long, short = driver.cuuint64_t, driver.cuuint32_t
+    return _checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_INT64, 2, start,
+            [long(row_bytes // 8), long(rows)], [long(row_bytes)], [short(box[1] // 8), short(box[0])], [short(1), short(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )  # fmt: skip
+
+
+def _kind(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_int if isinstance(argument, int) else None
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

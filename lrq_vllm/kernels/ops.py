@@ -6,7 +6,7 @@ Arguments are those of the kernels, flattened: a NamedTuple cannot cross an op's
 import torch
 from torch import Tensor
 
-from lrq_vllm.kernels.arranged_weight import ArrangedWeight
+from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape
 from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
 
 __all__ = ["arranged_linear", "integer_linear", "quantize_per_token", "quantize_static", "weight_only_linear"]
@@ -90,7 +90,7 @@ def arranged_linear(
     """kernels/arranged_linear.py; x_step and x_zero_point: calibrated, or both None."""
     from lrq_vllm.kernels import arranged_linear as kernel
 
-    weight = ArrangedWeight(q, facts, bits, integer, out_features, x.shape[1])
+    weight = ArrangedWeight(q, facts, WeightShape(bits, integer, out_features, x.shape[1]))
     static = None if x_step is None or x_zero_point is None else (x_step, x_zero_point)
     return kernel.arranged_linear(x, weight, bias, static)
 

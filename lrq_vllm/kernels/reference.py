@@ -23,6 +23,7 @@ from lrq_vllm.checkpoint.packing import unpack
 __all__ = [
     "IntegerWeight",
     "QuantizedTokens",
+    "Static",
     "dequantize_weight",
     "integer_linear",
     "integer_weight",
@@ -30,6 +31,9 @@ __all__ = [
     "quantize_static",
     "weight_only_linear",
 ]
+
+Static = tuple[Tensor, Tensor]
+"""The calibrated step (float32 [1]) and zero-point (uint8 [1], unsigned grid) of a layer's input."""
 
 _SHIFT = 128  # unsigned 8-bit grid to int8
 

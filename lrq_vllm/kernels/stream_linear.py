@@ -4,18 +4,19 @@ Twins: reference.quantize_per_token or quantize_static with reference.integer_li
 NVIDIA GPU of the Hopper generation (bulk copies, clusters); torch compiles the source when a shape first meets it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from functools import cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor
 
-from lrq_vllm.kernels import activation_quant, cuda_kernel
-from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight
+from lrq_vllm.kernels import cuda_kernel
+from lrq_vllm.kernels.arrange_tokens import aligned, arrange_tokens
+from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape
+from lrq_vllm.kernels.reference import Static
 
-__all__ = ["MOST_TOKENS", "Input", "plan", "stream_linear", "why_not"]
+__all__ = ["MOST_TOKENS", "Input", "plan", "source", "stream_linear", "takes"]
 
 MOST_TOKENS = 32
 
@@ -57,38 +58,30 @@ class Plan:
     reductions: int
     shared_bytes: int
 
-    def source(self) -> str:
+    def source(self) -> cuda_kernel.Source:
         """The kernel's text with its constants in front."""
-        constants = "".join(f"#define {field.name.upper()} {int(getattr(self, field.name))}\n" for field in fields(self))
-        return constants + files("lrq_vllm.kernels").joinpath("stream_linear.cu").read_text()
+        constants = {**asdict(self), "calibrated": self.x is Input.STATIC}
+        headers = ("hopper.cuh", "weight_chunk.cuh")
+        return cuda_kernel.source("stream_linear", constants, *headers, shared_bytes=self.shared_bytes)
 
 
-def why_not(device: torch.device, out_features: int, in_features: int, bits: int, *, integer: bool) -> str | None:
-    """The reason why no kernel here takes such a weight for every number of tokens up to MOST_TOKENS, or None if one does."""
-    reason = cuda_kernel.why_not(device)
-    if reason is not None:
-        return reason
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return "needs a GPU of the Hopper generation"
-    if (bits, integer) not in ((8, True), (4, True), (4, False), (3, False)):
-        return f"{bits}-bit weights with {8 if integer else 16}-bit activations have no such kernel"
-    if in_features % STRIPE or out_features % 8:
-        return f"{in_features} inputs and {out_features} outputs are no multiples of {STRIPE} and 8"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    for tokens in range(1, MOST_TOKENS + 1):
-        for static in (True, False):
-            if plan(tokens, (bits, out_features, in_features, integer), _input(tokens, integer, static), processors) is None:
-                return f"{tokens} tokens of {in_features} inputs do not fit the registers of a cluster"
-    return None
+def takes(tokens: int, weight: WeightShape, device: torch.device, *, static: bool) -> bool:
+    """Whether the activations of so many tokens fit the registers of one cluster."""
+    return plan(tokens, weight, _input(tokens, weight.integer, static), _processors(device)) is not None
+
+
+def source(tokens: int, weight: WeightShape, dtype: torch.dtype, device: torch.device, *, static: bool) -> cuda_kernel.Source:
+    """The kernel that :func:`stream_linear` compiles for so many tokens, which it :func:`takes`."""
+    return _plan(tokens, weight, _input(tokens, weight.integer, static), dtype, device).source()
 
 
 @cache
-def plan(tokens: int, weight: tuple[int, int, int, bool], x: Input, processors: int, *, float16: bool = False) -> Plan | None:
+def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16: bool = False) -> Plan | None:
     """The kernel for up to this many tokens; None if their activations do not fit the registers of one cluster.
 
-    weight: bits, outputs, inputs, and whether activations are integers. processors: multiprocessors of the GPU.
+    processors: multiprocessors of the GPU.
     """
-    bits, out_features, in_features, integer = weight
+    bits, integer, out_features, in_features = weight
     tiles = next((tiles for tiles in (1, 2, 4) if tokens <= 8 * tiles), None)
     if tiles is None:
         return None
@@ -118,19 +111,16 @@ def plan(tokens: int, weight: tuple[int, int, int, bool], x: Input, processors: 
     )
 
 
-def stream_linear(
-    x: Tensor, weight: ArrangedWeight, bias: Tensor | None, static: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def stream_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, static: Static | None = None) -> Tensor:
     """y [T, N] in x's dtype, for x [T, K] bfloat16 or float16, T <= MOST_TOKENS.
 
-    static: the calibrated step (float32 [1]) and zero-point (uint8 [1]) of the activations; None quantizes per token if
-    ``weight.integer``. Raises ValueError if :func:`plan` has none.
+    static: None quantizes per token if the weight's activations are integers. Raises ValueError if :func:`plan` has none.
     """
-    kind = _input(x.shape[0], weight.integer, static is not None)
+    kind = _input(x.shape[0], weight.shape.integer, static is not None)
     if kind is not Input.QUANTIZED:
-        return _launch(_aligned(x), static or (x, x), weight, bias, kind, x.dtype)
-    q = activation_quant.quantize_static(x, *static) if static else activation_quant.quantize_per_token(x)
-    return _launch(q.q, (q.step, q.zero_point), weight, bias, kind, x.dtype)
+        return _launch(aligned(x), static or (x, x), weight, bias, kind, x.dtype)
+    arranged = arrange_tokens(x, len(x), integer=True, static=static)
+    return _launch(arranged.words, (arranged.grids, arranged.grids), weight, bias, kind, x.dtype)
 
 
 def _input(tokens: int, integer: bool, static: bool) -> Input:
@@ -141,21 +131,15 @@ def _input(tokens: int, integer: bool, static: bool) -> Input:
     return Input.STATIC if static else Input.PER_TOKEN
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()
-
-
 def _launch(
     x: Tensor, grid: tuple[Tensor, Tensor], weight: ArrangedWeight, bias: Tensor | None, kind: Input, dtype: torch.dtype
 ) -> Tensor:
-    tokens, processors = x.shape[0], torch.cuda.get_device_properties(x.device).multi_processor_count
-    y = torch.empty((tokens, weight.out_features), dtype=dtype, device=x.device)
+    tokens = x.shape[3] if kind is Input.QUANTIZED else x.shape[0]
+    outputs, inputs = weight.shape.out_features, weight.shape.in_features
+    y = torch.empty((tokens, outputs), dtype=dtype, device=x.device)
     if not tokens:
         return y
-    shape = (weight.bits, weight.out_features, weight.in_features, weight.integer)
-    chosen = plan(tokens, shape, kind, processors, float16=dtype == torch.float16)
-    if chosen is None:
-        raise ValueError(f"no kernel streams a weight of {weight.in_features} inputs for {tokens} tokens")
+    chosen = _plan(tokens, weight.shape, kind, dtype, x.device)
     stripes, chunks, _ = weight.q.shape
     kernel, clusters, threads = _compiled(chosen, x.device)
     if clusters * chosen.turns < stripes:
@@ -167,15 +151,27 @@ def _launch(
         threads,
         [
             x, weight.q, weight.facts, *grid, y if bias is None else bias, y,
-            int(bias is not None), tokens, weight.out_features, weight.in_features, x.stride(0), chunks, stripes,
+            int(bias is not None), tokens, outputs, inputs, x.stride(0), chunks, stripes,
         ],
     )  # fmt: skip
     return y
 
 
+def _plan(tokens: int, weight: WeightShape, kind: Input, dtype: torch.dtype, device: torch.device) -> Plan:
+    chosen = plan(tokens, weight, kind, _processors(device), float16=dtype == torch.float16)
+    if chosen is None:
+        raise ValueError(f"no kernel streams a weight of {weight.in_features} inputs for {tokens} tokens")
+    return chosen
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @cache
 def _compiled(chosen: Plan, device: torch.device) -> tuple[cuda_kernel.CudaKernel, int, int]:
     """The kernel, how many clusters of it run at the same time, and threads per block."""
-    kernel = cuda_kernel.compiled(chosen.source(), "stream_linear", chosen.shared_bytes, device)
+    kernel = cuda_kernel.compiled(chosen.source(), device)
     threads = 32 * chosen.warps + _HELPERS
     return kernel, kernel.resident_clusters(chosen.cluster, threads), threads

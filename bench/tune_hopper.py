@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Find the fastest kernel for Hopper GPUs for every layer and number of tokens, and write the package's table of them.
+
+    python bench/tune_hopper.py --timings bench/results/hopper-tuning-h200.json
+    python bench/tune_hopper.py --layers 8192x28672 57344x8192 --table table.json --timings timings.json
+
+Every candidate is timed as bench/linear.py times layers, quantization of activations included. One that is less than 1.5 %
+faster than its neighbour's does not count: each kernel of a table is compiled when a model is loaded.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from linear import CACHE_BYTES, SHAPES, timed
+
+from lrq_vllm.kernels import cuda_kernel, stream_linear, tile_linear
+from lrq_vllm.kernels.arrange_tokens import arrange_tokens
+from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape
+from lrq_vllm.kernels.hopper_table import STREAM, Tile
+
+TABLE = Path(__file__).parents[1] / "lrq_vllm" / "kernels" / "hopper_table.json"
+SCHEMES = {"w8a8": (8, True), "w4a8": (4, True), "w4a16": (4, False), "w3a16": (3, False)}
+TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+TILES = [
+    *(Tile(tokens, split, blocks) for tokens in (16, 32, 64) for blocks in (1, 2) for split in (1, 2, 4, 8)),
+    *(Tile(tokens, split, 1) for tokens in (96, 128, 192, 256) for split in (1, 2)),
+]
+WORTH = 1.015
+
+
+def main() -> None:
+    arguments = parsed()
+    device = torch.device("cuda")
+    compile_all(arguments.schemes, device)
+    layers: list[dict[str, Any]] = []
+    timings: list[dict[str, Any]] = []
+    about = {"device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
+    for scheme in arguments.schemes:
+        for outputs, inputs in arguments.layers:
+            weights = random_weights(WeightShape(*SCHEMES[scheme], outputs, inputs), device)
+            found = []
+            for tokens in arguments.tokens:
+                times = measured(weights, tokens)
+                found.append((tokens, times))
+                cells = {name_of(tile): round(time, 2) for tile, time in times.items()}
+                timings.append(
+                    {"scheme": scheme, "out_features": outputs, "in_features": inputs, "tokens": tokens, "us": cells}
+                )
+            choices = chosen(found)
+            layers.append({"scheme": scheme, "out_features": outputs, "in_features": inputs, "choices": choices})
+            print(scheme, f"{outputs}x{inputs}", *(f"{most}:{tile}" for most, tile in choices), flush=True)
+            arguments.timings.write_text(json.dumps({**about, "unit": "microseconds, median", "rows": timings}) + "\n")
+    arguments.table.write_text(table_text(about, layers))
+
+
+def parsed() -> argparse.Namespace:
+    def layer(text: str) -> tuple[int, int]:
+        outputs, inputs = text.split("x")
+        return int(outputs), int(inputs)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument(
+        "--layers", nargs="+", type=layer, default=list(SHAPES.values()), metavar="OUTxIN", help="default: Llama-3-8B's"
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--table", type=Path, default=TABLE, help="JSON file to write; default: the package's own")
+    parser.add_argument("--timings", type=Path, required=True, help="JSON file for everything that was measured")
+    return parser.parse_args()
+
+
+def compile_all(schemes: list[str], device: torch.device) -> None:
+    torch.zeros(1, device=device)
+    plans = [tile_linear.plan(bits, *tile, integer=integer) for bits, integer in map(SCHEMES.__getitem__, schemes) for tile in TILES]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda plan: cuda_kernel.compiled(plan.source(), device), plans))
+
+
+def random_weights(shape: WeightShape, device: torch.device) -> list[ArrangedWeight]:
+    """As many as the cache cannot hold."""
+    stripes, chunks, width = shape.out_features // STRIPE, shape.in_features // CHUNK, 128 * shape.bits
+    weights = []
+    for _ in range(max(2, math.ceil(CACHE_BYTES / (stripes * chunks * width)))):
+        facts = torch.randint(0, 9, (stripes, 3, STRIPE), dtype=torch.int32, device=device)
+        facts[:, 0] = torch.rand(stripes, STRIPE, device=device).view(torch.int32)
+        q = torch.randint(0, 256, (stripes, chunks, width), dtype=torch.uint8, device=device)
+        weights.append(ArrangedWeight(q, facts, shape))
+    return weights
+
+
+def measured(weights: list[ArrangedWeight], tokens: int) -> dict[Tile | None, float]:
+    """Microseconds of every kernel that makes sense for so many tokens."""
+    shape = weights[0].shape
+    x = torch.randn(tokens, shape.in_features, device=weights[0].q.device, dtype=torch.bfloat16)
+
+    def layer(weight: ArrangedWeight, tile: Tile | None) -> Any:
+        if tile is STREAM:
+            return lambda x: stream_linear.stream_linear(x, weight, None)
+        plan = tile_linear.plan(shape.bits, *tile, integer=shape.integer)
+        return lambda x: tile_linear.tile_linear(arrange_tokens(x, tile.tokens, integer=shape.integer), weight, None, plan)
+
+    return {
+        tile: median(timed([layer(weight, tile) for weight in (weights if tokens <= 256 else weights[:4])], x))
+        for tile in (STREAM, *TILES)
+        if sensible(tile, tokens, shape)
+    }
+
+
+def sensible(tile: Tile | None, tokens: int, shape: WeightShape) -> bool:
+    if tile is STREAM:
+        return tokens <= stream_linear.MOST_TOKENS
+    rows = -(-tokens // tile.tokens)
+    blocks = rows * -(-shape.out_features // 128) * tile.split
+    return rows <= max(2, tokens / 128) and tile.tokens < 2 * max(tokens, 16) and (tile.split == 1 or blocks <= 4 * 132)
+
+
+def chosen(found: list[tuple[int, dict[Tile | None, float]]]) -> list[tuple[int | None, Any]]:
+    """From the most tokens down: the neighbour's kernel, if it is as good."""
+    choices: list[tuple[int | None, Tile | None]] = []
+    for tokens, times in reversed(found):
+        best = min(times, key=times.__getitem__)
+        if choices and times.get(choices[-1][1], math.inf) <= WORTH * times[best]:
+            continue
+        choices.append((tokens if choices else None, best))
+    return [(most, "stream" if tile is STREAM else list(tile)) for most, tile in reversed(choices)]
+
+
+def name_of(tile: Tile | None) -> str:
+    return "stream" if tile is STREAM else "/".join(map(str, tile))
+
+
+def table_text(about: dict[str, str], layers: list[dict[str, Any]]) -> str:
+    """JSON with a line for each layer."""
+    lines = ",\n".join(f"  {json.dumps(layer)}" for layer in layers)
+    return json.dumps(about)[:-1] + ', "layers": [\n' + lines + "\n]}\n"
+
+
+if __name__ == "__main__":
+    main()

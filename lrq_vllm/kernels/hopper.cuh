@@ -1,0 +1,145 @@
+// What the kernels for Hopper GPUs share: barriers, bulk copies, 16-bit floats, 8-bit quantization.
+//
+// Constants: FLOAT16 (else bfloat16), CALIBRATED (whether the step of x is not its own, so that values may lie far outside).
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned char u8;
+
+struct __align__(16) Words { u32 at[4]; };
+
+// Of one token: step, its reciprocal, zero-point on the int8 grid, sum of the integers.
+struct __align__(16) Grid { float step, inverse; int zero, total; };
+
+__device__ __forceinline__ u32 address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+__device__ __forceinline__ void wait_for(u64* barrier, u32 parity) {
+    asm volatile(
+        "{\n .reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra finished;\n bra again;\n finished:\n}"
+        ::"r"(address(barrier)), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void init(u64* barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void arrive_in_block(u64* barrier, u32 block) {
+    asm volatile(
+        "{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(address(barrier)), "r"(block) : "memory");
+}
+
+// As wait_for, and what other blocks wrote before they arrived may be read.
+__device__ __forceinline__ void wait_for_blocks(u64* barrier) {
+    asm volatile(
+        "{\n .reg .pred done;\n"
+        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], 0;\n"
+        "@done bra finished;\n bra again;\n finished:\n}"
+        ::"r"(address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)), "r"(bytes) : "memory");
+}
+
+// `barrier` learns when the bytes are there.
+__device__ __forceinline__ void fetch(void* here, const void* source, u32 bytes, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        ::"r"(address(here)), "l"(source), "r"(bytes), "r"(address(barrier)) : "memory");
+}
+
+// As fetch, with a hint for the second-level cache.
+__device__ __forceinline__ void fetch_hinted(void* here, const void* source, u32 bytes, u64* barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;"
+        ::"r"(address(here)), "l"(source), "r"(bytes), "r"(address(barrier)), "l"(policy) : "memory");
+}
+
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void store_in_block(void* here, u32 block, u32 value) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(here)), "r"(block));
+    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ float low_half(u32 pair) {
+#if FLOAT16
+    float value;
+    asm("{\n .reg .b16 low, high;\n mov.b32 {low, high}, %1;\n cvt.f32.f16 %0, low;\n}" : "=f"(value) : "r"(pair));
+    return value;
+#else
+    return __uint_as_float(pair << 16);
+#endif
+}
+
+__device__ __forceinline__ float high_half(u32 pair) {
+#if FLOAT16
+    return low_half(pair >> 16);
+#else
+    return __uint_as_float(pair & 0xffff0000u);
+#endif
+}
+
+__device__ __forceinline__ unsigned short half_bits(float value) {
+    unsigned short bits;
+#if FLOAT16
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#endif
+    return bits;
+}
+
+__device__ __forceinline__ Words load_words(const void* from, bool inside) {
+    const Words none = {{0, 0, 0, 0}};
+    return inside ? *(const Words*)from : none;
+}
+
+// Two inputs, as bytes on the int8 grid: clamp(round(x / step) + zero, -128, 127), with IEEE division. The quotient by
+// multiplication decides, except close to a border between two integers.
+__device__ __forceinline__ u32 quantized_pair(u32 pair, const Grid& grid) {
+    const float values[2] = {low_half(pair), high_half(pair)};
+    const float magic = 12582912.0f;  // adding 1.5 * 2^23 leaves no fraction bits
+    float nearest[2], off[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float quotient = values[i] * grid.inverse;
+#if CALIBRATED
+        quotient = fminf(fmaxf(quotient, -1024.0f), 1024.0f);
+#endif
+        nearest[i] = (quotient + magic) - magic;
+        off[i] = fabsf(quotient - nearest[i]);
+    }
+    if (fmaxf(off[0], off[1]) > 0.4998f) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) nearest[i] = rintf(fminf(fmaxf(__fdiv_rn(values[i], grid.step), -1024.0f), 1024.0f));
+    }
+    u32 bytes[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) bytes[i] = min(max((int)nearest[i] + grid.zero, -128), 127);
+    return __byte_perm(bytes[0], bytes[1], 0x0040);
+}
+
+// Floats as integers of the same order, and back.
+__device__ __forceinline__ int ordered(float value) {
+    const int bits = __float_as_int(value);
+    return bits >= 0 ? bits : bits ^ 0x7fffffff;
+}
+__device__ __forceinline__ float from_ordered(int bits) { return __int_as_float(bits >= 0 ? bits : bits ^ 0x7fffffff); }
+
+// Of a token whose values, and 0, lie between low and high.
+__device__ __forceinline__ Grid own_grid(float low, float high) {
+    float step = __fdiv_rn(high - low, 255.0f);
+    step = step > 0.0f ? step : 1.0f;
+    const float zero = fminf(fmaxf(rintf(__fdiv_rn(-low, step)), 0.0f), 255.0f);
+    return {step, __frcp_rn(step), (int)zero - 128, 0};
+}

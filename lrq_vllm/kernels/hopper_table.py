@@ -1,0 +1,50 @@
+"""Which of the kernels for Hopper GPUs is the fastest for a layer and a number of tokens: measured, hopper_table.json.
+
+bench/tune_hopper.py writes the table. Layers that it does not know take the plans of the most similar one.
+"""
+
+import json
+import math
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from lrq_vllm.kernels.arranged_weight import WeightShape
+
+__all__ = ["STREAM", "Tile", "choices", "chosen"]
+
+
+class Tile(NamedTuple):
+    """Arguments of tile_linear.plan."""
+
+    tokens: int
+    split: int
+    blocks: int
+
+
+STREAM = None
+"""In place of a tile: stream_linear."""
+
+
+def chosen(tokens: int, weight: WeightShape) -> Tile | None:
+    """The tile for so many tokens, or STREAM."""
+    return next(tile for most, tile in choices(weight) if most is None or tokens <= most)
+
+
+@cache
+def choices(weight: WeightShape) -> list[tuple[int | None, Tile | None]]:
+    """Up to how many tokens (None: any number) which kernel is the fastest; the numbers rise."""
+    scheme = f"w{weight.bits}a{8 if weight.integer else 16}"
+    measured = [layer for layer in _table() if layer["scheme"] == scheme]
+    nearest = min(measured, key=lambda layer: _distance(weight, layer["out_features"], layer["in_features"]))
+    return [(most, STREAM if tile == "stream" else Tile(*tile)) for most, tile in nearest["choices"]]
+
+
+def _distance(weight: WeightShape, out_features: int, in_features: int) -> float:
+    return abs(math.log(weight.out_features / out_features)) + abs(math.log(weight.in_features / in_features))
+
+
+@cache
+def _table() -> list[dict[str, Any]]:
+    table: dict[str, Any] = json.loads(files("lrq_vllm.kernels").joinpath("hopper_table.json").read_text())
+    return list(table["layers"])

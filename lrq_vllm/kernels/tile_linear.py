@@ -1,0 +1,98 @@
+"""CUDA C++: many tokens times an arranged weight, on wgmma (tile_linear.cu says how).
+
+Twins: reference.integer_linear and reference.weight_only_linear. Needs an NVIDIA GPU of the Hopper generation.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lrq_vllm.kernels import cuda_kernel
+from lrq_vllm.kernels.arrange_tokens import ArrangedTokens
+from lrq_vllm.kernels.arranged_weight import STRIPE, ArrangedWeight
+
+__all__ = ["Plan", "plan", "tile_linear"]
+
+_OUTPUTS = 128  # of a tile
+_THREADS = 384  # two warpgroups multiply, one gives them its registers and fills
+_SHARED_BYTES = 227 * 1024
+_BAND = 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The constants of one compiled kernel, named as in tile_linear.cu."""
+
+    bits: int
+    integer: bool
+    float16: bool
+    tokens: int
+    split: int
+    blocks: int
+    stage_chunks: int
+    stages: int
+    band: int
+    shared_bytes: int
+
+    def source(self) -> cuda_kernel.Source:
+        """The kernel's text with its constants in front."""
+        constants = {**asdict(self), "calibrated": False}
+        macros = _wgmma_macros(self.tokens // 2, integer=self.integer, registers=self.bits < 8)
+        headers = ("hopper.cuh", "weight_chunk.cuh")
+        return cuda_kernel.source("tile_linear", constants, *headers, shared_bytes=self.shared_bytes, macros=macros)
+
+
+def plan(bits: int, tokens: int, split: int, blocks: int, *, integer: bool, float16: bool = False) -> Plan:
+    """The kernel with tiles of ``tokens`` and clusters of ``split``, and as long a ring as there is memory for.
+
+    tokens: a multiple of 16, 256 at most. split: 1, 2, 4 or 8. blocks: 2 share a multiprocessor, each with half its registers,
+    which is enough for 64 tokens; or 1.
+    """
+    stage_chunks = 4 if bits <= 4 and tokens <= 64 and blocks == 1 else 2
+    stage = stage_chunks * (128 * bits * 8 + 16 * tokens * (4 if integer else 8))
+    stages = min(12, (_SHARED_BYTES // blocks - 1024) // (stage + 16))
+    return Plan(bits, integer, float16, tokens, split, blocks, stage_chunks, stages, _BAND, stages * (stage + 16))
+
+
+def tile_linear(x: ArrangedTokens, weight: ArrangedWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
+    """y [T, N] in x's dtype, for x in tiles of ``chosen.tokens``."""
+    tokens, device = x.tokens, x.words.device
+    outputs = weight.shape.out_features
+    y = torch.empty((tokens, outputs), dtype=x.dtype, device=device)
+    if not tokens:
+        return y
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    stripes, chunks, _ = weight.q.shape
+    tiles = -(-outputs // _OUTPUTS) * -(-tokens // chosen.tokens)
+    blocks = tiles * chosen.split if chosen.split > 1 else min(tiles, processors * chosen.blocks)
+    chunk_bytes = 128 * weight.shape.bits
+    box = _OUTPUTS // STRIPE, chunk_bytes * (1 if weight.shape.bits == 8 else chosen.stage_chunks)
+    boxes = cuda_kernel.boxes(weight.q.data_ptr(), stripes, chunks * chunk_bytes, box)
+    _compiled(chosen, device).launch(
+        blocks, _THREADS,
+        [
+            boxes, x.words, x.grids, weight.facts, y if bias is None else bias, y,
+            int(bias is not None), tokens, outputs, chunks, stripes,
+        ],
+    )  # fmt: skip
+    return y
+
+
+@cache
+def _compiled(chosen: Plan, device: torch.device) -> cuda_kernel.CudaKernel:
+    return cuda_kernel.compiled(chosen.source(), device)
+
+
+def _wgmma_macros(sums: int, *, integer: bool, registers: bool) -> str:
+    """What names the operands of a wgmma with so many sums to a thread; registers: that the left operand comes from."""
+    kind, count = "+r" if integer else "+f", 4 if registers else 1
+    listed = ", ".join(f'"{kind}"(sums[{i}])' for i in range(sums))
+    left = ", ".join(f"%{sums + i}" for i in range(count))
+    operands = f"{{{', '.join(f'%{i}' for i in range(sums))}}}, {f'{{{left}}}' if registers else left}, %{sums + count}"
+    given = ", ".join(f'"r"(w.at[{i}])' for i in range(4)) if registers else '"l"(w)'
+    return (
+        f'#define WGMMA_TOKENS "{2 * sums}"\n#define WGMMA_SUM(sum) "{kind}"(sum)\n#define WGMMA_LEFT(w) {given}\n'
+        f'#define WGMMA_SUMS(sums) {listed}\n#define WGMMA_OPERANDS "{operands}"\n'
+    )
