@@ -81,7 +81,9 @@ def parsed() -> argparse.Namespace:
 
 def compile_all(schemes: list[str], device: torch.device) -> None:
     torch.zeros(1, device=device)
-    plans = [tile_linear.plan(bits, *tile, integer=integer) for bits, integer in map(SCHEMES.__getitem__, schemes) for tile in TILES]
+    plans = [
+        tile_linear.plan(bits, *tile, integer=integer) for bits, integer in map(SCHEMES.__getitem__, schemes) for tile in TILES
+    ]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda plan: cuda_kernel.compiled(plan.source(), device), plans))
 

@@ -1,15 +1,31 @@
 // Activations, quantized to 8 bits or as they are, in the order in which tensor cores meet an arranged weight.
 //
 // Twins: reference.quantize_per_token and quantize_static, but for the order. A row of x is cut into chunks of 64 inputs as the
-// weight is, and a chunk into UNITS units of 16 bytes: what eight tokens have there lies side by side, and is a core matrix of
-// wgmma. 8-bit inputs keep their order, so that a unit is a quarter of the chunk; of 16-bit ones, unit u consists of word u
-// of each quarter. Tokens come in tiles: `out` is [tiles][chunks][UNITS][tile][4] words.
+// weight is, and a chunk into UNITS units of 16 bytes. 8-bit inputs keep their order, so that a unit is a quarter of the chunk;
+// of 16-bit ones, unit u consists of word u of each quarter. Tokens come in tiles: `out` is [tiles][chunks][tile][UNITS][4]
+// words. A token's units are exchanged among themselves ("swizzled"), so that wgmma reads them without bank conflicts.
 //
 // A block takes ROWS tokens. Constants: X (0 as it is; to be quantized 1 per token, 2 by the calibrated step), FLOAT16, THREADS,
 // ROWS (a power of two, 8 at most), ITEMS (quarters of a thread). hopper.cuh comes before.
 
 #define UNITS (X == 0 ? 8 : 4)
 #define WARPS (THREADS / 32)
+
+// Lanes that differ in the bit `other` exchange one word each: the lower one gives its second.
+__device__ __forceinline__ void exchange(u32& first, u32& second, int other, int lane) {
+    const bool upper = lane & other;
+    const u32 received = __shfl_xor_sync(0xffffffffu, upper ? first : second, other);
+    first = upper ? received : first;
+    second = upper ? second : received;
+}
+
+// Of four lanes with four words each: lane i gets word i of each lane.
+__device__ __forceinline__ void transpose(u32 words[4], int lane) {
+    exchange(words[0], words[2], 2, lane);
+    exchange(words[1], words[3], 2, lane);
+    exchange(words[0], words[1], 1, lane);
+    exchange(words[2], words[3], 1, lane);
+}
 
 // Over the lanes that have the same token.
 template <typename T, typename Combine> __device__ __forceinline__ T combined(T value, Combine combine) {
@@ -35,17 +51,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange_tokens(
             const int input = quarter_of(item) * 16;
             words[item][half] = load_words(x + ((u64)token * x_stride + input) * 2 + 16 * half, token < tokens && input < inputs);
         }
-    // Where this token has a unit of a quarter's chunk.
-    auto unit_at = [&](int quarter, int unit) {
-        return out + (((u64)(token / tile * chunks + quarter / 4) * UNITS + unit) * tile + token % tile) * 4;
+    auto store = [&](int quarter, int unit, const u32 unit_words[4]) {  // of this token, and of the quarter's chunk
+        const u64 row = (u64)(token / tile * chunks + quarter / 4) * tile + token % tile;
+        const int place = unit ^ (UNITS == 8 ? token % 8 : token / 2 % 4);
+        if (token < tokens && quarter < 4 * chunks) ((Words*)out)[row * UNITS + place] = *(const Words*)unit_words;
     };
 #if X == 0
 #pragma unroll
     for (int item = 0; item < ITEMS; item++) {
         const int quarter = quarter_of(item);
-        if (token >= tokens || quarter >= 4 * chunks) continue;
 #pragma unroll
-        for (int unit = 0; unit < 8; unit++) unit_at(quarter, unit)[quarter % 4] = words[item][unit / 4].at[unit % 4];
+        for (int half = 0; half < 2; half++) {
+            transpose(words[item][half].at, lane);
+            store(quarter, 4 * half + quarter % 4, words[item][half].at);
+        }
     }
 #else
 #if X == 2
@@ -86,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange_tokens(
                 quantized.at[i] = __byte_perm(quantized_pair(pairs[0], grid), quantized_pair(pairs[1], grid), 0x5410);
             total = __dp4a((int)quantized.at[i], 0x01010101, total);
         }
-        if (token < tokens && quarter < 4 * chunks) *(Words*)unit_at(quarter, quarter % 4) = quantized;
+        store(quarter, quarter % 4, quantized.at);
     }
     __shared__ int totals[WARPS][ROWS];
     auto sum = [](int a, int b) { return a + b; };

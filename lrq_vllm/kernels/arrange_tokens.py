@@ -23,7 +23,7 @@ _ROWS = (1, 2, 4)
 class ArrangedTokens(NamedTuple):
     """x [T, K] in this layout."""
 
-    words: Tensor  # int32 [tiles, chunks, 4 (quantized) or 8, tokens of a tile, 4]
+    words: Tensor  # int32 [tiles, chunks, tokens of a tile, 4 (quantized) or 8, 4]
     grids: Tensor  # float32 [T, 4]: step, 1 / step, and the bits of int32: zero-point on the int8 grid, sum of the integers
     dtype: torch.dtype  # of x
     tokens: int  # T
@@ -36,7 +36,7 @@ def arrange_tokens(x: Tensor, tile: int, *, integer: bool, static: Static | None
     x = aligned(x)
     tokens, inputs = x.shape
     chunks, units = -(-inputs // CHUNK), 4 if integer else 8
-    words = torch.empty((-(-tokens // tile), chunks, units, tile, 4), dtype=torch.int32, device=x.device)
+    words = torch.empty((-(-tokens // tile), chunks, tile, units, 4), dtype=torch.int32, device=x.device)
     grids = torch.empty((tokens, 4), dtype=torch.float32, device=x.device) if integer else words
     if tokens:
         rows, kind = _rows(tokens), _kind(integer, static is not None)

@@ -142,9 +142,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             const int token = tile * 8 + row;
             const bool inside = warp < WARPS && token < tokens && chunk_at(chunk) < chunks;
-            const u32* const mine = (const u32*)x + ((u64)chunk_at(chunk) * 4 * tokens + token) * 4 + quarter;
+            const u32* const mine = (const u32*)x + ((u64)chunk_at(chunk) * tokens + token) * 16 + quarter;
 #pragma unroll
-            for (int i = 0; i < 4; i++) xs[chunk][tile][i] = inside ? mine[(u64)i * tokens * 4] : 0;
+            for (int i = 0; i < 4; i++) xs[chunk][tile][i] = inside ? mine[4 * (i ^ token / 2 % 4)] : 0;
         }
     }
     if (thread < TOKENS) shared.grid[thread] = thread < tokens ? ((const Grid*)x_step)[thread] : Grid{0.0f, 0.0f, 0, 0};

@@ -134,7 +134,7 @@ def _input(tokens: int, integer: bool, static: bool) -> Input:
 def _launch(
     x: Tensor, grid: tuple[Tensor, Tensor], weight: ArrangedWeight, bias: Tensor | None, kind: Input, dtype: torch.dtype
 ) -> Tensor:
-    tokens = x.shape[3] if kind is Input.QUANTIZED else x.shape[0]
+    tokens = x.shape[2] if kind is Input.QUANTIZED else x.shape[0]
     outputs, inputs = weight.shape.out_features, weight.shape.in_features
     y = torch.empty((tokens, outputs), dtype=dtype, device=x.device)
     if not tokens:

@@ -16,9 +16,10 @@
 
 #define UNITS (2 * STEPS)  // of 16 bytes, for a token and chunk
 #define STRIPES 8  // of a tile
-#define UNIT_BYTES (16 * TOKENS)
+#define ROW_BYTES (16 * UNITS)
+#define TOKEN_BYTES (TOKENS * ROW_BYTES)  // of a chunk
 #define WEIGHT_BYTES (STRIPES * STAGE_CHUNKS * CHUNK_BYTES)
-#define STAGE_BYTES (WEIGHT_BYTES + STAGE_CHUNKS * UNITS * UNIT_BYTES)
+#define STAGE_BYTES (WEIGHT_BYTES + STAGE_CHUNKS * TOKEN_BYTES)
 #define BOX_CHUNKS (BITS == 8 ? 1 : STAGE_CHUNKS)  // that are fetched at once: 8 x 64 bytes follow each other at 8 bits
 #define CONSUMERS 256
 #define THREADS (CONSUMERS + 128)
@@ -45,16 +46,13 @@ __device__ __forceinline__ void fetch_box(void* here, const TensorMap& map, int 
         ::"r"(address(here)), "l"(&map), "r"(element), "r"(row), "r"(address(barrier)) : "memory");
 }
 
-// Two units of TOKENS tokens as the right operand: core matrices of 8 tokens x 16 bytes, TOKENS apart along the inputs.
-__device__ __forceinline__ u64 right_operand(const u8* units) {
-    return ((u64)address(units) & 0x3ffff) >> 4 | (u64)TOKENS << 16 | (u64)8 << 32;
+// An operand that the tensor cores read from shared memory: rows of 64 or 128 bytes, swizzled by as many.
+__device__ __forceinline__ u64 operand(const u8* rows, int row_bytes) {
+    return ((u64)address(rows) & 0x3ffff) >> 4 | (u64)1 << 16 | (u64)(8 * row_bytes / 16) << 32 | (row_bytes == 64 ? (u64)2 : (u64)1) << 62;
 }
 
 #if BITS == 8
-typedef u64 Left;  // 64 outputs of a chunk in shared memory: rows of 64 bytes, swizzled, 8 of them every 512 bytes
-__device__ __forceinline__ Left left_operand(const u8* chunk) {
-    return ((u64)address(chunk) & 0x3ffff) >> 4 | (u64)1 << 16 | (u64)(512 / 16) << 32 | (u64)2 << 62;
-}
+typedef u64 Left;
 #else
 struct Left { u32 at[4]; };
 #endif
@@ -130,15 +128,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         if (thread == CONSUMERS) {
             int stage = 0, parity = 1, before = STAGES;  // stages to fill with weights before the kernel that makes x has ended
             auto fill_weight = [&](int stripe, int begin, int count) {
-                expect(&shared.full[stage], WEIGHT_BYTES + count * UNITS * UNIT_BYTES);
+                expect(&shared.full[stage], WEIGHT_BYTES + count * TOKEN_BYTES);
                 for (int chunk = 0; chunk < STAGE_CHUNKS; chunk += BOX_CHUNKS) {
                     u8* const here = ring + stage * STAGE_BYTES + chunk * STRIPES * CHUNK_BYTES;
                     fetch_box(here, weight, (begin + chunk) * (CHUNK_BYTES / 8), stripe, &shared.full[stage]);
                 }
             };
             auto fill_x = [&](int at, int begin, int count, int token) {
-                const u8* const source = x + ((u64)(token / TOKENS) * chunks + begin) * UNITS * UNIT_BYTES;
-                fetch(ring + at * STAGE_BYTES + WEIGHT_BYTES, source, count * UNITS * UNIT_BYTES, &shared.full[at]);
+                const u8* const source = x + ((u64)(token / TOKENS) * chunks + begin) * TOKEN_BYTES;
+                fetch(ring + at * STAGE_BYTES + WEIGHT_BYTES, source, count * TOKEN_BYTES, &shared.full[at]);
             };
             int stripe, token;
             bool made = false;  // whether x may be read
@@ -201,17 +199,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
             };
 #endif
             auto multiply_chunk = [&](int chunk) {
-                const u8* const units = ring + stage * STAGE_BYTES + WEIGHT_BYTES + chunk * UNITS * UNIT_BYTES;
+                const u64 right = operand(ring + stage * STAGE_BYTES + WEIGHT_BYTES + chunk * TOKEN_BYTES, ROW_BYTES);
 #if BITS < 8
                 Left (&left)[STEPS] = w[chunk % 2];
                 unpack(left, chunk);
 #else
-                const Left start = left_operand(ring + stage * STAGE_BYTES + (chunk * STRIPES + warp / 4 * 4) * CHUNK_BYTES);
+                const Left start = operand(ring + stage * STAGE_BYTES + (chunk * STRIPES + warp / 4 * 4) * CHUNK_BYTES, 64);
                 const Left left[STEPS] = {start, start + 32 / 16};
 #endif
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-                for (int step = 0; step < STEPS; step++) multiply(sums, left[step], right_operand(units + 2 * step * UNIT_BYTES));
+                for (int step = 0; step < STEPS; step++) multiply(sums, left[step], right + step * 32 / 16);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
             };
