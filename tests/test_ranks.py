@@ -66,8 +66,8 @@ def test_each_of_two_processes_gets_the_gradients_of_its_rows_and_of_what_is_sha
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
-    # Every batch is both windows, so one process and two see the same text at every step.
-    settings = QuantizeSettings("w4a16", **{**QUICK, "batch_size": 2, "iters": 3, "learning_rate": 5e-3}, renew=True)
+    # Every batch is both windows: all see the same text at every step. A greater rate than this magnifies float32 noise.
+    settings = QuantizeSettings("w4a16", **{**QUICK, "batch_size": 2, "iters": 3, "learning_rate": 2e-3}, renew=True)
     outputs, reports = [], []
     for processes in (1, 2):
         outputs.append(tmp_path / str(processes))
