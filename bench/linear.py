@@ -51,7 +51,7 @@ def main() -> None:
     result = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
-        "versions": {name: found(name) for name in ("lrq", "torch", "vllm", "triton", "humming-kernels")},
+        "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "triton", "humming-kernels")},
         "unit": "microseconds, median",
         "rows": rows,
     }
@@ -182,7 +182,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def found(name: str) -> str | None:
+def version_of(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:

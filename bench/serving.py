@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+"""Tokens per second of vLLM with a random Llama, end to end: bfloat16, the stock quantized forms, and ours.
+
+    python bench/serving.py --out bench/results/serving-h200.json                    # 32 layers of Llama-3-8B; 60 GB of disk
+    python bench/serving.py --candidates bf16 lrq-w4a8 --concurrency 1 256 --out serving.json
+    python bench/serving.py --size small --concurrency 1 4 --work /tmp/small --out /tmp/serving.json        # on any machine
+
+Each form is quantized by round-to-nearest, served in a process of its own as vLLM's defaults have it (torch.compile, CUDA graphs),
+measured and deleted. Decoding: so many requests at a time, each PROMPT random tokens, then NEW more. Prefill: PREFILL prompts of
+PREFILL_TOKENS random tokens, one new token each. Medians of REPEATS, after one that does not count. Candidates that are in the
+file from before stay there.
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from linear import version_of
+from random_llama import SIZES, write_llama, write_ours, write_stock
+
+from lrq_server.vllm_process import serving_environment
+
+CANDIDATES = ("bf16", "stock-w8a8", "lrq-w8a8", "lrq-w4a8", "stock-w4a16", "lrq-w4a16", "lrq-w3a16")
+PROMPT, NEW = 128, 128
+PREFILL, PREFILL_TOKENS = 32, 1024
+REPEATS = 3
+
+
+def main() -> None:
+    arguments = parsed()
+    size = SIZES[arguments.size]
+    before = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    rows = [row for row in before if row["candidate"] not in arguments.candidates]
+    source = arguments.work / "bf16"
+    if not source.exists():
+        in_process(write_llama, source, size)
+    for candidate in arguments.candidates:
+        folder = source if candidate == "bf16" else arguments.work / candidate
+        begin = time.monotonic()
+        try:
+            if not folder.exists():
+                maker, scheme = candidate.split("-")
+                in_process(write_ours if maker == "lrq" else write_stock, source, folder, scheme)
+            made = time.monotonic() - begin
+            row = in_process(measured, folder, size, arguments.concurrency, arguments.prefill)
+        except Exception as error:
+            row, made = {"why_not": f"{type(error).__name__}: {error}"[:600]}, 0.0
+        row = {"candidate": candidate, "seconds_to_make": round(made, 1), **row}
+        rows.append(row)
+        rows.sort(key=lambda row: CANDIDATES.index(row["candidate"]))
+        if folder != source and not arguments.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        write(arguments, rows)
+        print(f"{candidate}: {time.monotonic() - begin:.0f} s, {json.dumps(row)}"[:400], flush=True)
+    show(rows, arguments.concurrency)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=CANDIDATES)
+    parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64, 256])
+    parser.add_argument("--prefill", type=int, default=PREFILL, help=f"prompts of {PREFILL_TOKENS} tokens")
+    parser.add_argument("--size", choices=list(SIZES), default="8b")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lrq-serving", help="for checkpoints")
+    parser.add_argument("--keep", action="store_true", help="leave the quantized checkpoints there")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    return parser.parse_args()
+
+
+def in_process(work: Any, *given: Any) -> Any:
+    """In a process of its own, so that it leaves nothing in the GPU's memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *given).result()
+
+
+def measured(folder: Path, size: dict[str, int], concurrency: list[int], prefill: int) -> dict[str, Any]:
+    os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | serving_environment()
+    from vllm import LLM
+
+    begin = time.monotonic()
+    llm = LLM(
+        str(folder), dtype="bfloat16", max_model_len=2048, max_num_seqs=max(concurrency), max_num_batched_tokens=8192,
+        enable_prefix_caching=False, gpu_memory_utilization=0.85, skip_tokenizer_init=True,
+        compilation_config={"cudagraph_capture_sizes": sorted(set(concurrency))},
+    )  # fmt: skip
+    try:
+        seconds_to_start = round(time.monotonic() - begin, 1)
+        return {"seconds_to_start": seconds_to_start, **facts(llm), **speeds(llm, size, concurrency, prefill)}
+    finally:
+        llm.llm_engine.engine_core.shutdown()  # the process would wait for its child
+
+
+def speeds(llm: Any, size: dict[str, int], concurrency: list[int], prefill: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"decode": {}, "decode_all": {}}
+    generator = torch.Generator().manual_seed(0)
+    for count in concurrency:
+        found = [count * NEW / seconds(llm, size, generator, count, PROMPT, NEW) for _ in range(REPEATS + 1)][1:]
+        row["decode"][str(count)] = round(statistics.median(found), 1)
+        row["decode_all"][str(count)] = [round(value, 1) for value in found]
+    if prefill:
+        found = [prefill * PREFILL_TOKENS / seconds(llm, size, generator, prefill, PREFILL_TOKENS, 1) for _ in range(REPEATS + 1)]
+        row["prefill"] = round(statistics.median(found[1:]), 1)
+    return row
+
+
+def facts(llm: Any) -> dict[str, Any]:
+    """Bytes of the model's tensors, and the kernels that its layers run on."""
+    (nbytes, kernels), *_ = llm.apply_model(look_at)
+    return {"weight_gb": round(nbytes / 1e9, 3), "kernels": kernels or ["vLLM's own"]}
+
+
+def look_at(model: torch.nn.Module) -> tuple[int, list[str]]:
+    stored = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return sum(stored.values()), sorted({module.lrq_kernel for module in model.modules() if hasattr(module, "lrq_kernel")})
+
+
+def seconds(llm: Any, size: dict[str, int], generator: torch.Generator, count: int, tokens: int, new: int) -> float:
+    """Of serving ``count`` requests at a time, prompts never seen before."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    prompts = torch.randint(2, size["vocab_size"], (count, tokens), generator=generator).tolist()
+    sampling = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+    begin = time.monotonic()
+    answers = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False)
+    elapsed = time.monotonic() - begin
+    assert all(len(answer.outputs[0].token_ids) == new for answer in answers)
+    return elapsed
+
+
+def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"],
+        "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "transformers")},
+        "model": SIZES[arguments.size],
+        "unit": f"decode: output tokens/s of so many requests of {PROMPT} + {NEW} tokens; prefill: prompt tokens/s",
+        "rows": rows,
+    }
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def show(rows: list[dict[str, Any]], concurrency: list[int]) -> None:
+    base = next((row for row in rows if row["candidate"] == "bf16" and "decode" in row), None)
+    print(f"{'':<13}" + "".join(f"{count:>16}" for count in concurrency) + f"{'prefill':>16}{'GB':>8}")
+    for row in rows:
+        if "decode" not in row:
+            print(f"{row['candidate']:<13}{row['why_not'][:100]}")
+            continue
+        cells = [(row["decode"].get(str(count), 0), base and base["decode"].get(str(count))) for count in concurrency]
+        cells.append((row.get("prefill", 0), base and base.get("prefill")))
+        text = "".join(f"{value:>9.0f} {f'{value / other:.2f}x' if other else '':>6}" for value, other in cells)
+        print(f"{row['candidate']:<13}{text}{row['weight_gb']:>8.2f}  {', '.join(row['kernels'])}")
+
+
+if __name__ == "__main__":
+    main()
