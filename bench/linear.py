@@ -5,7 +5,8 @@
     python bench/linear.py --schemes w4a16 --shapes gate_up --tokens 1 16 --skip Humming
 
 A time is the median of replays of a CUDA graph in which layers of equal shape, more weight memory than the cache holds, run
-one after the other. "floor" is what reading the weight once at 4.3 TB/s takes, or the products at the tensor cores' peak.
+one after the other. "floor" is what reading the weight once takes at the speed at which this GPU copies memory, or the products
+at the tensor cores' peak.
 A candidate that does not run, or whose result is not the product, is listed with the reason.
 """
 
@@ -30,8 +31,7 @@ from torch import Tensor
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TOKENS = (1, 16, 64, 256, 1024, 8192)
 BITS = {"bf16": 16, "w8a8": 8, "w4a8": 4, "w4a16": 4, "w3a16": 3}
-BYTES_PER_US = 4.3e6
-OPERATIONS_PER_US = {"w8a8": 1979e6, "w4a8": 1979e6}  # dense int8 on an H200; 16-bit products: half
+OPERATIONS_PER_US = {"w8a8": 1979e6, "w4a8": 1979e6}  # dense int8 on a Hopper GPU; 16-bit products: half
 # Relative error of y for round-to-nearest of a normal weight, with room.
 ERRORS = {"bf16": 0.01, "w8a8": 0.05, "w4a8": 0.25, "w4a16": 0.25, "w3a16": 0.5}
 CACHE_BYTES = 200e6
@@ -48,18 +48,20 @@ def main() -> None:
     if arguments.warm_up:
         warm_up(arguments)
     rows: list[dict[str, Any]] = []
+    bytes_per_us = copying_speed()
     result = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "triton", "humming-kernels")},
         "unit": "microseconds, median",
+        "copy_tb_per_s": round(bytes_per_us / 1e6, 3),
         "rows": rows,
     }
     for shape in arguments.shapes:
         outputs, inputs = SHAPES[shape]
         weight = torch.randn(outputs, inputs, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
         for candidate in candidates:
-            for row in measured(candidate, weight, arguments.tokens):
+            for row in measured(candidate, weight, arguments.tokens, bytes_per_us):
                 rows.append({"shape": shape, "candidate": candidate.name, "scheme": candidate.scheme, **row})
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         show(shape, rows, arguments.tokens)
@@ -79,7 +81,14 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured(candidate: Candidate, weight: Tensor, tokens: list[int]) -> list[dict[str, Any]]:
+def copying_speed() -> float:
+    """Bytes that the GPU reads or writes in a microsecond while it copies two gigabytes."""
+    source = torch.empty(2_000_000_000, dtype=torch.uint8, device="cuda")
+    times = timed([source.clone().copy_], source)
+    return 2 * source.numel() / statistics.median(times)
+
+
+def measured(candidate: Candidate, weight: Tensor, tokens: list[int], bytes_per_us: float) -> list[dict[str, Any]]:
     nbytes = weight.numel() * BITS[candidate.scheme] // 8
     try:
         layers = candidate.make(weight, max(2, math.ceil(CACHE_BYTES / nbytes)))
@@ -99,7 +108,7 @@ def measured(candidate: Candidate, weight: Tensor, tokens: list[int]) -> list[di
             rows.append({"tokens": count, "why_not": f"wrong: relative error {error:.3f}"})
             continue
         operations = OPERATIONS_PER_US.get(candidate.scheme, 989e6)
-        floor = max(nbytes / BYTES_PER_US, 2 * count * weight.numel() / operations)
+        floor = max(nbytes / bytes_per_us, 2 * count * weight.numel() / operations)
         del y, wanted
         times = timed(layers if count <= 256 else layers[:4], x)
         rows.append({"tokens": count, "us": statistics.median(times), "us_all": times, "floor_us": floor, "error": error})
@@ -137,18 +146,27 @@ def show(shape: str, rows: list[dict[str, Any]], tokens: list[int]) -> None:
 
 
 def summarize(rows: list[dict[str, Any]]) -> None:
-    """Ours against the fastest stock path of the same scheme, cell by cell."""
+    """Ours against the fastest stock path of the same scheme, cell by cell, and against the floor where tokens are few."""
     ratios: dict[str, list[float]] = {}
+    floors: dict[str, list[str]] = {}
     for row in rows:
         if row["candidate"] == "lrq" and "us" in row:
-            cell = ("shape", "scheme", "tokens")
-            same = [other for other in rows if all(other[key] == row[key] for key in cell) and other["candidate"] != "lrq"]
+            place = ("shape", "scheme", "tokens")
+            same = [other for other in rows if all(other[key] == row[key] for key in place) and other["candidate"] != "lrq"]
             peers = [other["us"] for other in same if "us" in other]
             if peers:
                 ratios.setdefault(row["scheme"], []).append(min(peers) / row["us"])
+            if peers and min(peers) < 0.98 * row["us"]:
+                best = min((other for other in same if "us" in other), key=lambda other: other["us"])
+                where = f"{row['scheme']} {row['shape']} {row['tokens']}"
+                print(f"slower: {where}: {row['us']:.1f}, {best['candidate']} {best['us']:.1f}")
+            if row["tokens"] <= 16:
+                cell = f"{row['shape']} {row['tokens']}: {row['floor_us'] / row['us']:.0%}"
+                floors.setdefault(row["scheme"], []).append(cell)
     for scheme, values in ratios.items():
         mean = math.exp(statistics.fmean(map(math.log, values)))
         print(f"{scheme}: best stock time / ours, geometric mean {mean:.2f}, least {min(values):.2f}, of {len(values)} cells")
+        print(f"{scheme}: of the memory's speed: {', '.join(floors.get(scheme, []))}")
 
 
 def warm_up(arguments: argparse.Namespace) -> None:

@@ -117,7 +117,7 @@ def _stock_w4(weight: Tensor) -> dict[str, Tensor]:
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     with safe_open(path, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
+        for name in file.keys():
             yield name, file.get_tensor(name)
 
 

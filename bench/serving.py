@@ -5,10 +5,10 @@
     python bench/serving.py --candidates bf16 lrq-w4a8 --concurrency 1 256 --out serving.json
     python bench/serving.py --size small --concurrency 1 4 --work /tmp/small --out /tmp/serving.json        # on any machine
 
-Each form is quantized by round-to-nearest, served in a process of its own as vLLM's defaults have it (torch.compile, CUDA graphs),
-measured and deleted. Decoding: so many requests at a time, each PROMPT random tokens, then NEW more. Prefill: PREFILL prompts of
-PREFILL_TOKENS random tokens, one new token each. Medians of REPEATS, after one that does not count. Candidates that are in the
-file from before stay there.
+Each form is quantized by round-to-nearest, served in a process of its own as vLLM's defaults have it (torch.compile, CUDA
+graphs), measured and deleted. Decoding: so many requests at a time, each PROMPT random tokens, then NEW more. Prefill: PREFILL
+prompts of PREFILL_TOKENS random tokens, one new token each. Medians of REPEATS, after one that does not count. Candidates that
+are in the file from before stay there.
 """
 
 import argparse
@@ -108,7 +108,9 @@ def speeds(llm: Any, size: dict[str, int], concurrency: list[int], prefill: int)
         row["decode"][str(count)] = round(statistics.median(found), 1)
         row["decode_all"][str(count)] = [round(value, 1) for value in found]
     if prefill:
-        found = [prefill * PREFILL_TOKENS / seconds(llm, size, generator, prefill, PREFILL_TOKENS, 1) for _ in range(REPEATS + 1)]
+        found = [
+            prefill * PREFILL_TOKENS / seconds(llm, size, generator, prefill, PREFILL_TOKENS, 1) for _ in range(REPEATS + 1)
+        ]
         row["prefill"] = round(statistics.median(found[1:]), 1)
     return row
 

@@ -30,10 +30,11 @@ from lrq_vllm.kernels.hopper_table import STREAM, Tile
 
 TABLE = Path(__file__).parents[1] / "lrq_vllm" / "kernels" / "hopper_table.json"
 SCHEMES = {"w8a8": (8, True), "w4a8": (4, True), "w4a16": (4, False), "w3a16": (3, False)}
-TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 TILES = [
     *(Tile(tokens, split, blocks) for tokens in (16, 32, 64) for blocks in (1, 2) for split in (1, 2, 4, 8)),
-    *(Tile(tokens, split, 1) for tokens in (96, 128, 192, 256) for split in (1, 2)),
+    *(Tile(tokens, split) for tokens in (96, 128, 192, 256) for split in (1, 2)),
+    *(Tile(tokens, share=2) for tokens in (128, 192, 256)),
 ]
 WORTH = 1.015
 
@@ -109,7 +110,9 @@ def measured(weights: list[ArrangedWeight], tokens: int) -> dict[Tile | None, fl
         if tile is STREAM:
             return lambda x: stream_linear.stream_linear(x, weight, None)
         plan = tile_linear.plan(shape.bits, *tile, integer=shape.integer)
-        return lambda x: tile_linear.tile_linear(arrange_tokens(x, tile.tokens, integer=shape.integer), weight, None, plan)
+        if shape.integer:
+            return lambda x: tile_linear.tile_linear(arrange_tokens(x, tile.tokens), weight, None, plan)
+        return lambda x: tile_linear.tile_linear(x, weight, None, plan)
 
     return {
         tile: median(timed([layer(weight, tile) for weight in (weights if tokens <= 256 else weights[:4])], x))

@@ -1,31 +1,14 @@
-// Activations, quantized to 8 bits or as they are, in the order in which tensor cores meet an arranged weight.
+// Activations, quantized to 8 bits, in the order in which tensor cores meet an arranged weight.
 //
 // Twins: reference.quantize_per_token and quantize_static, but for the order. A row of x is cut into chunks of 64 inputs as the
-// weight is, and a chunk into UNITS units of 16 bytes. 8-bit inputs keep their order, so that a unit is a quarter of the chunk;
-// of 16-bit ones, unit u consists of word u of each quarter. Tokens come in tiles: `out` is [tiles][chunks][tile][UNITS][4]
-// words. A token's units are exchanged among themselves ("swizzled"), so that wgmma reads them without bank conflicts.
+// weight is, and a chunk into UNITS units of 16 inputs. Tokens come in tiles: `out` is [tiles][chunks][tile][UNITS][4] words. A
+// token's units are exchanged among themselves ("swizzled"), so that wgmma reads them without bank conflicts.
 //
-// A block takes ROWS tokens. Constants: X (0 as it is; to be quantized 1 per token, 2 by the calibrated step), FLOAT16, THREADS,
-// ROWS (a power of two, 8 at most), ITEMS (quarters of a thread). hopper.cuh comes before.
+// A block takes ROWS tokens. Constants: CALIBRATED (by the given step, else each token by its own), FLOAT16, THREADS, ROWS (a
+// power of two, 8 at most), ITEMS (quarters of a chunk, of a thread). hopper.cuh comes before.
 
-#define UNITS (X == 0 ? 8 : 4)
+#define UNITS 4
 #define WARPS (THREADS / 32)
-
-// Lanes that differ in the bit `other` exchange one word each: the lower one gives its second.
-__device__ __forceinline__ void exchange(u32& first, u32& second, int other, int lane) {
-    const bool upper = lane & other;
-    const u32 received = __shfl_xor_sync(0xffffffffu, upper ? first : second, other);
-    first = upper ? received : first;
-    second = upper ? second : received;
-}
-
-// Of four lanes with four words each: lane i gets word i of each lane.
-__device__ __forceinline__ void transpose(u32 words[4], int lane) {
-    exchange(words[0], words[2], 2, lane);
-    exchange(words[1], words[3], 2, lane);
-    exchange(words[0], words[1], 1, lane);
-    exchange(words[2], words[3], 1, lane);
-}
 
 // Over the lanes that have the same token.
 template <typename T, typename Combine> __device__ __forceinline__ T combined(T value, Combine combine) {
@@ -53,21 +36,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange_tokens(
         }
     auto store = [&](int quarter, int unit, const u32 unit_words[4]) {  // of this token, and of the quarter's chunk
         const u64 row = (u64)(token / tile * chunks + quarter / 4) * tile + token % tile;
-        const int place = unit ^ (UNITS == 8 ? token % 8 : token / 2 % 4);
+        const int place = unit ^ token / 2 % 4;
         if (token < tokens && quarter < 4 * chunks) ((Words*)out)[row * UNITS + place] = *(const Words*)unit_words;
     };
-#if X == 0
-#pragma unroll
-    for (int item = 0; item < ITEMS; item++) {
-        const int quarter = quarter_of(item);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            transpose(words[item][half].at, lane);
-            store(quarter, 4 * half + quarter % 4, words[item][half].at);
-        }
-    }
-#else
-#if X == 2
+#if CALIBRATED
     const Grid grid = {*x_step, __frcp_rn(*x_step), *x_zero - 128, 0};
 #else
     __shared__ float lows[WARPS][ROWS], highs[WARPS][ROWS];
@@ -116,5 +88,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange_tokens(
         for (int other = 0; other < WARPS; other++) total += totals[other][row];
         grids[token] = {grid.step, grid.inverse, grid.zero, total};
     }
-#endif
 }

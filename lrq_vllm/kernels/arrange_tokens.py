@@ -1,4 +1,4 @@
-"""CUDA C++: activations, quantized or as they are, in the order that the kernels for Hopper GPUs read (arrange_tokens.cu).
+"""CUDA C++: activations, quantized, in the order that the kernels for Hopper GPUs read (arrange_tokens.cu).
 
 Twins: reference.quantize_per_token and quantize_static, but for the order.
 """
@@ -23,24 +23,24 @@ _ROWS = (1, 2, 4)
 class ArrangedTokens(NamedTuple):
     """x [T, K] in this layout."""
 
-    words: Tensor  # int32 [tiles, chunks, tokens of a tile, 4 (quantized) or 8, 4]
+    words: Tensor  # int32 [tiles, chunks, tokens of a tile, 4, 4]
     grids: Tensor  # float32 [T, 4]: step, 1 / step, and the bits of int32: zero-point on the int8 grid, sum of the integers
     dtype: torch.dtype  # of x
     tokens: int  # T
 
 
-def arrange_tokens(x: Tensor, tile: int, *, integer: bool, static: Static | None = None) -> ArrangedTokens:
+def arrange_tokens(x: Tensor, tile: int, static: Static | None = None) -> ArrangedTokens:
     """Of x [T, K], bfloat16 or float16, K a multiple of 16, in tiles of ``tile`` tokens; those of the last one that x does not
-    have stay undefined. static: None quantizes per token if ``integer``.
+    have stay undefined. static: None quantizes per token.
     """
     x = aligned(x)
     tokens, inputs = x.shape
-    chunks, units = -(-inputs // CHUNK), 4 if integer else 8
-    words = torch.empty((-(-tokens // tile), chunks, tile, units, 4), dtype=torch.int32, device=x.device)
-    grids = torch.empty((tokens, 4), dtype=torch.float32, device=x.device) if integer else words
+    chunks = -(-inputs // CHUNK)
+    words = torch.empty((-(-tokens // tile), chunks, tile, 4, 4), dtype=torch.int32, device=x.device)
+    grids = torch.empty((tokens, 4), dtype=torch.float32, device=x.device)
     if tokens:
-        rows, kind = _rows(tokens), _kind(integer, static is not None)
-        kernel = _compiled(rows, chunks, kind, x.dtype == torch.float16, x.device)
+        rows = _rows(tokens)
+        kernel = _compiled(rows, chunks, static is not None, x.dtype == torch.float16, x.device)
         step, zero_point = static or (x, x)
         blocks = -(-tokens // rows)
         threads = _threads(rows, chunks)[0]
@@ -48,10 +48,9 @@ def arrange_tokens(x: Tensor, tile: int, *, integer: bool, static: Static | None
     return ArrangedTokens(words, grids, x.dtype, tokens)
 
 
-def sources(inputs: int, dtype: torch.dtype, *, integer: bool, static: bool) -> list[cuda_kernel.Source]:
+def sources(inputs: int, dtype: torch.dtype, *, static: bool) -> list[cuda_kernel.Source]:
     """What :func:`arrange_tokens` takes for so many inputs, whatever the number of tokens."""
-    kind = _kind(integer, static)
-    return [_source(rows, -(-inputs // CHUNK), kind, dtype == torch.float16) for rows in _ROWS]
+    return [_source(rows, -(-inputs // CHUNK), static, dtype == torch.float16) for rows in _ROWS]
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -63,10 +62,6 @@ def _rows(tokens: int) -> int:
     return 1 if tokens <= 128 else 2 if tokens < 512 else 4
 
 
-def _kind(integer: bool, static: bool) -> int:
-    return (2 if static else 1) if integer else 0
-
-
 def _threads(rows: int, chunks: int) -> tuple[int, int]:
     """Threads of a block, and how many quarters of chunks each of them has."""
     warps_of_work = -(-chunks * rows // 8)
@@ -74,12 +69,12 @@ def _threads(rows: int, chunks: int) -> tuple[int, int]:
     return 32 * -(-warps_of_work // items), items
 
 
-def _source(rows: int, chunks: int, kind: int, float16: bool) -> cuda_kernel.Source:
+def _source(rows: int, chunks: int, static: bool, float16: bool) -> cuda_kernel.Source:
     threads, items = _threads(rows, chunks)
-    constants = {"X": kind, "CALIBRATED": kind == 2, "FLOAT16": float16, "THREADS": threads, "ROWS": rows, "ITEMS": items}
+    constants = {"CALIBRATED": static, "FLOAT16": float16, "THREADS": threads, "ROWS": rows, "ITEMS": items}
     return cuda_kernel.source("arrange_tokens", constants, "hopper.cuh")
 
 
 @cache
-def _compiled(rows: int, chunks: int, kind: int, float16: bool, device: torch.device) -> cuda_kernel.CudaKernel:
-    return cuda_kernel.compiled(_source(rows, chunks, kind, float16), device)
+def _compiled(rows: int, chunks: int, static: bool, float16: bool, device: torch.device) -> cuda_kernel.CudaKernel:
+    return cuda_kernel.compiled(_source(rows, chunks, static, float16), device)

@@ -18,6 +18,7 @@ from lrq_vllm.kernels.reference import Static
 __all__ = ["arranged_linear", "prepare", "why_not"]
 
 _COMPILING_THREADS = 8
+_MOST_INPUTS = 2**31 // (16 * 15 * 128)  # of 4-bit weights that meet integers: 16 * q for half of the outputs
 
 
 def why_not(device: torch.device, weight: WeightShape) -> str | None:
@@ -31,6 +32,8 @@ def why_not(device: torch.device, weight: WeightShape) -> str | None:
         return f"{weight.bits}-bit weights with {8 if weight.integer else 16}-bit activations have no such kernel"
     if weight.in_features % 16 or weight.out_features % 8:
         return f"{weight.in_features} inputs and {weight.out_features} outputs are no multiples of 16 and 8"
+    if weight.bits == 4 and weight.integer and weight.in_features > _MOST_INPUTS:
+        return f"sums over {weight.in_features} inputs do not fit 32 bits while some are 16 times as large"
     return None
 
 
@@ -39,14 +42,15 @@ def arranged_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, stat
     tile = _tile(len(x), weight.shape, x.device, static=static is not None)
     if tile is STREAM:
         return stream_linear.stream_linear(x, weight, bias, static)
-    arranged = arrange_tokens.arrange_tokens(x, tile.tokens, integer=weight.shape.integer, static=static)
-    return tile_linear.tile_linear(arranged, weight, bias, _plan(tile, weight.shape, x.dtype))
+    plan = _plan(tile, weight.shape, x.dtype)
+    given = arrange_tokens.arrange_tokens(x, tile.tokens, static) if weight.shape.integer else x
+    return tile_linear.tile_linear(given, weight, bias, plan)
 
 
 @cache
 def prepare(weight: WeightShape, dtype: torch.dtype, device: torch.device, *, static: bool) -> None:
     """Compile every kernel that :func:`arranged_linear` may take for such a weight: a CUDA graph cannot record compiling."""
-    sources = set(arrange_tokens.sources(weight.in_features, dtype, integer=weight.integer, static=static))
+    sources = set(arrange_tokens.sources(weight.in_features, dtype, static=static)) if weight.integer else set()
     for tokens in (*range(1, stream_linear.MOST_TOKENS + 1), *(most + 1 for most, _ in choices(weight) if most is not None)):
         tile = _tile(tokens, weight, device, static=static)
         if tile is STREAM:
@@ -64,5 +68,5 @@ def _plan(tile: Tile, weight: WeightShape, dtype: torch.dtype) -> tile_linear.Pl
 def _tile(tokens: int, weight: WeightShape, device: torch.device, *, static: bool) -> Tile | None:
     tile = chosen(tokens, weight)
     if tile is STREAM and not stream_linear.takes(tokens, weight, device, static=static):
-        return Tile(16 if tokens <= 16 else 32, split=1, blocks=2)
+        return Tile(16 if tokens <= 16 else 32, blocks=2)
     return tile

@@ -1,11 +1,11 @@
 """The layout of a weight for the kernels of Hopper GPUs: chunks of 16 outputs x 64 inputs, ready for a warp's registers.
 
 Letters as in reference.py: N outputs, K inputs; steps are per channel. Of a chunk, lane 4 g + t of a warp's 32 takes 16 inputs
-of outputs g and g + 8 as the left operand of its tensor-core steps, without any shuffling. Which ones:
+of outputs g and g + 8 as the left operand of its tensor-core steps, without any shuffling: 4 t to 4 t + 3 of every 16 if
+activations are integers, else 2 t and 2 t + 1 of every 8, as the instructions count them.
 
-- 4 bits, integer activations: 4 t to 4 t + 3 of every 16, as the instruction counts them.
-- 16-bit activations: 16 t to 16 t + 15. The inputs are counted differently then, in x too: a lane reads neighbours.
-- 8 bits: as 4 bits. Tensor cores can also read them from shared memory themselves: rows of 64 bytes, "swizzled" by 64 bytes.
+Weights of 8 bits can also be read from shared memory by tensor cores themselves: rows of 64 bytes, "swizzled" by 64 bytes. In
+those of 4 and 3 bits, output g + 8 stands right above output g, where a mask finds it without a shift (weight_chunk.cuh).
 """
 
 from typing import NamedTuple
@@ -17,6 +17,8 @@ __all__ = ["CHUNK", "STRIPE", "ArrangedWeight", "WeightShape", "arrange", "arran
 
 STRIPE, CHUNK = 16, 64  # outputs and inputs of a chunk
 _SLICE = 64 * STRIPE  # outputs arranged at a time: the integers take 4 bytes each meanwhile
+_WORDS_OF_THREE_BITS = ((0, 1, 2, 3, 12), (4, 5, 6, 7, 14), (8, 9, 10, 11, 15))  # pairs, from the lowest bits up
+_TOP_PAIR = 13
 
 
 class WeightShape(NamedTuple):
@@ -66,23 +68,22 @@ def _arranged_slice(q: Tensor, bits: int, *, integer: bool) -> Tensor:
         units = padded.to(torch.int8).view(stripes, STRIPE, chunks, 4, 16).transpose(1, 2)
         row, place = torch.arange(STRIPE, device=q.device).unsqueeze(1), torch.arange(4, device=q.device)
         return units[:, :, row, place ^ (row // 2 % 4)].reshape(stripes, chunks, -1).view(torch.uint8)
-    if integer:  # [stripe, half, g, chunk, step, half of a byte, t, byte] to [.., stripe, chunk, g, t, half, step, byte]
-        low, high = padded.view(stripes, 2, 8, chunks, 2, 2, 4, 4).permute(5, 0, 3, 2, 6, 1, 4, 7)
+    if integer:  # [stripe, half, g, chunk, step, late, t, byte] to [half, stripe, chunk, g, t, step, late, byte]
+        low, high = padded.view(stripes, 2, 8, chunks, 2, 2, 4, 4).permute(1, 0, 3, 2, 6, 4, 5, 7)
         return (low | high << 4).to(torch.uint8).reshape(stripes, chunks, -1)
-    # [stripe, half, g, chunk, t, j] to [stripe, chunk, g, t, half, j]
-    values = padded.view(stripes, 2, 8, chunks, 4, 16).permute(0, 3, 2, 4, 1, 5)
-    # Pairs of neighbouring inputs: the even one goes to the low 16 bits of a word, the odd one to the high ones. In the order
-    # of a tensor-core step's registers: [stripe, chunk, g, t, step * (pair * half), 2].
-    pairs = values.unflatten(5, (4, 2, 2)).permute(0, 1, 2, 3, 5, 6, 4, 7).flatten(4, 6)
-    pairs = pairs[..., 0] | pairs[..., 1] << 16
+    # Pairs of neighbouring inputs: the even one goes to the low 16 bits of a word, the odd one to the high ones. From
+    # [stripe, half, g, chunk, step, late, t, 2] to [2, stripe, chunk, g, t, step * late * half].
+    low, high = padded.view(stripes, 2, 8, chunks, 4, 2, 4, 2).permute(7, 0, 3, 2, 6, 4, 5, 1).flatten(5)
+    pairs = low | high << 16
     if bits == 4:
         shifts = 4 * torch.arange(4, dtype=torch.int32, device=q.device)
         words = (pairs.unflatten(4, (4, 4)) << shifts).sum(dim=5, dtype=torch.int64)
         return words.to(torch.int32).reshape(stripes, chunks, -1).view(torch.uint8)
-    # 3 bits: five pairs fill 15 bits of each half of three words; the bits of the last pair are their top bits.
+    # 3 bits: five pairs fill 15 bits of each half of three words; the bits of one more pair are their top bits. This order
+    # leaves few shifts to the kernel (weight_chunk.cuh).
     shifts = 3 * torch.arange(5, dtype=torch.int32, device=q.device)
-    words = (pairs[..., :15].unflatten(4, (3, 5)).long() << shifts).sum(dim=5)
+    words = (pairs[..., _WORDS_OF_THREE_BITS].long() << shifts).sum(dim=5)
     bit = torch.arange(3, device=q.device)
-    words |= ((pairs[..., 15:].long() >> bit) & 0x00010001) << 15
+    words |= ((pairs[..., _TOP_PAIR].long().unsqueeze(4) >> bit) & 0x00010001) << 15
     signed = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     return signed.permute(0, 1, 4, 2, 3).reshape(stripes, chunks, -1).contiguous().view(torch.uint8)

@@ -29,13 +29,14 @@ __device__ __forceinline__ void arrive(u64* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(barrier)) : "memory");
 }
 
+// Of this barrier in another block of the cluster. It says nothing about what this block wrote.
 __device__ __forceinline__ void arrive_in_block(u64* barrier, u32 block) {
     asm volatile(
         "{\n .reg .b32 there;\n mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(address(barrier)), "r"(block) : "memory");
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(address(barrier)), "r"(block) : "memory");
 }
 
-// As wait_for, and what other blocks wrote before they arrived may be read.
+// As wait_for, once in the barrier's life, and what other blocks sent may be read.
 __device__ __forceinline__ void wait_for_blocks(u64* barrier) {
     asm volatile(
         "{\n .reg .pred done;\n"
@@ -62,13 +63,25 @@ __device__ __forceinline__ void fetch_hinted(void* here, const void* source, u32
         ::"r"(address(here)), "l"(source), "r"(bytes), "r"(address(barrier)), "l"(policy) : "memory");
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// A barrier of the cluster that passes nothing on but that barriers are initialized. With "release" it would wait until every load
+// that the multiprocessor has begun is done, weights included.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void store_in_block(void* here, u32 block, u32 value) {
-    u32 there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(here)), "r"(block));
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(there), "r"(value) : "memory");
+// To the same place in another block of the cluster; that block's `barrier` learns when the bytes are there.
+__device__ __forceinline__ void send(void* here, u32 block, u32 value, u64* barrier) {
+    asm volatile(
+        "{\n .reg .b32 there, learns;\n mapa.shared::cluster.u32 there, %0, %2;\n mapa.shared::cluster.u32 learns, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %3, [learns];\n}"
+        ::"r"(address(here)), "r"(address(barrier)), "r"(block), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ void send_words(void* here, u32 block, const Words& words, u64* barrier) {
+    asm volatile(
+        "{\n .reg .b32 there, learns;\n mapa.shared::cluster.u32 there, %0, %2;\n mapa.shared::cluster.u32 learns, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [there], {%3, %4, %5, %6}, [learns];\n}"
+        ::"r"(address(here)), "r"(address(barrier)), "r"(block), "r"(words.at[0]), "r"(words.at[1]), "r"(words.at[2]),
+          "r"(words.at[3]) : "memory");
 }
 
 __device__ __forceinline__ float low_half(u32 pair) {

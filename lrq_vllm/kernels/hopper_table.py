@@ -18,8 +18,9 @@ class Tile(NamedTuple):
     """Arguments of tile_linear.plan."""
 
     tokens: int
-    split: int
-    blocks: int
+    split: int = 1
+    blocks: int = 1
+    share: int = 1
 
 
 STREAM = None

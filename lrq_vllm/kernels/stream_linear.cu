@@ -26,27 +26,30 @@
 #define ADDERS 64  // threads that add up
 #define FILLER (WARPS + ADDERS / 32)  // the warp that fills the ring
 #define THREADS (32 * FILLER + 32)
+#define QUANTIZED_HERE 4  // tokens at most
 #define LED ((TURNS + CLUSTER - 1) / CLUSTER)  // turns that one block of a cluster finishes
+#define X_UNIT (FLOAT16 ? 1.0f : 0x1p64f)  // times which x is multiplied
 
 struct Shared {
-    u64 full[STAGES], empty[STAGES], facts_full, sums_full[REDUCTIONS], sums_empty[REDUCTIONS], parts_full[LED];
+    u64 full[STAGES], empty[STAGES], facts_full, sums_full[REDUCTIONS], sums_empty[REDUCTIONS], ends_full, parts_full[LED];
     Facts facts[TURNS];
     Grid grid[TOKENS];
     sum_t totals[WARPS][TOKENS], total[TOKENS];  // of x, over this block's inputs
     float low[WARPS][TOKENS], high[WARPS][TOKENS];
-    float block_low[CLUSTER][TOKENS], block_high[CLUSTER][TOKENS];
+    float ends[CLUSTER][2][TOKENS];  // low and high of the blocks
     sum_t parts[CLUSTER > 1 ? LED : 1][CLUSTER][CLUSTER > 1 ? OUTPUTS : 1];
-    union {
-        sum_t sums[REDUCTIONS][WARPS][TILES * 4][32];
-        __align__(16) u8 quantized[WARPS][8][64];
-    };
+    sum_t sums[REDUCTIONS][WARPS][TILES * 4][32];
+#if X == 1 || X == 2
+    __align__(16) u8 quantized[WARPS][QUANTIZED_HERE][64];
+#endif
 };
+static_assert(X == 0 || X == 3 || TILES == 1);
 static_assert(STAGES * STAGE_BYTES + sizeof(Shared) <= SHARED_BYTES, "stream_linear.plan counts too little");
 
 // Two neighbouring registers of x meet 16 outputs of the weight.
 __device__ __forceinline__ void multiply(sum_t sums[4], const u32 w[4], const u32* x) {
 #if INTEGER
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32." WEIGHT_TYPE ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
 #else
     asm("mma.sync.aligned.m16n8k16.row.col.f32." FORMAT "." FORMAT ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -66,6 +69,22 @@ __device__ __forceinline__ void multiply_chunk(
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) multiply(sums[tile], w, x[tile] + 2 * step);
     }
+}
+
+// Lanes that differ in the bit `other` exchange one word each: the lower one gives its second.
+__device__ __forceinline__ void exchange(u32& first, u32& second, int other, int lane) {
+    const bool upper = lane & other;
+    const u32 received = __shfl_xor_sync(0xffffffffu, upper ? first : second, other);
+    first = upper ? received : first;
+    second = upper ? second : received;
+}
+
+// Of four lanes with four words each: lane i gets word i of each lane.
+__device__ __forceinline__ void transpose(u32 words[4], int lane) {
+    exchange(words[0], words[2], 2, lane);
+    exchange(words[1], words[3], 2, lane);
+    exchange(words[0], words[1], 1, lane);
+    exchange(words[2], words[3], 1, lane);
 }
 
 // Which output and token of a stripe an element of the reduced tile is.
@@ -107,16 +126,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             init(&shared.sums_full[buffer], WARPS);
             init(&shared.sums_empty[buffer], ADDERS / 32);
         }
-        for (int led = 0; led < LED; led++) init(&shared.parts_full[led], CLUSTER * ADDERS / 32);
+        init(&shared.ends_full, 1);
+        for (int led = 0; led < LED; led++) init(&shared.parts_full[led], 1);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        for (; filled < min(STAGES, turns * pieces); filled++) fill(filled);
+        fill(filled++);
         expect(&shared.facts_full, turns * sizeof(Facts));
         for (int turn = 0; turn < turns; turn++)
             fetch_hinted(&shared.facts[turn], facts + group + turn * groups, sizeof(Facts), &shared.facts_full, policy);
+        for (; filled < min(STAGES, turns * pieces); filled++) fill(filled);
+#if CLUSTER > 1 && X == 1
+        expect(&shared.ends_full, CLUSTER * tokens * 2 * sizeof(float));
+#endif
+#if CLUSTER > 1
+        for (int led = 0; led < LED; led++) expect(&shared.parts_full[led], CLUSTER * OUTPUTS * sizeof(sum_t));
+#endif
     }
+#if CLUSTER > 1
+    __syncwarp();
+    cluster_arrive();
+#endif
 
-    // x into registers: lane (row, quarter) holds token `row` of each tile and the same 16 inputs of a chunk as of the weight.
+    // x into registers: lane (row, quarter) holds token `row` of each tile and the same inputs of a chunk as of the weight.
     u32 xs[CHUNKS][TILES][X_REGISTERS];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the next kernel may begin to do all that was done so far
     asm volatile("griddepcontrol.wait;" ::: "memory");  // for the kernel that makes x
@@ -127,11 +158,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             const int token = tile * 8 + row, input = chunk_at(chunk) * 64 + quarter * 16;
             const u8* const mine = x + ((u64)token * x_stride + input) * 2;
+            const bool inside = warp < WARPS && token < tokens && input < inputs;
+            Words even = load_words(mine, inside), odd = load_words(mine + 16, inside);
+            transpose(even.at, lane);
+            transpose(odd.at, lane);
 #pragma unroll
-            for (int part = 0; part < 2; part++) {
-                const Words words = load_words(mine + 16 * part, warp < WARPS && token < tokens && input < inputs);
-#pragma unroll
-                for (int i = 0; i < 4; i++) xs[chunk][tile][4 * part + i] = words.at[i];
+            for (int i = 0; i < 4; i++) {
+                xs[chunk][tile][2 * i] = even.at[i];
+                xs[chunk][tile][2 * i + 1] = odd.at[i];
             }
         }
     }
@@ -150,52 +184,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     if (thread < TOKENS) shared.grid[thread] = thread < tokens ? ((const Grid*)x_step)[thread] : Grid{0.0f, 0.0f, 0, 0};
 #else
     // A warp reads its inputs of one token after the other, two neighbours to a lane, and hands them on as bytes.
-    auto load_pair = [&](int tile, int token, int chunk) -> u32 {
-        const int input = chunk_at(chunk) * 64 + 2 * lane;
-        const bool inside = warp < WARPS && tile * 8 + token < tokens && input < inputs;
-        return inside ? *(const u32*)(x + ((u64)(tile * 8 + token) * x_stride + input) * 2) : 0;
-    };
-#define HELD (TILES * CHUNKS <= 8)  // whether pairs stay in registers until they are quantized
-#if HELD
-    u32 pairs[TILES][8][CHUNKS];
+    u32 pairs[QUANTIZED_HERE][CHUNKS];
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
+    for (int token = 0; token < QUANTIZED_HERE; token++)
 #pragma unroll
-        for (int token = 0; token < 8; token++)
-#pragma unroll
-            for (int chunk = 0; chunk < CHUNKS; chunk++) pairs[tile][token][chunk] = load_pair(tile, token, chunk);
-#endif
-#if HELD
-#define PAIR(tile, token, chunk) pairs[tile][token][chunk]
-#else
-#define PAIR(tile, token, chunk) load_pair(tile, token, chunk)
-#endif
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            const int input = chunk_at(chunk) * 64 + 2 * lane;
+            const bool inside = warp < WARPS && token < tokens && input < inputs;
+            pairs[token][chunk] = inside ? *(const u32*)(x + ((u64)token * x_stride + input) * 2) : 0;
+        }
 #if X == 2
-    if (thread < TOKENS) {
+    if (thread < tokens) {
         shared.grid[thread] = {*x_step, __frcp_rn(*x_step), *x_zero - 128, 0};
     }
-    __syncthreads();
 #else
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
+    for (int token = 0; token < QUANTIZED_HERE; token++)
+        if (token < tokens) {
+            float low = 0.0f, high = 0.0f;
 #pragma unroll
-        for (int token = 0; token < 8; token++)
-            if (tile * 8 + token < tokens) {
-                float low = 0.0f, high = 0.0f;
-#pragma unroll
-                for (int chunk = 0; chunk < CHUNKS; chunk++) {
-                    const u32 pair = PAIR(tile, token, chunk);
-                    const float a = low_half(pair), b = high_half(pair);
-                    low = fminf(low, fminf(a, b));
-                    high = fmaxf(high, fmaxf(a, b));
-                }
-                low = from_ordered(__reduce_min_sync(0xffffffffu, ordered(low)));
-                high = from_ordered(__reduce_max_sync(0xffffffffu, ordered(high)));
-                if (lane == 0 && warp < WARPS) {
-                    shared.low[warp][tile * 8 + token] = low;
-                    shared.high[warp][tile * 8 + token] = high;
-                }
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                const float a = low_half(pairs[token][chunk]), b = high_half(pairs[token][chunk]);
+                low = fminf(low, fminf(a, b));
+                high = fmaxf(high, fmaxf(a, b));
             }
+            low = from_ordered(__reduce_min_sync(0xffffffffu, ordered(low)));
+            high = from_ordered(__reduce_max_sync(0xffffffffu, ordered(high)));
+            if (lane == 0 && warp < WARPS) {
+                shared.low[warp][token] = low;
+                shared.high[warp][token] = high;
+            }
+        }
     __syncthreads();
     float low = 0.0f, high = 0.0f;
     if (thread < tokens) {
@@ -205,51 +224,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         }
     }
 #if CLUSTER > 1
-    cluster_arrive();  // every block of the cluster runs: its memory may be written
-    cluster_wait();
+    cluster_wait();  // every block of the cluster runs: its memory may be written
     if (thread < tokens) {
         for (int block = 0; block < CLUSTER; block++) {
-            store_in_block(&shared.block_low[rank][thread], block, __float_as_uint(low));
-            store_in_block(&shared.block_high[rank][thread], block, __float_as_uint(high));
+            send(&shared.ends[rank][0][thread], block, __float_as_uint(low), &shared.ends_full);
+            send(&shared.ends[rank][1][thread], block, __float_as_uint(high), &shared.ends_full);
         }
-    }
-    __syncwarp();
-    cluster_arrive();
-    cluster_wait();
-    if (thread < tokens) {
+        wait_for_blocks(&shared.ends_full);
         for (int block = 0; block < CLUSTER; block++) {
-            low = fminf(low, shared.block_low[block][thread]);
-            high = fmaxf(high, shared.block_high[block][thread]);
+            low = fminf(low, shared.ends[block][0][thread]);
+            high = fmaxf(high, shared.ends[block][1][thread]);
         }
     }
 #endif
-    if (thread < tokens) {
-        shared.grid[thread] = own_grid(low, high);
-    }
-    __syncthreads();
+    if (thread < tokens) shared.grid[thread] = own_grid(low, high);
 #endif
+#endif
+    __syncthreads();  // barriers are initialized, and grids known if the inputs are quantized here
+
     if (warp < WARPS) {
+#if X == 1 || X == 2
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++)
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            __syncwarp();
 #pragma unroll
-            for (int chunk = 0; chunk < CHUNKS; chunk++) {
-                __syncwarp();
+            for (int token = 0; token < QUANTIZED_HERE; token++)
+                if (token < tokens)
+                    *(unsigned short*)&shared.quantized[warp][token][2 * lane] = quantized_pair(pairs[token][chunk], shared.grid[token]);
+            __syncwarp();
 #pragma unroll
-                for (int token = 0; token < 8; token++)
-                    if (tile * 8 + token < tokens) {
-                        const u32 bytes = quantized_pair(PAIR(tile, token, chunk), shared.grid[tile * 8 + token]);
-                        *(unsigned short*)&shared.quantized[warp][token][2 * lane] = bytes;
-                    }
-                __syncwarp();
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const bool inside = tile * 8 + row < tokens && chunk_at(chunk) * 64 + i * 16 < inputs;
-                    xs[chunk][tile][i] = inside ? *(const u32*)&shared.quantized[warp][row][16 * i + 4 * quarter] : 0;
-                }
+            for (int i = 0; i < 4; i++) {
+                const bool inside = row < tokens && chunk_at(chunk) * 64 + i * 16 < inputs;
+                xs[chunk][0][i] = inside ? *(const u32*)&shared.quantized[warp][row][16 * i + 4 * quarter] : 0;
             }
-    }
+        }
 #endif
-    if (warp < WARPS) {
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             sum_t total = 0;
@@ -266,23 +275,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             total += __shfl_xor_sync(0xffffffffu, total, 2);
             if (quarter == 0) shared.totals[warp][tile * 8 + row] = total;
         }
-    }
-    __syncthreads();
-    if (thread < TOKENS) {
-        sum_t total = 0;
-        for (int other = 0; other < WARPS; other++) total += shared.totals[other][thread];
-        shared.total[thread] = total;
-    }
-    __syncthreads();
-#if CLUSTER > 1
-    __syncwarp();
-    cluster_arrive();  // every block of the cluster runs, and is done with its first sums: its memory may be written
-    cluster_wait();
+        asm volatile("bar.arrive 1, %0;" ::"n"(32 * WARPS + ADDERS) : "memory");
+#if !INTEGER && !FLOAT16
+        // Sums of products with UNIT would be subnormal.
+#pragma unroll
+        for (int chunk = 0; chunk < CHUNKS; chunk++)
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+                for (int i = 0; i < X_REGISTERS; i++)
+                    asm("mul.rn.bf16x2 %0, %0, %1;" : "+r"(xs[chunk][tile][i]) : "r"(0x5f805f80u));  // by X_UNIT
 #endif
-
-    wait_for(&shared.facts_full, 0);
-
-    if (warp < WARPS) {
         int stage = 0, parity = 0;
         for (int turn = 0; turn < turns; turn++) {
             sum_t sums[CHAINS][TILES][4];
@@ -319,6 +322,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         }
     } else if (warp < FILLER) {
         const int adder = thread - 32 * WARPS;
+        asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS + ADDERS) : "memory");
+        if (adder < TOKENS) {
+            sum_t total = 0;
+            for (int other = 0; other < WARPS; other++) total += shared.totals[other][adder];
+            shared.total[adder] = total;
+        }
+        asm volatile("bar.sync 2, %0;" ::"n"(ADDERS) : "memory");
+        wait_for(&shared.facts_full, 0);
+#if CLUSTER > 1 && X != 1
+        cluster_wait();  // every block of the cluster runs: its memory may be written
+#endif
         auto finish = [&](sum_t sum, int element, int turn) {
             const int stripe = group + turn * groups, output = output_of(element), n = stripe * 16 + output;
             const int token = token_of(element);
@@ -350,21 +364,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             for (int i = 0; i < OUTPUTS / ADDERS; i++) {
                 const int element = i * ADDERS + adder;
                 const int zero = shared.facts[turn].zero[output_of(element)];
+                const int high = i % 2;  // whether it is one of the outputs g + 8
 #if INTEGER
-                sums[i] -= zero * shared.total[token_of(element)];
+                sums[i] >>= high ? HIGH_BITS : 0;
 #else
-                sums[i] -= (MAGIC_VALUE + zero) * shared.total[token_of(element)];
+                sums[i] *= 1.0f / (UNIT * X_UNIT) / (high ? 1 << HIGH_BITS : 1);
 #endif
+                sums[i] -= zero * shared.total[token_of(element)];
 #if CLUSTER == 1
                 finish(sums[i], element, turn);
 #else
-                store_in_block(&shared.parts[turn / CLUSTER][rank][element], turn % CLUSTER, *(u32*)&sums[i]);
+                send(&shared.parts[turn / CLUSTER][rank][element], turn % CLUSTER, *(u32*)&sums[i], &shared.parts_full[turn / CLUSTER]);
 #endif
             }
-#if CLUSTER > 1
-            __syncwarp();
-            if (lane == 0) arrive_in_block(&shared.parts_full[turn / CLUSTER], turn % CLUSTER);
-#endif
         }
 #if CLUSTER > 1
         // The blocks of a cluster finish its stripes in turn.
@@ -387,9 +399,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             fill(stage);
         }
     }
-#if CLUSTER > 1
-    __syncwarp();
-    cluster_arrive();  // no block ends while another may still write to it
-    cluster_wait();
-#endif
+    // A block has waited for all that others send to it: it may end before them.
 }

@@ -23,7 +23,8 @@ MOST_TOKENS = 32
 _MOST_WARPS = 16
 _HELPERS = 96  # threads beside them, that add up and fill
 _SHARED_BYTES = 227 * 1024
-# Tokens up to which the kernel quantizes activations itself; for more that would take longer than a kernel of its own.
+# Tokens up to which the kernel quantizes activations itself (QUANTIZED_HERE); for more that would take longer than a kernel of
+# its own.
 _QUANTIZES_UP_TO = 4
 
 
@@ -83,7 +84,8 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
     """
     bits, integer, out_features, in_features = weight
     tiles = next((tiles for tiles in (1, 2, 4) if tokens <= 8 * tiles), None)
-    if tiles is None:
+    quantizes = x in (Input.PER_TOKEN, Input.STATIC)
+    if tiles is None or (quantizes and tokens > _QUANTIZES_UP_TO):
         return None
     total, held = -(-in_features // CHUNK), max(_HELD[x] // tiles, 1)
     cluster = next((cluster for cluster in (1, 2, 4, 8) if total <= cluster * _MOST_WARPS * held), None)
@@ -100,7 +102,7 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
     outputs, row = 128 * tiles, 8 * tiles
     led = -(-turns // cluster)
     fixed = 192 * turns + (12 * warps + 8 * cluster + 20) * row + 4 * reductions * warps * outputs
-    fixed += 16 * reductions + 8 * led + 96
+    fixed += 16 * reductions + 8 * led + 96 + (64 * _QUANTIZES_UP_TO * warps if quantizes else 0)
     fixed += 4 * led * cluster * outputs if cluster > 1 else 0
     stage = warps * piece * 128 * bits + 16
     stages = min(16, (_SHARED_BYTES - fixed) // stage)
@@ -119,7 +121,7 @@ def stream_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, static
     kind = _input(x.shape[0], weight.shape.integer, static is not None)
     if kind is not Input.QUANTIZED:
         return _launch(aligned(x), static or (x, x), weight, bias, kind, x.dtype)
-    arranged = arrange_tokens(x, len(x), integer=True, static=static)
+    arranged = arrange_tokens(x, len(x), static)
     return _launch(arranged.words, (arranged.grids, arranged.grids), weight, bias, kind, x.dtype)
 
 

@@ -1,18 +1,20 @@
 // y = x W^T for many tokens: tiles of 128 outputs x TOKENS tokens on wgmma.
 //
-// Twins: reference.integer_linear (INTEGER), reference.weight_only_linear. tile_linear.py compiles this file; arrange_tokens.cu
-// made x and `grids`.
+// Twins: reference.integer_linear (INTEGER), reference.weight_only_linear. tile_linear.py compiles this file. If INTEGER,
+// arrange_tokens.cu made x and `grids`; else x is as it came.
 //
-// The product is computed transposed: 64 outputs are the rows of a wgmma, tokens its columns. Two warpgroups have 64 outputs
-// each; one more warp fills a ring of STAGES buffers with STAGE_CHUNKS (even) chunks (64 inputs) of the weight and of x. 8-bit
-// weights go to the tensor cores from there, as x does. Others come from registers: while the tensor cores work on one chunk, a
-// warpgroup unpacks the next one.
+// The product is computed transposed: 64 outputs are the rows of a wgmma, tokens its columns. Two warpgroups multiply; one more
+// warp fills a ring of STAGES buffers with STAGE_CHUNKS (even) chunks (64 inputs) of the weight and of x. 8-bit weights go to the
+// tensor cores from there, as x does. Others come from registers: while the tensor cores work on one chunk, a warpgroup unpacks
+// the next one. Each has 64 outputs of a tile.
 //
-// A cluster is SPLIT blocks with the same tile and a part of the inputs each, whose sums are added up through shared memory in
-// the end; there is a cluster for each tile then. Otherwise blocks go on with the next tile.
+// A cluster is SPLIT blocks with the same tile and a part of the inputs each, which send each other their sums in the end; there
+// is a cluster for each tile then. Or it is SHARE blocks with the same tokens and outputs next to each other: each
+// fetches a part of the tokens for all. Otherwise, and then too, blocks go on with the next tile.
 //
-// Constants: BITS, INTEGER, FLOAT16, TOKENS, SPLIT, BLOCKS (1 or 2 that share a multiprocessor), STAGE_CHUNKS, STAGES, BAND
-// (tiles of tokens that take turns), and the macros of tile_linear.wgmma_macros. hopper.cuh and weight_chunk.cuh come before.
+// Constants: BITS, INTEGER, FLOAT16, TOKENS, SPLIT, SHARE (one of them is 1), BLOCKS (1 or 2 that share a multiprocessor),
+// STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns), and the macros of tile_linear._wgmma_macros. hopper.cuh and
+// weight_chunk.cuh come before.
 
 #define UNITS (2 * STEPS)  // of 16 bytes, for a token and chunk
 #define STRIPES 8  // of a tile
@@ -23,27 +25,53 @@
 #define BOX_CHUNKS (BITS == 8 ? 1 : STAGE_CHUNKS)  // that are fetched at once: 8 x 64 bytes follow each other at 8 bits
 #define CONSUMERS 256
 #define THREADS (CONSUMERS + 128)
-// Registers of a thread: all that there are for those that multiply, a few for the others.
-#if BLOCKS == 1
-#define MANY "216"  // 2 * 216 + 72 = 3 * 168
-#define FEW "72"
-#else
-#define MANY "104"  // 2 * 104 + 32 = 3 * 80
+// Registers of a thread: all that there are for those that multiply, a few for the others. 2 * MANY + FEW is 3 * 168 or 3 * 80.
+#if BLOCKS == 2
+#define MANY "104"
 #define FEW "32"
+#else
+#define MANY "216"
+#define FEW "72"
 #endif
 #define COLUMNS (TOKENS / 8)  // of 8 tokens
+#define CLUSTER (SPLIT * SHARE)
+#define WARPS (CONSUMERS / 32)  // that multiply
+#define OWN_COLUMNS ((COLUMNS + SPLIT - 1) / SPLIT)  // that a block finishes, at most
 
 static_assert(STAGE_CHUNKS % 2 == 0);  // chunks take turns with the registers
+static_assert(SPLIT == 1 || SHARE == 1);
 
-struct Shared { u64 full[STAGES], empty[STAGES]; };
+struct Shared {
+#if INTEGER
+    Grid grids[2][TOKENS];  // of a tile, for each warpgroup
+    Facts facts[2][STRIPES];
+#endif
+    u64 full[STAGES], empty[STAGES], grids_full[2];
+    u64 parts_full;  // what the other blocks sum up has come
+};
 
-// What cuTensorMapEncodeTiled makes of the weight: rows are stripes, their elements 8 bytes, boxes STRIPES x BOX_CHUNKS chunks.
+// What cuTensorMapEncodeTiled makes of an array with elements of 8 bytes. The weight: rows are stripes, boxes STRIPES x BOX_CHUNKS
+// chunks. x: rows are tokens, boxes TOKENS / SHARE x 64 inputs, swizzled.
 struct __align__(64) TensorMap { u64 at[16]; };
 
 __device__ __forceinline__ void fetch_box(void* here, const TensorMap& map, int element, int row, u64* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         ::"r"(address(here)), "l"(&map), "r"(element), "r"(row), "r"(address(barrier)) : "memory");
+}
+
+// As those two, but to the same place in each block of the cluster, and each block's barrier learns of it.
+#define ALL_BLOCKS ((unsigned short)((1 << CLUSTER) - 1))
+__device__ __forceinline__ void fetch_box_for_all(void* here, const TensorMap& map, int element, int row, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+        ::"r"(address(here)), "l"(&map), "r"(element), "r"(row), "r"(address(barrier)), "h"(ALL_BLOCKS) : "memory");
+}
+
+__device__ __forceinline__ void fetch_for_all(void* here, const void* source, u32 bytes, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
+        ::"r"(address(here)), "l"(source), "r"(bytes), "r"(address(barrier)), "h"(ALL_BLOCKS) : "memory");
 }
 
 // An operand that the tensor cores read from shared memory: rows of 64 or 128 bytes, swizzled by as many.
@@ -61,7 +89,7 @@ __device__ __forceinline__ void multiply(sum_t (&sums)[TOKENS / 2], const Left& 
     asm volatile(
         "{\n .reg .pred add;\n setp.eq.u32 add, 0, 0;\n"
 #if INTEGER
-        "wgmma.mma_async.sync.aligned.m64n" WGMMA_TOKENS "k32.s32.s8.s8 " WGMMA_OPERANDS ", add;\n}"
+        "wgmma.mma_async.sync.aligned.m64n" WGMMA_TOKENS "k32.s32." WEIGHT_TYPE ".s8 " WGMMA_OPERANDS ", add;\n}"
 #else
         "wgmma.mma_async.sync.aligned.m64n" WGMMA_TOKENS "k16.f32." FORMAT "." FORMAT " " WGMMA_OPERANDS ", add, 1, 1, 0;\n}"
 #endif
@@ -69,12 +97,23 @@ __device__ __forceinline__ void multiply(sum_t (&sums)[TOKENS / 2], const Left& 
 }
 
 #if !INTEGER
-__device__ __forceinline__ u32 minus(u32 pair, u32 other) {
+// Weights that meet 16-bit activations are (q - zero_point) * FRACTION: an operand times FRACTION / UNIT, less the rest.
+#if FLOAT16
+#define FRACTION 0x1p-9f
+#define ONE_BY_UNIT 0x7800u  // as 16-bit floats: FRACTION / UNIT
+#define HIGH_BY_UNIT (0x7800u - (HIGH_BITS << 10))  // ... / 2^HIGH_BITS
+#else
+#define FRACTION 0x1p-6f
+#define ONE_BY_UNIT 0x7f00u
+#define HIGH_BY_UNIT (0x7f00u - (HIGH_BITS << 7))
+#endif
+
+__device__ __forceinline__ u32 scaled(u32 pair, u32 factor, u32 offset) {
     u32 result;
 #if FLOAT16
-    asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(other));
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(pair), "r"(factor), "r"(offset));
 #else
-    asm("sub.rn.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(pair), "r"(other));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(pair), "r"(factor), "r"(offset));
 #endif
     return result;
 }
@@ -86,15 +125,21 @@ __device__ __forceinline__ u32 turned(u32 pair) {  // an 8 x 8 matrix of a warp,
     return result;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(SPLIT, 1, 1) tile_linear(
-    const __grid_constant__ TensorMap weight, const u8* x, const Grid* grids, const Facts* facts, const unsigned short* bias, unsigned short* y,
+#if INTEGER
+#define X_TYPE const u8*
+#else
+#define X_TYPE const __grid_constant__ TensorMap
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(CLUSTER, 1, 1) tile_linear(
+    const __grid_constant__ TensorMap weight, X_TYPE x, const Grid* grids, const Facts* facts, const unsigned short* bias, unsigned short* y,
     int has_bias, int tokens, int outputs, int chunks, int stripes) {
     extern __shared__ __align__(1024) u8 memory[];
     u8* const ring = memory;
     Shared& shared = *(Shared*)(memory + STAGES * STAGE_BYTES);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-    const int rank = blockIdx.x % SPLIT, cluster = blockIdx.x / SPLIT, clusters = gridDim.x / SPLIT;
-    const int wide = (outputs + 127) / 128, high = (tokens + TOKENS - 1) / TOKENS;  // in tiles
+    const int rank = blockIdx.x % CLUSTER, cluster = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
+    const int wide = (outputs + 128 * SHARE - 1) / (128 * SHARE), high = (tokens + TOKENS - 1) / TOKENS;  // in clusters' tiles
     // This block's chunks, and in how many stages they come.
     const int share = ((chunks + SPLIT - 1) / SPLIT + STAGE_CHUNKS - 1) / STAGE_CHUNKS * STAGE_CHUNKS;
     const int first = SPLIT > 1 ? min(rank * share, chunks) : 0, end = min(first + share, chunks);
@@ -102,19 +147,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
     // Tiles near each other in time share tokens or outputs, so that the cache serves them.
     auto place_of = [&](int tile, int& stripe, int& token) {
         const int band = tile / (BAND * wide), within = tile % (BAND * wide), height = min(high - band * BAND, BAND);
-        stripe = within / height * STRIPES;
+        stripe = (within / height * SHARE + rank % SHARE) * STRIPES;
         token = (band * BAND + within % height) * TOKENS;
     };
 
     if (thread == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
             init(&shared.full[stage], 1);
-            init(&shared.empty[stage], CONSUMERS / 32);
+            init(&shared.empty[stage], WARPS * SHARE);
         }
+        for (int group = 0; group < 2; group++) init(&shared.grids_full[group], 1);
+        init(&shared.parts_full, 1);
+        if (SPLIT > 1) expect(&shared.parts_full, (SPLIT - 1) * ((COLUMNS - rank + SPLIT - 1) / SPLIT) * CONSUMERS * 16);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
-#if SPLIT > 1
+#if SHARE > 1
     __syncwarp();
     cluster_arrive();
     cluster_wait();
@@ -135,8 +183,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                 }
             };
             auto fill_x = [&](int at, int begin, int count, int token) {
+                u8* const here = ring + at * STAGE_BYTES + WEIGHT_BYTES;
+                [[maybe_unused]] const int part = rank % SHARE * (TOKEN_BYTES / SHARE);
+#if INTEGER
                 const u8* const source = x + ((u64)(token / TOKENS) * chunks + begin) * TOKEN_BYTES;
-                fetch(ring + at * STAGE_BYTES + WEIGHT_BYTES, source, count * TOKEN_BYTES, &shared.full[at]);
+#if SHARE > 1
+                for (int chunk = 0; chunk < count; chunk++) {
+                    const int offset = chunk * TOKEN_BYTES + part;
+                    fetch_for_all(here + offset, source + offset, TOKEN_BYTES / SHARE, &shared.full[at]);
+                }
+#else
+                fetch(here, source, count * TOKEN_BYTES, &shared.full[at]);
+#endif
+#else
+                for (int chunk = 0; chunk < count; chunk++) {
+                    const int element = (begin + chunk) * (ROW_BYTES / 8);
+#if SHARE > 1
+                    fetch_box_for_all(here + chunk * TOKEN_BYTES + part, x, element, token + part / ROW_BYTES, &shared.full[at]);
+#else
+                    fetch_box(here + chunk * TOKEN_BYTES, x, element, token, &shared.full[at]);
+#endif
+                }
+#endif
             };
             int stripe, token;
             bool made = false;  // whether x may be read
@@ -164,20 +232,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
         const int row = lane / 4, quarter = lane % 4;
         int stage = 0, parity = 0;
         auto release = [&](int done) {
+#if SHARE > 1
+            if (lane < SHARE) arrive_in_block(&shared.empty[done], lane);
+#else
             if (lane == 0) arrive(&shared.empty[done]);
+#endif
         };
+        [[maybe_unused]] const int group = warp / 4;
+        [[maybe_unused]] int grids_parity = 0;
         for (int tile = cluster; tile < wide * high; tile += clusters) {
             int stripe, token;
             place_of(tile, stripe, token);
-            stripe += warp;  // the warp's own: 16 outputs
-            const bool inside = stripe < stripes;
-            const Facts& of = facts[inside ? stripe : 0];
-#if !INTEGER
-            u32 zeros[2];
+#if INTEGER
+            asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");  // the warpgroup is done with the tile before
+            if (thread % 128 == 0) {
+                asm volatile("griddepcontrol.wait;" ::: "memory");  // for the kernel that made grids
+                const int grid_bytes = min(tokens - token, TOKENS) * sizeof(Grid);
+                const int facts_bytes = min(max(stripes - stripe, 0), STRIPES) * sizeof(Facts);
+                expect(&shared.grids_full[group], grid_bytes + facts_bytes);
+                fetch(shared.grids[group], grids + token, grid_bytes, &shared.grids_full[group]);
+                if (facts_bytes) fetch(shared.facts[group], facts + stripe, facts_bytes, &shared.grids_full[group]);
+            }
+#else
+            const Facts& of = facts[min(stripe + warp, stripes - 1)];
+            float steps_of[2];  // of outputs g and g + 8
+            u32 offsets[2];  // -zero_point
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const u32 zero = of.zero[row + 8 * half];
-                zeros[half] = MAGIC + zero * 0x00010001u;  // MAGIC_VALUE + zero, twice
+            for (int i = 0; i < 2; i++) {
+                steps_of[i] = of.step[row + 8 * i] / FRACTION;
+                offsets[i] = half_bits(-FRACTION * of.zero[row + 8 * i]) * 0x00010001u;
             }
 #endif
             sum_t sums[TOKENS / 2];
@@ -193,7 +276,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                     operands(into[step].at, loaded, step);
 #if !INTEGER
 #pragma unroll
-                    for (int i = 0; i < 4; i++) into[step].at[i] = minus(into[step].at[i], zeros[i % 2]);
+                    for (int i = 0; i < 4; i++)
+                        into[step].at[i] =
+                            scaled(into[step].at[i], (i % 2 ? HIGH_BY_UNIT : ONE_BY_UNIT) * 0x00010001u, offsets[i % 2]);
 #endif
                 }
             };
@@ -231,55 +316,56 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
             if (steps) release(stage ? stage - 1 : STAGES - 1);
 
 #if SPLIT > 1
-            // This block's sums, four of a thread and column side by side, where the ring was.
-            struct __align__(16) Four { sum_t at[4]; };
-            Four* const parts = (Four*)ring;
-            asm volatile("bar.sync 1, 256;" ::: "memory");
-#pragma unroll
-            for (int column = 0; column < COLUMNS; column++)
-                parts[column * CONSUMERS + thread] = *(const Four*)&sums[4 * column];
+            // Every block finishes each so-manieth column; the others send their sums of it to where the ring was.
+            sum_t (*const parts)[CONSUMERS][4] = (sum_t (*)[CONSUMERS][4])ring;
             cluster_arrive();
-            cluster_wait();
+            cluster_wait();  // nobody uses the ring any more
+#pragma unroll
+            for (int column = 0; column < COLUMNS; column++) {
+                const int owner = column % SPLIT, sender = (rank - owner + SPLIT - 1) % SPLIT;
+                Words four;
+#pragma unroll
+                for (int i = 0; i < 4; i++) four.at[i] = *(const u32*)&sums[4 * column + i];
+                if (owner != rank) send_words(parts[sender * OWN_COLUMNS + column / SPLIT][thread], owner, four, &shared.parts_full);
+            }
+            wait_for_blocks(&shared.parts_full);
 #endif
-            asm volatile("griddepcontrol.wait;" ::: "memory");  // for the kernel that made grids
-            const int output = stripe * 16 + row, place = stripe * 16 + (quarter % 2 ? 8 + 2 * (quarter - 1) : 2 * quarter);
-            const float step_low = of.step[row], step_high = of.step[row + 8];
+            asm volatile("griddepcontrol.wait;" ::: "memory");  // somebody may still read what will be y
 #if INTEGER
-            const int zero_low = of.zero[row], zero_high = of.zero[row + 8];
-            const int total_low = of.total[row], total_high = of.total[row + 8];
+            wait_for(&shared.grids_full[group], grids_parity);
+            grids_parity ^= 1;
 #endif
+            const int own = stripe + warp;
+#if INTEGER
+            const Facts& of = shared.facts[group][warp];
+            const float steps_of[2] = {of.step[row], of.step[row + 8]};
+            const int zeros[2] = {of.zero[row], of.zero[row + 8]}, totals[2] = {of.total[row], of.total[row + 8]};
+#endif
+            const int output = own * 16 + row, place = own * 16 + (quarter % 2 ? 8 + 2 * (quarter - 1) : 2 * quarter);
             const float bias_low = has_bias && output < outputs ? low_half(bias[output]) : 0.0f;
             const float bias_high = has_bias && output + 8 < outputs ? low_half(bias[output + 8]) : 0.0f;
 #pragma unroll
             for (int column = 0; column < COLUMNS; column++) {
                 if (SPLIT > 1 && column % SPLIT != rank) continue;
+                asm volatile("" ::: "memory");  // grids stay in shared memory until they are used
                 sum_t four[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) four[i] = sums[4 * column + i];
 #if SPLIT > 1
 #pragma unroll
-                for (int other = 1; other < SPLIT; other++) {
-                    u32 there;
-                    Four part;
-                    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there)
-                        : "r"(address(&parts[column * CONSUMERS + thread])), "r"((rank + other) % SPLIT));
-                    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
-                        : "=r"(*(u32*)&part.at[0]), "=r"(*(u32*)&part.at[1]), "=r"(*(u32*)&part.at[2]), "=r"(*(u32*)&part.at[3])
-                        : "r"(there) : "memory");
+                for (int sender = 0; sender < SPLIT - 1; sender++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) four[i] += part.at[i];
-                }
+                    for (int i = 0; i < 4; i++) four[i] += parts[sender * OWN_COLUMNS + column / SPLIT][thread][i];
 #endif
                 float values[4];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
 #if INTEGER
-                    const int mine = token + 8 * column + 2 * quarter + i % 2;
-                    const Grid grid = grids[min(mine, tokens - 1)];
-                    const int sum = four[i] - grid.zero * (i < 2 ? total_low : total_high) - grid.total * (i < 2 ? zero_low : zero_high);
-                    values[i] = __fmul_rn(__fmul_rn((float)sum, grid.step), i < 2 ? step_low : step_high);
+                    const Grid grid = shared.grids[group][8 * column + 2 * quarter + i % 2];
+                    const int sum = (four[i] >> (i / 2 ? HIGH_BITS : 0)) - grid.zero * totals[i / 2] - grid.total * zeros[i / 2];
+                    values[i] = __fmul_rn(__fmul_rn((float)sum, grid.step), steps_of[i / 2]);
 #else
-                    values[i] = __fmul_rn(four[i], i < 2 ? step_low : step_high);
+                    values[i] = __fmul_rn(four[i], steps_of[i / 2]);
 #endif
                     if (has_bias) values[i] = __fadd_rn(values[i], i < 2 ? bias_low : bias_high);
                 }
@@ -288,18 +374,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(S
                 const u32 high_outputs = turned(half_bits(values[2]) | (u32)half_bits(values[3]) << 16);
                 const u32 sent = __shfl_xor_sync(0xffffffffu, quarter % 2 ? low : high_outputs, 1);
                 const u64 four_outputs = quarter % 2 ? (u64)high_outputs << 32 | sent : (u64)sent << 32 | low;
-                const int mine = token + 8 * column + row;
-                if (inside && mine < tokens && place < outputs) *(u64*)(y + (u64)mine * outputs + place) = four_outputs;
+                const int to = token + 8 * column + row;
+                if (to < tokens && place < outputs) *(u64*)(y + (u64)to * outputs + place) = four_outputs;
             }
         }
     }
 #if SPLIT > 1
     if (warp >= CONSUMERS / 32) {
-        cluster_arrive();  // with the consumers' first one
+        __syncwarp();
+        cluster_arrive();  // with the consumers
         cluster_wait();
     }
+#endif
+    // If the inputs are split, a block has waited for all that others send to it, and may end before them.
+#if SHARE > 1
     __syncwarp();
-    cluster_arrive();  // no block ends while another still reads its memory
+    cluster_arrive();  // no block ends while another still uses its memory
     cluster_wait();
 #endif
 }

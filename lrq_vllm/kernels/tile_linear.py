@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.kernels import cuda_kernel
-from lrq_vllm.kernels.arrange_tokens import ArrangedTokens
-from lrq_vllm.kernels.arranged_weight import STRIPE, ArrangedWeight
+from lrq_vllm.kernels.arrange_tokens import ArrangedTokens, aligned
+from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight
 
 __all__ = ["Plan", "plan", "tile_linear"]
 
@@ -31,6 +31,7 @@ class Plan:
     tokens: int
     split: int
     blocks: int
+    share: int
     stage_chunks: int
     stages: int
     band: int
@@ -44,36 +45,47 @@ class Plan:
         return cuda_kernel.source("tile_linear", constants, *headers, shared_bytes=self.shared_bytes, macros=macros)
 
 
-def plan(bits: int, tokens: int, split: int, blocks: int, *, integer: bool, float16: bool = False) -> Plan:
-    """The kernel with tiles of ``tokens`` and clusters of ``split``, and as long a ring as there is memory for.
+def plan(
+    bits: int, tokens: int, split: int = 1, blocks: int = 1, share: int = 1, *, integer: bool, float16: bool = False
+) -> Plan:  # fmt: skip
+    """The kernel with tiles of ``tokens``, and as long a ring as there is memory for.
 
-    tokens: a multiple of 16, 256 at most. split: 1, 2, 4 or 8. blocks: 2 share a multiprocessor, each with half its registers,
-    which is enough for 64 tokens; or 1.
+    tokens: a multiple of 16, 256 at most. split: 1, 2, 4 or 8 blocks of a cluster sum up one tile. blocks: 2 share a
+    multiprocessor, each with half its registers, which is enough for 64 tokens; or 1. share: 1, or 2 blocks of a cluster fetch
+    tokens for each other; with split 1.
     """
     stage_chunks = 4 if bits <= 4 and tokens <= 64 and blocks == 1 else 2
     stage = stage_chunks * (128 * bits * 8 + 16 * tokens * (4 if integer else 8))
-    stages = min(12, (_SHARED_BYTES // blocks - 1024) // (stage + 16))
-    return Plan(bits, integer, float16, tokens, split, blocks, stage_chunks, stages, _BAND, stages * (stage + 16))
+    fixed = 48 + (2 * (16 * tokens + 8 * 12 * STRIPE) if integer else 0)
+    stages = min(12, (_SHARED_BYTES // blocks - 1024 - fixed) // (stage + 16))
+    shared_bytes = stages * (stage + 16) + fixed
+    return Plan(bits, integer, float16, tokens, split, blocks, share, stage_chunks, stages, _BAND, shared_bytes)
 
 
-def tile_linear(x: ArrangedTokens, weight: ArrangedWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
-    """y [T, N] in x's dtype, for x in tiles of ``chosen.tokens``."""
-    tokens, device = x.tokens, x.words.device
-    outputs = weight.shape.out_features
-    y = torch.empty((tokens, outputs), dtype=x.dtype, device=device)
+def tile_linear(x: ArrangedTokens | Tensor, weight: ArrangedWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
+    """y [T, N] in x's dtype. x: in tiles of ``chosen.tokens`` if the weight meets integers, else [T, K]."""
+    stripes, chunks, _ = weight.q.shape
+    outputs, inputs = weight.shape.out_features, weight.shape.in_features
+    if isinstance(x, ArrangedTokens):
+        tokens, given, grids = x.tokens, x.words, x.grids
+    else:
+        x = aligned(x)
+        tokens, grids = len(x), x
+        box = chosen.tokens // chosen.share, 2 * CHUNK
+        given = cuda_kernel.boxes(x.data_ptr(), tokens, 2 * inputs, box, stride=2 * x.stride(0), swizzled=True) if tokens else x
+    y = torch.empty((tokens, outputs), dtype=x.dtype, device=weight.q.device)
     if not tokens:
         return y
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    stripes, chunks, _ = weight.q.shape
-    tiles = -(-outputs // _OUTPUTS) * -(-tokens // chosen.tokens)
-    blocks = tiles * chosen.split if chosen.split > 1 else min(tiles, processors * chosen.blocks)
+    processors = torch.cuda.get_device_properties(y.device).multi_processor_count
+    tiles = -(-outputs // (_OUTPUTS * chosen.share)) * -(-tokens // chosen.tokens)  # of clusters
+    clusters = tiles if chosen.split > 1 else min(tiles, processors * chosen.blocks // chosen.share)
     chunk_bytes = 128 * weight.shape.bits
     box = _OUTPUTS // STRIPE, chunk_bytes * (1 if weight.shape.bits == 8 else chosen.stage_chunks)
     boxes = cuda_kernel.boxes(weight.q.data_ptr(), stripes, chunks * chunk_bytes, box)
-    _compiled(chosen, device).launch(
-        blocks, _THREADS,
+    _compiled(chosen, y.device).launch(
+        clusters * chosen.split * chosen.share, _THREADS,
         [
-            boxes, x.words, x.grids, weight.facts, y if bias is None else bias, y,
+            boxes, given, grids, weight.facts, y if bias is None else bias, y,
             int(bias is not None), tokens, outputs, chunks, stripes,
         ],
     )  # fmt: skip

@@ -1,7 +1,10 @@
 // A chunk of the weight (arranged_weight.py): from shared memory to the operands of tensor-core steps.
 //
-// Constants: BITS (8, 4, 3), INTEGER (whether it meets 8-bit activations), FLOAT16. Weights that meet 16-bit activations become
-// MAGIC_VALUE + q, which takes one instruction.
+// Constants: BITS (8, 4, 3), INTEGER (whether it meets 8-bit activations), FLOAT16.
+//
+// Weights of 4 and 3 bits become operands by masks alone, and one shift for two of them. A whole number below 256 in the lowest
+// bits of a 16-bit float is that number times UNIT, the smallest float above 0: this holds among the subnormal floats and right
+// above them. So the operands are q * UNIT for outputs g, and q * UNIT * 2^HIGH_BITS for outputs g + 8, whose bits stand higher.
 
 #define CHUNK_BYTES (BITS * 128)  // 16 outputs x 64 inputs
 #if INTEGER
@@ -14,13 +17,18 @@ typedef float sum_t;
 #define X_REGISTERS 8
 #if FLOAT16
 #define FORMAT "f16"
-#define MAGIC 0x64006400u  // 1024 | q is 1024 + q
-#define MAGIC_VALUE 1024.0f
+#define UNIT 0x1p-24f
 #else
 #define FORMAT "bf16"
-#define MAGIC 0x43004300u  // 128 | q is 128 + q
-#define MAGIC_VALUE 128.0f
+#define UNIT 0x1p-133f
 #endif
+#endif
+#if BITS == 8
+#define WEIGHT_TYPE "s8"
+#define HIGH_BITS 0
+#else
+#define WEIGHT_TYPE "u8"
+#define HIGH_BITS BITS
 #endif
 
 // Steps, zero-points and totals of a stripe's outputs.
@@ -49,32 +57,24 @@ __device__ __forceinline__ Chunk load_chunk(const u8* chunk, int lane) {
     return loaded;
 }
 
-#if !INTEGER
-__device__ __forceinline__ u32 floats(u32 word, u32 mask) {
-    u32 result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(MAGIC));  // (word & mask) | MAGIC
-    return result;
-}
-#endif
-
 // The left operand of one tensor-core step: outputs g, g + 8, g, g + 8 of lane 4 g + t; the first two with earlier inputs.
 __device__ __forceinline__ void operands(u32 w[4], const Chunk& chunk, int step) {
-#if INTEGER && BITS == 8
-#pragma unroll
-    for (int i = 0; i < 4; i++) w[i] = chunk.at[4 * (i % 2) + 2 * step + i / 2];
-#elif INTEGER
-#pragma unroll
-    for (int i = 0; i < 4; i++) w[i] = (chunk.at[2 * (i % 2) + step] >> (4 * (i / 2))) & 0x0f0f0f0fu;
-#elif BITS == 4
-#pragma unroll
-    for (int i = 0; i < 4; i++) w[i] = floats(chunk.at[step] >> (4 * i), 0x000f000fu);
-#else
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const int place = 4 * step + i;
-        w[i] = place < 15 ? floats(chunk.at[place < 15 ? place / 5 : 0] >> (3 * (place % 5)), 0x00070007u)
-                          : ((chunk.at[0] >> 15) & 0x00010001u) | ((chunk.at[1] >> 14) & 0x00020002u)
-                                | ((chunk.at[2] >> 13) & 0x00040004u) | MAGIC;
-    }
+        const int high = i % 2, late = i / 2;
+#if BITS == 8
+        w[i] = chunk.at[4 * high + 2 * step + late];
+#elif INTEGER
+        w[i] = chunk.at[2 * step + late] & (high ? 0xf0f0f0f0u : 0x0f0f0f0fu);
+#elif BITS == 4
+        w[i] = (chunk.at[step] >> (8 * late)) & (high ? 0x00f000f0u : 0x000f000fu);
+#else
+        const u32 mask = high ? 0x00380038u : 0x00070007u;
+        if (step < 3) w[i] = (chunk.at[step] >> (6 * late)) & mask;
+        else if (late) w[i] = (chunk.at[1 + high] >> (high ? 9 : 12)) & mask;
+        else if (!high) w[i] = (chunk.at[0] >> 12) & mask;
+        else
+            w[i] = ((chunk.at[0] >> 12) & 0x00080008u) | ((chunk.at[1] >> 11) & 0x00100010u) | ((chunk.at[2] >> 10) & 0x00200020u);
 #endif
+    }
 }
