@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Microseconds of one linear layer with random weights, ours against every stock path, on the same tensors in one run.
 
-    python bench/linear.py --out bench/results/linear-h200.json                          # needs vLLM for CUDA beside lrq
+    python bench/linear.py --out bench/results/linear-h100.json                          # needs vLLM for CUDA beside lrq
     python bench/linear.py --schemes w4a16 --shapes gate_up --tokens 1 16 --skip Humming
 
 A time is the median of replays of a CUDA graph in which layers of equal shape, more weight memory than the cache holds, run
-one after the other. "floor" is what reading the weight once takes at the speed at which this GPU copies memory, or the products
-at the tensor cores' peak.
+one after the other. "floor" is what reading the weight once takes at the speed at which such a GPU copies memory, or the
+products at the tensor cores' peak.
 A candidate that does not run, or whose result is not the product, is listed with the reason.
 """
 
@@ -30,10 +30,11 @@ from torch import Tensor
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TOKENS = (1, 16, 64, 256, 1024, 8192)
-BITS = {"bf16": 16, "w8a8": 8, "w4a8": 4, "w4a16": 4, "w3a16": 3}
+BITS = {"bf16": 16, "w8a8": 8, "w4a8": 4, "w4a16": 4, "w3a16": 3, "w4a16-g128": 4}
+MEMORY_TB_PER_S = {"NVIDIA H100 80GB HBM3": 3.0, "NVIDIA H200": 4.3}  # a copy's bytes read and written
 OPERATIONS_PER_US = {"w8a8": 1979e6, "w4a8": 1979e6}  # dense int8 on a Hopper GPU; 16-bit products: half
 # Relative error of y for round-to-nearest of a normal weight, with room.
-ERRORS = {"bf16": 0.01, "w8a8": 0.05, "w4a8": 0.25, "w4a16": 0.25, "w3a16": 0.5}
+ERRORS = {"bf16": 0.01, "w8a8": 0.05, "w4a8": 0.25, "w4a16": 0.25, "w3a16": 0.5, "w4a16-g128": 0.2}
 CACHE_BYTES = 200e6
 REPLAYS = 9
 
@@ -48,20 +49,20 @@ def main() -> None:
     if arguments.warm_up:
         warm_up(arguments)
     rows: list[dict[str, Any]] = []
-    bytes_per_us = copying_speed()
+    memory = MEMORY_TB_PER_S[torch.cuda.get_device_name()]
     result = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
         "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "triton", "humming-kernels")},
         "unit": "microseconds, median",
-        "copy_tb_per_s": round(bytes_per_us / 1e6, 3),
+        "memory_tb_per_s": memory,
         "rows": rows,
     }
     for shape in arguments.shapes:
         outputs, inputs = SHAPES[shape]
         weight = torch.randn(outputs, inputs, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
         for candidate in candidates:
-            for row in measured(candidate, weight, arguments.tokens, bytes_per_us):
+            for row in measured(candidate, weight, arguments.tokens, memory * 1e6):
                 rows.append({"shape": shape, "candidate": candidate.name, "scheme": candidate.scheme, **row})
             arguments.out.write_text(json.dumps(result, indent=1) + "\n")
         show(shape, rows, arguments.tokens)
@@ -70,7 +71,7 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schemes", nargs="+", default=["w8a8", "w4a8", "w4a16", "w3a16"])
+    parser.add_argument("--schemes", nargs="+", default=list(BITS)[1:])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--skip", nargs="*", default=[], metavar="CANDIDATE")
@@ -79,13 +80,6 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     return parser.parse_args()
-
-
-def copying_speed() -> float:
-    """Bytes that the GPU reads or writes in a microsecond while it copies two gigabytes."""
-    source = torch.empty(2_000_000_000, dtype=torch.uint8, device="cuda")
-    times = timed([source.clone().copy_], source)
-    return 2 * source.numel() / statistics.median(times)
 
 
 def measured(candidate: Candidate, weight: Tensor, tokens: list[int], bytes_per_us: float) -> list[dict[str, Any]]:
@@ -137,12 +131,12 @@ def timed(layers: list[Layer], x: Tensor) -> list[float]:
 
 
 def show(shape: str, rows: list[dict[str, Any]], tokens: list[int]) -> None:
-    print(f"{shape} {SHAPES[shape]}".ljust(24) + "".join(f"{count:>9}" for count in tokens), flush=True)
+    print(f"{shape} {SHAPES[shape]}".ljust(29) + "".join(f"{count:>9}" for count in tokens), flush=True)
     for name, scheme in dict.fromkeys((row["candidate"], row["scheme"]) for row in rows if row["shape"] == shape):
         mine = [row for row in rows if (row["shape"], row["candidate"], row["scheme"]) == (shape, name, scheme)]
         cells = "".join(f"{row['us']:>9.1f}" if "us" in row else f"{'-':>9}" for row in mine)
         reasons = {row["why_not"] for row in mine if "why_not" in row}
-        print(f"  {scheme:<6} {name:<14} {cells}  {' | '.join(reasons)[:90]}", flush=True)
+        print(f"  {scheme:<11} {name:<14} {cells}  {' | '.join(reasons)[:90]}", flush=True)
 
 
 def summarize(rows: list[dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Find the fastest kernel for Hopper GPUs for every layer and number of tokens, and write the package's table of them.
 
-    python bench/tune_hopper.py --timings bench/results/hopper-tuning-h200.json
+    python bench/tune_hopper.py --timings bench/results/hopper-tuning-h100.json
     python bench/tune_hopper.py --layers 8192x28672 57344x8192 --table table.json --timings timings.json
 
 Every candidate is timed as bench/linear.py times layers, quantization of activations included. One that is less than 1.5 %
@@ -91,7 +91,7 @@ def compile_all(schemes: list[str], device: torch.device) -> None:
 
 def random_weights(shape: WeightShape, device: torch.device) -> list[ArrangedWeight]:
     """As many as the cache cannot hold."""
-    stripes, chunks, width = shape.out_features // STRIPE, shape.in_features // CHUNK, 128 * shape.bits
+    stripes, chunks, width = shape.out_features // STRIPE, shape.in_features // CHUNK, shape.chunk_bytes
     weights = []
     for _ in range(max(2, math.ceil(CACHE_BYTES / (stripes * chunks * width)))):
         facts = torch.randint(0, 9, (stripes, 3, STRIPE), dtype=torch.int32, device=device)

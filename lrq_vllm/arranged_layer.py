@@ -26,5 +26,5 @@ def arranged_linear(layer: Any, x: Tensor, bias: Tensor | None, static: Static |
     from lrq_vllm.kernels import ops
 
     step, zero_point = static or (None, None)
-    bits, integer, outputs, _ = layer.lrq_weight_shape
+    bits, integer, outputs, *_ = layer.lrq_weight_shape
     return ops.arranged_linear(x, layer.lrq_q, layer.lrq_facts, bits, integer, outputs, bias, step, zero_point)

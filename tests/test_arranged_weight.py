@@ -23,18 +23,23 @@ SHAPES = [(16, 64), (40, 208), (96, 128), (1040, 80)]
 class Weight:
     """A random weight over the whole grid, on ``device``: arranged, and as the reference takes it."""
 
-    def __init__(self, bits: int, integer: bool, rows: int, columns: int, device: torch.device) -> None:
+    def __init__(
+        self, bits: int, integer: bool, rows: int, columns: int, device: torch.device, group: int | None = None
+    ) -> None:
+        groups = columns // group if group else 1
         unsigned = torch.randint(0, 2**bits, (rows, columns)).to(device)
-        zero_point = torch.randint(0, 2**bits, (rows, 1)).to(device, torch.uint8)
+        zero_point = torch.randint(0, 2**bits, (rows, groups)).to(device, torch.uint8)
         zero_point[0], zero_point[-1] = 0, 2**bits - 1
-        step = (torch.rand(rows, 1) * 0.1 + 1e-3).to(device)
+        step = (torch.rand(rows, groups) * 0.1 + 1e-3).to(device)
+        step[1] = 0  # a channel of zeros
         self.stored = pack(unsigned, bits), step, zero_point
         self.bits, self.columns = bits, columns
         self.q = unsigned - (128 if bits == 8 else 0)
         self.integer = reference.integer_weight(*self.stored, bits, columns) if integer else None
-        zero = zero_point.flatten().int() - (128 if bits == 8 else 0)
+        zero = zero_point.int() - (128 if bits == 8 else 0)
         total = None if self.integer is None else self.integer.total
-        self.arranged: ArrangedWeight = arrange(self.q, step.flatten(), zero, total, bits, integer=integer)
+        grid = (step, zero) if group else (step.flatten(), zero.flatten())
+        self.arranged: ArrangedWeight = arrange(self.q, *grid, total, bits, integer=integer)
 
     def product(self, x: Tensor, bias: Tensor | None, *, static: bool) -> Tensor:
         """What reference.py computes."""
@@ -62,7 +67,7 @@ def assert_product(found: Tensor, wanted: Tensor, *, integer: bool) -> None:
 
 def unpacked(weight: ArrangedWeight) -> Tensor:
     """Integers [N, K]: weight_chunk.cuh again, operand by operand."""
-    bits, integer, rows, columns = weight.shape
+    bits, integer, rows, columns, _ = weight.shape
     stripes, chunks, _ = weight.q.shape
     out = torch.zeros(stripes, STRIPE, chunks, CHUNK, dtype=torch.long)
     words = weight.q.view(torch.int32).long() & 0xFFFFFFFF
@@ -98,6 +103,18 @@ def unpacked(weight: ArrangedWeight) -> Tensor:
 def test_an_arranged_weight_takes_its_bits_and_no_more(bits: int, integer: bool, rows: int, columns: int) -> None:
     weight = arranged_integers(torch.zeros(rows, columns), bits, integer=integer)
     assert weight.shape == (-(-rows // 16), -(-columns // 64), 128 * bits) and weight.dtype == torch.uint8
+
+
+def test_a_group_has_its_step_and_zero_point_behind_each_of_its_chunks() -> None:
+    weight = Weight(4, False, 40, 384, torch.device("cpu"), group=128)
+    _, step, zero_point = weight.stored
+    words = weight.arranged.q[..., 128 * 4 :].contiguous().view(torch.int32).transpose(1, 2).flatten(0, 1)[:40]
+    channel = weight.arranged.facts[:, 0].flatten().view(torch.float32)[:40]
+    assert weight.arranged.q.shape[2] == weight.arranged.shape.chunk_bytes
+    assert torch.equal(words & 0xFFFF, zero_point.int().repeat_interleave(2, dim=1))
+    relative = (words >> 16).to(torch.int16).view(torch.bfloat16).float()
+    assert relative.max() == 1
+    assert torch.allclose(relative * channel.unsqueeze(1), step.repeat_interleave(2, dim=1), rtol=2**-8)
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -234,6 +251,24 @@ def test_the_tile_kernel_equals_the_reference(bits: int, integer: bool, dtype: t
                     given = arrange_tokens(x, tile.tokens, grid) if integer else x
                     found = tile_linear.tile_linear(given, weight.arranged, bias, chosen)
                     assert_product(found, weight.product(x, bias, static=static), integer=integer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "columns", "group"), [(512, 14336, 128), (200, 4096, 64), (1000, 1152, 128)])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_steps_for_groups_of_inputs(bits: int, rows: int, columns: int, group: int, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    weight = Weight(bits, False, rows, columns, device, group)
+    for tokens in (1, 5, 16, 32, 100, 300):
+        for x, bias in inputs(tokens, columns, rows, dtype, device):
+            wanted = weight.product(x, bias, static=False)
+            if tokens <= 32:
+                found = stream_linear.stream_linear(x, weight.arranged, bias)
+                assert_product(found, wanted, integer=False)
+            for tile in (Tile(16, blocks=2), Tile(64, split=4), Tile(128), Tile(256, share=2)):
+                chosen = tile_linear.plan(bits, *tile, integer=False, float16=dtype == torch.float16, grouped=True)
+                assert_product(tile_linear.tile_linear(x, weight.arranged, bias, chosen), wanted, integer=False)
 
 
 @pytest.mark.gpu

@@ -62,7 +62,7 @@ def prepare(weight: WeightShape, dtype: torch.dtype, device: torch.device, *, st
 
 
 def _plan(tile: Tile, weight: WeightShape, dtype: torch.dtype) -> tile_linear.Plan:
-    return tile_linear.plan(weight.bits, *tile, integer=weight.integer, float16=dtype == torch.float16)
+    return tile_linear.plan(weight.bits, *tile, integer=weight.integer, float16=dtype == torch.float16, grouped=weight.grouped)
 
 
 def _tile(tokens: int, weight: WeightShape, device: torch.device, *, static: bool) -> Tile | None:

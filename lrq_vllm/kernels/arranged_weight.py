@@ -6,6 +6,9 @@ activations are integers, else 2 t and 2 t + 1 of every 8, as the instructions c
 
 Weights of 8 bits can also be read from shared memory by tensor cores themselves: rows of 64 bytes, "swizzled" by 64 bytes. In
 those of 4 and 3 bits, output g + 8 stands right above output g, where a mask finds it without a shift (weight_chunk.cuh).
+
+If steps are per group of inputs, each chunk is followed by a word for each of its outputs: the group's step relative to the
+channel's largest one, as bfloat16, in the high half; its zero-point in the low one.
 """
 
 from typing import NamedTuple
@@ -28,27 +31,41 @@ class WeightShape(NamedTuple):
     integer: bool  # whether activations are quantized
     out_features: int
     in_features: int
+    grouped: bool = False  # whether there are steps for groups of inputs, which are whole chunks
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a chunk and what belongs to it."""
+        return 128 * self.bits + (4 * STRIPE if self.grouped else 0)
 
 
 class ArrangedWeight(NamedTuple):
     """A weight in this layout, padded with zeros."""
 
-    q: Tensor  # uint8 [stripes, chunks, 128 * bits], by :func:`arranged_integers`
-    facts: Tensor  # int32 [stripes, 3, 16]: step (the float's bits), zero-point on q's grid, total
+    q: Tensor  # uint8 [stripes, chunks, shape.chunk_bytes]: :func:`arranged_integers`, and words of groups
+    facts: Tensor  # int32 [stripes, 3, 16]: step (the float's bits), zero-point on q's grid (0 if there are groups), total
     shape: WeightShape
 
 
 def arrange(q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor | None, bits: int, *, integer: bool) -> ArrangedWeight:
     """From integers [N, K] (8 bits: int8; else the unsigned grid), step float32 [N], zero_point and total int32 [N] as in
-    reference.IntegerWeight. 16-bit activations need no total.
+    reference.IntegerWeight. 16-bit activations need no total; they also take step and zero_point [N, G], for groups of inputs
+    that are a multiple of CHUNK.
     """
     rows, columns = q.shape
+    grouped = step.dim() == 2
+    words = arranged_integers(q, bits, integer=integer)
+    if grouped:
+        channel = step.amax(dim=1)
+        channel = torch.where(channel > 0, channel, 1)
+        words = torch.cat([words, _group_words(step / channel.unsqueeze(1), zero_point, words.shape[1])], dim=2)
+        step, zero_point = channel, torch.zeros_like(channel, dtype=torch.int32)
     facts = torch.zeros((3, -(-rows // STRIPE) * STRIPE), dtype=torch.int32, device=q.device)
     for place, values in enumerate((step.view(torch.int32), zero_point, total)):
         if values is not None:
             facts[place, :rows] = values
     by_stripe = facts.unflatten(1, (-1, STRIPE)).transpose(0, 1).contiguous()
-    return ArrangedWeight(arranged_integers(q, bits, integer=integer), by_stripe, WeightShape(bits, integer, rows, columns))
+    return ArrangedWeight(words, by_stripe, WeightShape(bits, integer, rows, columns, grouped))
 
 
 def arranged_integers(q: Tensor, bits: int, *, integer: bool) -> Tensor:
@@ -57,6 +74,15 @@ def arranged_integers(q: Tensor, bits: int, *, integer: bool) -> Tensor:
     integer: whether it will meet 8-bit activations, whose tensor-core step takes 32 inputs, not 16.
     """
     return torch.cat([_arranged_slice(rows, bits, integer=integer) for rows in q.split(_SLICE)])
+
+
+def _group_words(step: Tensor, zero_point: Tensor, chunks: int) -> Tensor:
+    """uint8 [stripes, chunks, 64] from steps (1 at most) and zero-points [N, G]."""
+    rows, groups = step.shape
+    words = step.bfloat16().view(torch.int16).to(torch.int32) << 16 | zero_point.to(torch.int32)
+    padded = torch.zeros(-(-rows // STRIPE) * STRIPE, chunks, dtype=torch.int32, device=step.device)
+    padded[:rows] = words.repeat_interleave(chunks // groups, dim=1)
+    return padded.unflatten(0, (-1, STRIPE)).transpose(1, 2).contiguous().view(torch.uint8)
 
 
 def _arranged_slice(q: Tensor, bits: int, *, integer: bool) -> Tensor:

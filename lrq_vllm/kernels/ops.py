@@ -90,7 +90,8 @@ def arranged_linear(
     """kernels/arranged_linear.py; x_step and x_zero_point: calibrated, or both None."""
     from lrq_vllm.kernels import arranged_linear as kernel
 
-    weight = ArrangedWeight(q, facts, WeightShape(bits, integer, out_features, x.shape[1]))
+    shape = WeightShape(bits, integer, out_features, x.shape[1])
+    weight = ArrangedWeight(q, facts, shape._replace(grouped=q.shape[2] != shape.chunk_bytes))
     static = None if x_step is None or x_zero_point is None else (x_step, x_zero_point)
     return kernel.arranged_linear(x, weight, bias, static)
 

@@ -15,7 +15,7 @@
 //
 // Chunks that the weight does not have are multiplied all the same: whatever the ring holds there, x is 0.
 //
-// Constants: BITS (8, 4, 3), INTEGER, FLOAT16 (else bfloat16), X (what x is: 0 as it came; to be quantized 1 per token, 2 by the
+// Constants: BITS (8, 4, 3), INTEGER, FLOAT16 (else bfloat16), GROUPED, X (what x is: 0 as it came; to be quantized 1 per token, 2 by the
 // calibrated step; 3 quantized already and arranged by arrange_tokens.cu), TILES, CHUNKS, PIECE, WARPS, CLUSTER, STAGES, TURNS, REDUCTIONS (buffers of sums),
 // SHARED_BYTES. hopper.cuh and weight_chunk.cuh come before.
 
@@ -71,6 +71,25 @@ __device__ __forceinline__ void multiply_chunk(
     }
 }
 
+#if GROUPED
+// The same with the step and the zero-point of the chunk's group. totals: of x over the chunk, for this lane's two tokens.
+__device__ __forceinline__ void multiply_group(
+    sum_t sums[TILES][4], const u8* chunk, const u32 x[TILES][X_REGISTERS], const float totals[TILES][2], int lane) {
+    sum_t products[TILES][4] = {};
+    multiply_chunk(products, chunk, x, lane);
+#pragma unroll
+    for (int high = 0; high < 2; high++) {
+        const Group group = group_of(chunk, lane / 4 + 8 * high);
+        const float zero = group.zero * (UNIT * X_UNIT * (high ? 1 << HIGH_BITS : 1));
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                sums[tile][2 * high + i] += group.step * (products[tile][2 * high + i] - zero * totals[tile][i]);
+    }
+}
+#endif
+
 // Lanes that differ in the bit `other` exchange one word each: the lower one gives its second.
 __device__ __forceinline__ void exchange(u32& first, u32& second, int other, int lane) {
     const bool upper = lane & other;
@@ -85,6 +104,12 @@ __device__ __forceinline__ void transpose(u32 words[4], int lane) {
     exchange(words[1], words[3], 2, lane);
     exchange(words[0], words[1], 1, lane);
     exchange(words[2], words[3], 1, lane);
+}
+
+// Over the lanes of a token.
+__device__ __forceinline__ sum_t over_quarters(sum_t value) {
+    value += __shfl_xor_sync(0xffffffffu, value, 1);
+    return value + __shfl_xor_sync(0xffffffffu, value, 2);
 }
 
 // Which output and token of a stripe an element of the reduced tile is.
@@ -242,6 +267,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
 #endif
     __syncthreads();  // barriers are initialized, and grids known if the inputs are quantized here
 
+#if GROUPED
+    float chunk_totals[CHUNKS][TILES][2];
+#endif
     if (warp < WARPS) {
 #if X == 1 || X == 2
 #pragma unroll
@@ -263,7 +291,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         for (int tile = 0; tile < TILES; tile++) {
             sum_t total = 0;
 #pragma unroll
-            for (int chunk = 0; chunk < CHUNKS; chunk++)
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+#if GROUPED
+                total = 0;
+#endif
 #pragma unroll
                 for (int i = 0; i < X_REGISTERS; i++)
 #if INTEGER
@@ -271,9 +302,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
 #else
                     total += low_half(xs[chunk][tile][i]) + high_half(xs[chunk][tile][i]);
 #endif
-            total += __shfl_xor_sync(0xffffffffu, total, 1);
-            total += __shfl_xor_sync(0xffffffffu, total, 2);
+#if GROUPED
+                total = over_quarters(total);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    chunk_totals[chunk][tile][i] = __shfl_sync(0xffffffffu, total, 4 * (2 * quarter + i));
+#endif
+            }
+#if !GROUPED
+            total = over_quarters(total);
             if (quarter == 0) shared.totals[warp][tile * 8 + row] = total;
+#endif
         }
         asm volatile("bar.arrive 1, %0;" ::"n"(32 * WARPS + ADDERS) : "memory");
 #if !INTEGER && !FLOAT16
@@ -301,8 +340,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
                 wait_for(&shared.full[stage], parity);
                 const u8* const mine = ring + stage * STAGE_BYTES + warp * (PIECE * CHUNK_BYTES);
 #pragma unroll
-                for (int chunk = 0; chunk < PIECE; chunk++)
-                    multiply_chunk(sums[chunk % CHAINS], mine + chunk * CHUNK_BYTES, xs[piece * PIECE + chunk], lane);
+                for (int chunk = 0; chunk < PIECE; chunk++) {
+                    const int at = piece * PIECE + chunk;
+#if GROUPED
+                    multiply_group(sums[chunk % CHAINS], mine + chunk * CHUNK_BYTES, xs[at], chunk_totals[at], lane);
+#else
+                    multiply_chunk(sums[chunk % CHAINS], mine + chunk * CHUNK_BYTES, xs[at], lane);
+#endif
+                }
                 __syncwarp();
                 if (lane == 0) arrive(&shared.empty[stage]);
                 if (++stage == STAGES) { stage = 0; parity ^= 1; }
@@ -323,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     } else if (warp < FILLER) {
         const int adder = thread - 32 * WARPS;
         asm volatile("bar.sync 1, %0;" ::"n"(32 * WARPS + ADDERS) : "memory");
-        if (adder < TOKENS) {
+        if (!GROUPED && adder < TOKENS) {
             sum_t total = 0;
             for (int other = 0; other < WARPS; other++) total += shared.totals[other][adder];
             shared.total[adder] = total;
@@ -370,7 +415,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
 #else
                 sums[i] *= 1.0f / (UNIT * X_UNIT) / (high ? 1 << HIGH_BITS : 1);
 #endif
-                sums[i] -= zero * shared.total[token_of(element)];
+                if (!GROUPED) sums[i] -= zero * shared.total[token_of(element)];
 #if CLUSTER == 1
                 finish(sums[i], element, turn);
 #else

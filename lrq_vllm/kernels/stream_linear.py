@@ -48,6 +48,7 @@ class Plan:
     bits: int
     integer: bool
     float16: bool
+    grouped: bool
     x: Input
     tiles: int
     chunks: int
@@ -82,7 +83,7 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
 
     processors: multiprocessors of the GPU.
     """
-    bits, integer, out_features, in_features = weight
+    bits, integer, out_features, in_features, grouped = weight
     tiles = next((tiles for tiles in (1, 2, 4) if tokens <= 8 * tiles), None)
     quantizes = x in (Input.PER_TOKEN, Input.STATIC)
     if tiles is None or (quantizes and tokens > _QUANTIZES_UP_TO):
@@ -104,12 +105,25 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
     fixed = 192 * turns + (12 * warps + 8 * cluster + 20) * row + 4 * reductions * warps * outputs
     fixed += 16 * reductions + 8 * led + 96 + (64 * _QUANTIZES_UP_TO * warps if quantizes else 0)
     fixed += 4 * led * cluster * outputs if cluster > 1 else 0
-    stage = warps * piece * 128 * bits + 16
+    stage = warps * piece * weight.chunk_bytes + 16
     stages = min(16, (_SHARED_BYTES - fixed) // stage)
     if stages < 2:
         return None
     return Plan(
-        bits, integer, float16, x, tiles, chunks, piece, warps, cluster, stages, turns, reductions, stages * stage + fixed
+        bits,
+        integer,
+        float16,
+        grouped,
+        x,
+        tiles,
+        chunks,
+        piece,
+        warps,
+        cluster,
+        stages,
+        turns,
+        reductions,
+        stages * stage + fixed,
     )
 
 

@@ -12,7 +12,7 @@
 // is a cluster for each tile then. Or it is SHARE blocks with the same tokens and outputs next to each other: each
 // fetches a part of the tokens for all. Otherwise, and then too, blocks go on with the next tile.
 //
-// Constants: BITS, INTEGER, FLOAT16, TOKENS, SPLIT, SHARE (one of them is 1), BLOCKS (1 or 2 that share a multiprocessor),
+// Constants: BITS, INTEGER, FLOAT16, GROUPED, TOKENS, SPLIT, SHARE (one of them is 1), BLOCKS (1 or 2 that share a multiprocessor),
 // STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns), and the macros of tile_linear._wgmma_macros. hopper.cuh and
 // weight_chunk.cuh come before.
 
@@ -271,14 +271,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             auto unpack = [&](Left (&into)[STEPS], int chunk) {
                 const u8* const mine = ring + stage * STAGE_BYTES + (warp * STAGE_CHUNKS + chunk) * CHUNK_BYTES;
                 const Chunk loaded = load_chunk(mine, lane);
+#if GROUPED
+                u32 factors[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const Group of = group_of(mine, row + 8 * i);
+                    offsets[i] = half_bits(-FRACTION * of.zero) * 0x00010001u;
+                    factors[i] = half_bits(of.step) * 0x00010001u;
+                }
+#endif
 #pragma unroll
                 for (int step = 0; step < STEPS; step++) {
                     operands(into[step].at, loaded, step);
 #if !INTEGER
 #pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        into[step].at[i] =
-                            scaled(into[step].at[i], (i % 2 ? HIGH_BY_UNIT : ONE_BY_UNIT) * 0x00010001u, offsets[i % 2]);
+                    for (int i = 0; i < 4; i++) {
+                        u32& pair = into[step].at[i];
+                        pair = scaled(pair, (i % 2 ? HIGH_BY_UNIT : ONE_BY_UNIT) * 0x00010001u, offsets[i % 2]);
+#if GROUPED
+                        pair = scaled(pair, factors[i % 2], 0x80008000u);  // plus -0
+#endif
+                    }
 #endif
                 }
             };

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrq_vllm.kernels import cuda_kernel
 from lrq_vllm.kernels.arrange_tokens import ArrangedTokens, aligned
-from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight
+from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape
 
 __all__ = ["Plan", "plan", "tile_linear"]
 
@@ -28,6 +28,7 @@ class Plan:
     bits: int
     integer: bool
     float16: bool
+    grouped: bool
     tokens: int
     split: int
     blocks: int
@@ -46,7 +47,8 @@ class Plan:
 
 
 def plan(
-    bits: int, tokens: int, split: int = 1, blocks: int = 1, share: int = 1, *, integer: bool, float16: bool = False
+    bits: int, tokens: int, split: int = 1, blocks: int = 1, share: int = 1, *,
+    integer: bool, float16: bool = False, grouped: bool = False,
 ) -> Plan:  # fmt: skip
     """The kernel with tiles of ``tokens``, and as long a ring as there is memory for.
 
@@ -54,12 +56,13 @@ def plan(
     multiprocessor, each with half its registers, which is enough for 64 tokens; or 1. share: 1, or 2 blocks of a cluster fetch
     tokens for each other; with split 1.
     """
-    stage_chunks = 4 if bits <= 4 and tokens <= 64 and blocks == 1 else 2
-    stage = stage_chunks * (128 * bits * 8 + 16 * tokens * (4 if integer else 8))
+    chunk_bytes = WeightShape(bits, integer, 0, 0, grouped).chunk_bytes
+    stage_chunks = 4 if bits <= 4 and tokens <= 64 and blocks == 1 and not grouped else 2
+    stage = stage_chunks * (8 * chunk_bytes + 16 * tokens * (4 if integer else 8))
     fixed = 48 + (2 * (16 * tokens + 8 * 12 * STRIPE) if integer else 0)
     stages = min(12, (_SHARED_BYTES // blocks - 1024 - fixed) // (stage + 16))
     shared_bytes = stages * (stage + 16) + fixed
-    return Plan(bits, integer, float16, tokens, split, blocks, share, stage_chunks, stages, _BAND, shared_bytes)
+    return Plan(bits, integer, float16, grouped, tokens, split, blocks, share, stage_chunks, stages, _BAND, shared_bytes)
 
 
 def tile_linear(x: ArrangedTokens | Tensor, weight: ArrangedWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
@@ -79,7 +82,7 @@ def tile_linear(x: ArrangedTokens | Tensor, weight: ArrangedWeight, bias: Tensor
     processors = torch.cuda.get_device_properties(y.device).multi_processor_count
     tiles = -(-outputs // (_OUTPUTS * chosen.share)) * -(-tokens // chosen.tokens)  # of clusters
     clusters = tiles if chosen.split > 1 else min(tiles, processors * chosen.blocks // chosen.share)
-    chunk_bytes = 128 * weight.shape.bits
+    chunk_bytes = weight.shape.chunk_bytes
     box = _OUTPUTS // STRIPE, chunk_bytes * (1 if weight.shape.bits == 8 else chosen.stage_chunks)
     boxes = cuda_kernel.boxes(weight.q.data_ptr(), stripes, chunks * chunk_bytes, box)
     _compiled(chosen, y.device).launch(

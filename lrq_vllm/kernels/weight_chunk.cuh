@@ -1,12 +1,13 @@
 // A chunk of the weight (arranged_weight.py): from shared memory to the operands of tensor-core steps.
 //
-// Constants: BITS (8, 4, 3), INTEGER (whether it meets 8-bit activations), FLOAT16.
+// Constants: BITS (8, 4, 3), INTEGER (whether it meets 8-bit activations), FLOAT16, GROUPED (whether steps are per group of inputs).
 //
 // Weights of 4 and 3 bits become operands by masks alone, and one shift for two of them. A whole number below 256 in the lowest
 // bits of a 16-bit float is that number times UNIT, the smallest float above 0: this holds among the subnormal floats and right
 // above them. So the operands are q * UNIT for outputs g, and q * UNIT * 2^HIGH_BITS for outputs g + 8, whose bits stand higher.
 
-#define CHUNK_BYTES (BITS * 128)  // 16 outputs x 64 inputs
+#define INTEGER_BYTES (BITS * 128)  // of 16 outputs x 64 inputs
+#define CHUNK_BYTES (INTEGER_BYTES + (GROUPED ? 64 : 0))
 #if INTEGER
 typedef int sum_t;
 #define STEPS 2  // of a tensor core, for a chunk
@@ -33,6 +34,14 @@ typedef float sum_t;
 
 // Steps, zero-points and totals of a stripe's outputs.
 struct __align__(16) Facts { float step[16]; int zero[16], total[16]; };
+
+// Of the group that a chunk belongs to, for an output: step relative to the channel's (1 at most, whatever may stand behind the
+// last chunk), and zero-point.
+struct Group { float step, zero; };
+__device__ __forceinline__ Group group_of(const u8* chunk, int output) {
+    const u32 word = ((const u32*)(chunk + INTEGER_BYTES))[output];
+    return {fminf(fabsf(__uint_as_float(word & 0xffff0000u)), 1.0f), (float)(word & 0xff)};
+}
 
 struct Chunk { u32 at[BITS]; };  // what a lane holds of it
 
