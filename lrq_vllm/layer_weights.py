@@ -62,9 +62,9 @@ class LayerWeights:
             else:
                 register(name, GroupQuantScaleParameter, (out_features, groups), dtype, input_dim=1, output_dim=0)
         if self._manifest.activation is not None and self._manifest.activation.static:
-            shards = len(output_partition_sizes)
-            register("input_step", PerTensorScaleParameter, (shards,), torch.float32)
-            register("input_zero_point", PerTensorScaleParameter, (shards,), torch.uint8)
+            parts = len(self._modules)  # vLLM may have more of them: it counts parts that the checkpoint has fused
+            register("input_step", PerTensorScaleParameter, (parts,), torch.float32)
+            register("input_zero_point", PerTensorScaleParameter, (parts,), torch.uint8)
 
     def take(self, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
         """qweight, weight_step and weight_zero_point as loaded; the layer keeps none of them.

@@ -1,6 +1,5 @@
 """The plugin inside vLLM's own layers, without an engine: loading, sharding rules, arithmetic, torch.compile."""
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrq_offline.reference_model import ReferenceLinear
-from lrq_vllm.checkpoint.packing import pack
-from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, WeightFormat
+from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError
+from tests.vllm_layers import Tensors, load, lrq_config, manifest_for, random_tensors, reference_outputs, vllm_world
 
 pytestmark = [
     pytest.mark.vllm,
@@ -23,26 +21,12 @@ pytestmark = [
 PREFIX = "model.layers.0.self_attn"
 QKV = {f"{PREFIX}.q_proj": (256, 256), f"{PREFIX}.k_proj": (128, 256), f"{PREFIX}.v_proj": (128, 256)}
 OUTPUT = {f"{PREFIX}.o_proj": (256, 256)}
-SHARDS = ("q", "k", "v")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def vllm_world() -> Iterator[None]:
-    """One process, one rank, bfloat16: what vLLM's layers need around them."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
-    from vllm.plugins import load_general_plugins
-
-    before = torch.get_default_dtype()
-    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
-        torch.set_default_dtype(torch.bfloat16)
-        method = f"file://{folder}/store"
-        init_distributed_environment(1, 0, distributed_init_method=method, local_rank=0, backend="gloo")
-        initialize_model_parallel(1, 1)
-        load_general_plugins()
+def world() -> Iterator[None]:
+    with vllm_world():
         yield
-        cleanup_dist_env_and_memory()
-        torch.set_default_dtype(before)
 
 
 @dataclass
@@ -50,62 +34,22 @@ class Loaded:
     """A layer of vLLM's with its tensors loaded, and each module's tensors by suffix."""
 
     layer: Any
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: Tensors
     manifest: Manifest
 
     def expected(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The reference path's output: the modules side by side."""
-        outputs = []
-        for module, tensors in self.tensors.items():
-            linear = ReferenceLinear(self.manifest, module, None)
-            linear.load_state_dict(tensors, assign=True)
-            outputs.append(linear(x))
-        y = torch.cat(outputs, dim=-1)
+        y = torch.cat(reference_outputs(self.manifest, self.tensors, x), dim=-1)
         return y if bias is None else (y.float() + bias.float()).to(y.dtype)
-
-
-def manifest_for(scheme: str, modules: dict[str, tuple[int, int]], group_size: int | None = None) -> Manifest:
-    return Manifest(scheme, WeightFormat(SCHEMES[scheme].weight_bits, group_size=group_size), modules, ("lm_head",), "test")
-
-
-def random_tensors(manifest: Manifest, module: str) -> dict[str, Tensor]:
-    out_features, in_features = manifest.quantized[module]
-    bits, groups = manifest.weight.bits, manifest.weight.groups(in_features)
-    tensors = {
-        "qweight": pack(torch.randint(0, 2**bits, (out_features, in_features)), bits),
-        "weight_step": torch.rand(out_features, groups, dtype=torch.float32) * 0.01 + 0.001,
-        "weight_zero_point": torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8),
-    }
-    if scheme_is_static(manifest):
-        tensors["input_step"] = torch.tensor([0.03], dtype=torch.float32)
-        tensors["input_zero_point"] = torch.tensor([117], dtype=torch.uint8)
-    return tensors
-
-
-def scheme_is_static(manifest: Manifest) -> bool:
-    return manifest.activation is not None and manifest.activation.static
 
 
 def empty_layer(manifest: Manifest, *, bias: bool = False) -> Any:
     from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
-    from vllm.model_executor.layers.quantization import get_quantization_config
 
-    config = get_quantization_config("lrq").from_config(manifest.to_dict())
-    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    config = lrq_config(manifest)
     if manifest.quantized.keys() == QKV.keys():
         return QKVParallelLinear(256, 64, 4, 2, bias=bias, quant_config=config, prefix=f"{PREFIX}.qkv_proj", return_bias=False)
     return RowParallelLinear(256, 256, bias=bias, quant_config=config, prefix=f"{PREFIX}.o_proj", return_bias=False)
-
-
-def load(layer: Any, tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Load as the engine does: each tensor through its parameter's loader, with the shard's name in a fused layer."""
-    for (_module, by_suffix), shard in zip(tensors.items(), SHARDS, strict=False):
-        for suffix, tensor in by_suffix.items():
-            parameter = getattr(layer, suffix)
-            if len(tensors) > 1:
-                parameter.weight_loader(parameter, tensor, shard)
-            else:
-                parameter.weight_loader(parameter, tensor)
 
 
 def loaded_layer(manifest: Manifest, *, bias: bool = False) -> Loaded:

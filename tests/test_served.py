@@ -15,9 +15,11 @@ import torch
 from lrq_offline.agreement import agreement_with_reference
 from lrq_offline.calibration import token_windows
 from lrq_offline.calibration_text import read_texts
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.pipeline import quantize_model
 from lrq_offline.source_model import load_tokenizer
 from lrq_server.vllm_process import VllmServer, serving_environment, start_vllm, vllm_command
-from tests.checkpoints import HELDOUT, SCHEMES, TINY, Checkpoints
+from tests.checkpoints import FAMILIES, HELDOUT, QUICK, SCHEMES, TINY, Checkpoints, write_random_model
 
 pytestmark = [
     pytest.mark.server,
@@ -52,24 +54,42 @@ def served(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -
 
     Two servers at a time: imports and compilation, which take long, keep one core busy.
     """
-    folders = {scheme: checkpoints(scheme, "lrq") for scheme in SCHEMES}
+    return answers({scheme: checkpoints(scheme, "lrq") for scheme in SCHEMES}, tmp_path_factory.mktemp("logs"), OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By model type, a checkpoint of a random model."""
+    folder = tmp_path_factory.mktemp("families")
+    for model_type in FAMILIES:
+        source = write_random_model(model_type, folder / f"{model_type}-float")
+        quantize_model(source, folder / model_type, QuantizeSettings("w8a8", "smoothquant-rtn", **QUICK))
+    return {model_type: folder / model_type for model_type in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def served_families(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    """By model type, what a server answered."""
+    return answers(families, tmp_path_factory.mktemp("logs"), EAGER)
+
+
+def answers(folders: dict[str, Path], logs: Path, options: tuple[str, ...]) -> dict[str, Served]:
     prompts = token_windows(load_tokenizer(TINY), read_texts(HELDOUT), PROMPTS, PROMPT_TOKENS)
-    logs = tmp_path_factory.mktemp("logs")
-    answers = {}
+    found, names = {}, list(folders)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
-        for pair in zip(SCHEMES[::2], SCHEMES[1::2], strict=True):
+        for pair in (names[at : at + 2] for at in range(0, len(names), 2)):
             with ExitStack() as running:
                 servers = {
-                    scheme: running.enter_context(
-                        start_vllm(folders[scheme], logs / f"{scheme}.log", ("--quantization", "lrq", *OPTIONS))
+                    name: running.enter_context(
+                        start_vllm(folders[name], logs / f"{name}.log", ("--quantization", "lrq", *options))
                     )
-                    for scheme in pair
+                    for name in pair
                 }
-                for scheme, server in servers.items():
+                for name, server in servers.items():
                     server.wait_until_ready()
-                    answers[scheme] = parse(prompts, complete(server, folders[scheme], prompts.tolist())["choices"])
-    return answers
+                    found[name] = parse(prompts, complete(server, folders[name], prompts.tolist())["choices"])
+    return found
 
 
 def complete(server: VllmServer, model: Path, prompts: list[list[int]]) -> Any:
@@ -97,11 +117,19 @@ def parse(prompts: torch.Tensor, choices: list[dict[str, Any]]) -> Served:
 def test_served_numbers_are_those_of_the_reference_path(
     scheme: str, checkpoints: Checkpoints, served: dict[str, Served]
 ) -> None:
-    answer = served[scheme]
-    agreement = agreement_with_reference(
-        checkpoints(scheme, "lrq"), answer.prompts, answer.log_probabilities, answer.continuations
-    )
-    print(f"{scheme}: {agreement}")
+    assert_agreement(checkpoints(scheme, "lrq"), served[scheme])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families_are_served_as_the_reference_path_computes(
+    model_type: str, families: dict[str, Path], served_families: dict[str, Served]
+) -> None:
+    assert_agreement(families[model_type], served_families[model_type])
+
+
+def assert_agreement(folder: Path, answer: Served) -> None:
+    agreement = agreement_with_reference(folder, answer.prompts, answer.log_probabilities, answer.continuations)
+    print(f"{folder.name}: {agreement}")
     assert answer.continuations.shape == (PROMPTS, NEW_TOKENS)
     assert agreement.mean_difference <= 0.02
     assert agreement.greedy_agreement >= 0.97

@@ -68,17 +68,22 @@ def repeat_heads(values: Tensor, heads: SharedHeads) -> Tensor:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("heads", [SharedHeads(), SharedHeads(3, 4), SharedHeads(12, 1), SharedHeads(1, 12)], ids=str)
-def test_dividing_a_linear_layer_and_multiplying_its_reader_leaves_the_product(heads: SharedHeads, bias: bool) -> None:
-    producer = nn.Linear(10, 24, bias=bias)
+@pytest.mark.parametrize("before_them", [0, 9])
+def test_dividing_a_linear_layer_and_multiplying_its_reader_leaves_the_product(
+    before_them: int, heads: SharedHeads, bias: bool
+) -> None:
+    producer = nn.Linear(10, before_them + 24, bias=bias)  # the reader takes its last outputs
     reader = nn.Linear(24 * heads.repeats, 7)
     x = torch.randn(20, 10)
-    inputs = repeat_heads(producer(x), heads)
-    before = reader(inputs)
+    others, outputs = producer(x).split((before_them, 24), dim=1)
+    before = reader(repeat_heads(outputs, heads))
     scale = heads.largest(torch.rand(24 * heads.repeats) + 0.1)
     used = divide_output(producer, heads.once(scale), torch.float32)
     multiply_input(reader, heads.repeated(used))
     assert not torch.equal(used, torch.ones_like(used))
-    torch.testing.assert_close(reader(repeat_heads(producer(x), heads)), before, rtol=1e-5, atol=1e-5)
+    others_after, outputs = producer(x).split((before_them, 24), dim=1)
+    assert torch.equal(others_after, others)
+    torch.testing.assert_close(reader(repeat_heads(outputs, heads)), before, rtol=1e-5, atol=1e-5)
 
 
 # --- what is stored ---

@@ -136,8 +136,7 @@ class BlockQuantizer:
             sample, producer = samples[group[0]], block.get_submodule(producer_name)
             linears = [_linear(block, name) for name in group]
             stacked = torch.cat([linear.weight.float() for linear in linears])
-            repeats = stacked.shape[1] // len(producer.get_parameter("weight"))
-            heads = SharedHeads(repeats, self._head_size) if repeats > 1 else SharedHeads()
+            heads = self._shared_heads if group[0] == self.family.attention_output else SharedHeads()
             scale = smoothing_scale(sample, stacked, heads, self.settings.bits.weight_bits, activation_bits)
             scale = heads.repeated(divide_output(producer, heads.once(scale), self.config.dtype or torch.bfloat16))
             for linear in linears:
@@ -145,9 +144,10 @@ class BlockQuantizer:
             sample.divide(scale)
 
     @property
-    def _head_size(self) -> int:
-        size: int = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        return size
+    def _shared_heads(self) -> SharedHeads:
+        heads = self.config.num_attention_heads
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        return SharedHeads(heads // self.config.num_key_value_heads, size)
 
     def _ranges(self, block: nn.Module, samples: Mapping[str, InputSample]) -> dict[str, StepAndZeroPoint]:
         rule = self.settings.bits.activation

@@ -5,7 +5,7 @@ Modelling code is transformers' own. A family is declared, not coded: add an ent
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,14 @@ class Family:
     """Names inside a decoder model.
 
     blocks: the list of decoder blocks. embedding, rotary: modules that run before the blocks. final_norm: after them.
-    norms: per block, each norm and the module that reads it and whose output joins the residual stream.
+    norms: per block, each norm and the module that reads it and whose output joins the residual stream. head_norms: per block,
+    norms of queries and keys.
     activation_functions: how the names of the MLP's activation functions end.
     linear_groups: per block, the linear layers to quantize; those of one group read the same input, and a server
     fuses them into one layer, so they share one activation step.
-    producers: for each linear group, the norm or linear layer whose output, channel by channel, scales the group's input.
+    producers: for each linear group, the norm or linear layer whose output, channel by channel, scales the group's input. If
+    such a layer puts out more than that, what the group reads comes last.
+    attention_output: the layer that reads the values, each head's shared by several heads of queries.
     """
 
     blocks: str
@@ -31,9 +34,11 @@ class Family:
     rotary: str
     final_norm: str
     norms: tuple[tuple[str, str], ...]
+    head_norms: tuple[str, ...]
     activation_functions: str
     linear_groups: tuple[tuple[str, ...], ...]
     producers: tuple[str, ...]
+    attention_output: str
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -41,23 +46,37 @@ class Family:
         return tuple(name for group in self.linear_groups for name in group)
 
 
+_LLAMA = Family(
+    blocks="model.layers",
+    embedding="model.embed_tokens",
+    rotary="model.rotary_emb",
+    final_norm="model.norm",
+    norms=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
+    head_norms=(),
+    activation_functions="mlp.act_fn",
+    linear_groups=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+    producers=("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"),
+    attention_output="self_attn.o_proj",
+)
+
 FAMILIES = {
-    "llama": Family(
-        blocks="model.layers",
-        embedding="model.embed_tokens",
-        rotary="model.rotary_emb",
-        final_norm="model.norm",
-        norms=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
-        activation_functions="mlp.act_fn",
-        linear_groups=(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.o_proj",),
-            ("mlp.gate_proj", "mlp.up_proj"),
-            ("mlp.down_proj",),
-        ),
-        producers=("input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"),
-    )
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "phi3": replace(
+        _LLAMA,
+        activation_functions="mlp.activation_fn",
+        linear_groups=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+        producers=("input_layernorm", "self_attn.qkv_proj", "post_attention_layernorm", "mlp.gate_up_proj"),
+    ),
+    "qwen2": _LLAMA,
+    "qwen3": replace(_LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
 }
+"""By config.json's model_type."""
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

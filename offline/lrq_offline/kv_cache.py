@@ -4,8 +4,9 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from lrq_offline.affine import fake_quantize_per_token
 
@@ -24,6 +25,7 @@ def quantize_kv_cache(model: nn.Module, bits: int) -> None:
         return sdpa_attention_forward(module, q.to(v.dtype), k, v, mask, **options)
 
     AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
     for module in model.modules():
         if hasattr(module, "config"):
             config: Any = copy.copy(module.config)

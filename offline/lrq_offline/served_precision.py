@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from lrq_offline.decoder_blocks import Family, blocks_of
 
@@ -42,9 +43,10 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         # q and k come from the rotary embedding. v comes from its linear layer: rounded there, it stays as it is.
-        return written(_causal_attention(written(q), written(k), written(v), scaling)), None
+        return written(_causal_attention(written(q), written(k), written(v), mask, scaling)), None
 
     AttentionInterface.register(_ATTENTION, attention)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
     model.config._attn_implementation = _ATTENTION
     for name, module in model.named_modules():
         if _is_linear(module):
@@ -59,6 +61,8 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
         for norm_name, consumer_name in family.norms:
             norm = _replace_norm(block, norm_name, dtype)
             block.get_submodule(consumer_name).register_forward_hook(_residual_rounding(norm))
+        for norm_name in family.head_norms:
+            _replace_norm(block, norm_name, dtype)
 
 
 def _vllm_truncates() -> bool:
@@ -119,11 +123,14 @@ def _residual_rounding(norm: _ServedNorm) -> Any:
     return hook
 
 
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-    """q [batch, heads, tokens, dim]; k, v [batch, key-value heads, tokens, dim]; out [batch, tokens, heads, dim]."""
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """q [batch, heads, tokens, dim]; k, v [batch, key-value heads, tokens, dim]; out [batch, tokens, heads, dim].
+
+    mask: bool [batch, 1, tokens, tokens], what a token sees; None: all tokens before it.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     tokens = q.shape[2]
-    future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
-    scores = (q @ k.transpose(-1, -2) * scaling).masked_fill(future, float("-inf"))
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    scores = (q @ k.transpose(-1, -2) * scaling).masked_fill(~seen, float("-inf"))
     return (scores.softmax(-1) @ v).transpose(1, 2).contiguous()

@@ -91,7 +91,7 @@ def _scale(largest_input: Tensor, largest_weight: Tensor, alpha: float) -> Tenso
 
 
 def divide_output(producer: nn.Module, scale: Tensor, stored_dtype: torch.dtype) -> Tensor:
-    """Divide what ``producer`` (a norm, or a linear layer) puts out by s [out], in place; return the s really used.
+    """Divide what ``producer`` (a norm, or a linear layer) puts out last by s [n], in place; return the s really used.
 
     A norm's gain is stored in ``stored_dtype``: it is rounded, and s is what that leaves, so that the product stays exact.
     """
@@ -104,9 +104,10 @@ def divide_output(producer: nn.Module, scale: Tensor, stored_dtype: torch.dtype)
             used = torch.where(gain != 0, weight / gain, torch.ones_like(gain))
             weight.copy_(torch.where(gain != 0, gain, weight))
             return used
-        weight.div_(scale.unsqueeze(1))
+        weight[-len(scale) :].div_(scale.unsqueeze(1))
         if isinstance(producer, nn.Linear) and producer.bias is not None:
-            producer.bias.copy_((producer.bias / scale).to(stored_dtype))
+            bias = producer.bias[-len(scale) :]
+            bias.copy_((bias / scale).to(stored_dtype))
         return scale
 
 

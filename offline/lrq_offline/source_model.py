@@ -96,12 +96,19 @@ def model_config(raw_config: dict[str, Any], folder: Path) -> PreTrainedConfig:
             "Another family needs an entry in lrq_offline/decoder_blocks.py: where its blocks, norms and linears are."
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(raw_config)
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(raw_config)
     except Exception as error:  # transformers validates with exceptions of several libraries
         reason = " ".join(str(error).split())
         raise ModelFolderError(
             f"{folder}/config.json is not a valid {model_type} config: {reason}. Download it again."
         ) from error
+    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    if len(kinds) > 1:
+        raise ModelFolderError(
+            f"{folder} has blocks of several kinds (layer_types in config.json: {' and '.join(kinds)}); lrq quantizes models "
+            "whose blocks all see the same tokens. Use a model without use_sliding_window."
+        )
+    return config
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

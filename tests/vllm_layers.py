@@ -1,0 +1,88 @@
+"""vLLM's own layers without an engine: the world that they need around them, random checkpoint tensors, loading."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrq_offline.reference_model import ReferenceLinear
+from lrq_vllm.checkpoint.packing import pack
+from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, WeightFormat
+
+Tensors = dict[str, dict[str, Tensor]]
+"""By module of the checkpoint, its tensors by suffix."""
+
+
+@contextmanager
+def vllm_world(rank: int = 0, size: int = 1, store: Path | None = None) -> Iterator[None]:
+    """One rank of ``size`` processes that meet at the file ``store``; bfloat16."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+    from vllm.plugins import load_general_plugins
+
+    before = torch.get_default_dtype()
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
+        torch.set_default_dtype(torch.bfloat16)
+        method = f"file://{store or Path(folder, 'store')}"
+        init_distributed_environment(size, rank, distributed_init_method=method, local_rank=rank, backend="gloo")
+        initialize_model_parallel(size, 1)
+        load_general_plugins()
+        yield
+        cleanup_dist_env_and_memory()
+        torch.set_default_dtype(before)
+
+
+def manifest_for(scheme: str, modules: dict[str, tuple[int, int]], group_size: int | None = None) -> Manifest:
+    return Manifest(scheme, WeightFormat(SCHEMES[scheme].weight_bits, group_size=group_size), modules, ("lm_head",), "test")
+
+
+def random_tensors(manifest: Manifest, module: str) -> dict[str, Tensor]:
+    out_features, in_features = manifest.quantized[module]
+    bits, groups = manifest.weight.bits, manifest.weight.groups(in_features)
+    tensors = {
+        "qweight": pack(torch.randint(0, 2**bits, (out_features, in_features)), bits),
+        "weight_step": torch.rand(out_features, groups, dtype=torch.float32) * 0.01 + 0.001,
+        "weight_zero_point": torch.randint(0, 2**bits, (out_features, groups), dtype=torch.uint8),
+    }
+    if scheme_is_static(manifest):
+        tensors["input_step"] = torch.tensor([0.03], dtype=torch.float32)
+        tensors["input_zero_point"] = torch.tensor([117], dtype=torch.uint8)
+    return tensors
+
+
+def scheme_is_static(manifest: Manifest) -> bool:
+    return manifest.activation is not None and manifest.activation.static
+
+
+def lrq_config(manifest: Manifest) -> Any:
+    """The plugin's configuration, as vLLM makes it."""
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    config = get_quantization_config("lrq").from_config(manifest.to_dict())
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    return config
+
+
+def load(layer: Any, tensors: Tensors, shards: tuple[Any, ...] = ("q", "k", "v")) -> None:
+    """Load as the engine does: each tensor through its parameter's loader, with the shard's name in a fused layer."""
+    for (_module, by_suffix), shard in zip(tensors.items(), shards, strict=False):
+        for suffix, tensor in by_suffix.items():
+            parameter = getattr(layer, suffix)
+            if len(tensors) > 1:
+                parameter.weight_loader(parameter, tensor, shard)
+            else:
+                parameter.weight_loader(parameter, tensor)
+
+
+def reference_outputs(manifest: Manifest, tensors: Tensors, x: Tensor) -> list[Tensor]:
+    """What the reference path computes, module by module."""
+    outputs = []
+    for module, by_suffix in tensors.items():
+        linear = ReferenceLinear(manifest, module, None)
+        linear.load_state_dict(by_suffix, assign=True)
+        outputs.append(linear(x))
+    return outputs
