@@ -1,5 +1,6 @@
 """vLLM's QuantizationConfig for LRQ: the manifest in, one linear method per layer out."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lrq_vllm.checkpoint.schema import QUANT_METHOD, Manifest
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
 from lrq_vllm.cpu_compilation import round_where_operations_do
 from lrq_vllm.errors import CheckpointError
+from lrq_vllm.kv_cache import check_cache_dtype
 
 __all__ = ["LrqConfig"]
 
@@ -68,28 +70,28 @@ class LrqConfig(QuantizationConfig):
         def renamed(name: str) -> str:
             return (hf_to_vllm_mapper.apply_list([name]) or [name])[0]
 
-        manifest = self.manifest
-        self.manifest = Manifest(
-            manifest.scheme,
-            manifest.weight,
-            {renamed(name): shape for name, shape in manifest.quantized.items()},
-            tuple(renamed(name) for name in manifest.skipped),
-            manifest.tool_version,
+        self.manifest = replace(
+            self.manifest,
+            quantized={renamed(name): shape for name, shape in self.manifest.quantized.items()},
+            skipped=tuple(renamed(name) for name in self.manifest.skipped),
         )
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The linear method for a layer; None leaves embeddings, the output head and attention to vLLM.
 
-        Raises CheckpointError for a linear layer that the checkpoint lists nowhere, or quantizes only in part.
+        Raises CheckpointError for a linear layer that the checkpoint lists nowhere, or quantizes only in part, and
+        SettingsError for a KV cache that this vLLM does not compute right.
         """
         from vllm.config import get_current_vllm_config
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.platforms import current_platform
 
+        config = get_current_vllm_config()
+        # The first layer that asks is the embedding; all others are built after it.
         if current_platform.is_cpu():
-            # The first layer that asks is the embedding; norms, activations and rotary embeddings are built after it.
-            round_where_operations_do(get_current_vllm_config().compilation_config)
+            round_where_operations_do(config.compilation_config)
         if not isinstance(layer, LinearBase):
+            check_cache_dtype(config.cache_config.cache_dtype, self.manifest, on_cpu=current_platform.is_cpu())
             return None
         modules = self.modules_of(prefix)
         quantized = [name for name in modules if name in self.manifest.quantized]

@@ -3,6 +3,7 @@
 import json
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,7 +284,7 @@ REFUSED_MANIFESTS = {
         {"activation": {"bits": 8}},
         "activation is {'bits': 8} where scheme w4a16 means None",
     ),
-    "a quantized cache": ({"kv_cache": {"bits": 8}}, "kv_cache is {'bits': 8}"),
+    "another cache": ({"kv_cache": {"bits": 8}}, "kv_cache is {'bits': 8} where this version knows null and {'bits': 8, 'gran"),
     "packing along the outputs": ({"weight": {**grouped(32), "packed_along": "output"}}, "'packed_along': 'output'"),
     "an unknown key of weight": ({"weight": {**grouped(32), "order": "gptq"}}, "'order': 'gptq'"),
     "a weight without symmetric": ({"weight": {"bits": 4, "group_size": None}}, "'symmetric'"),
@@ -318,6 +319,11 @@ def test_a_manifest_without_a_key_is_refused_by_its_name(key: str) -> None:
     del config[key]
     with pytest.raises(CheckpointError, match=f"key '{key}' is missing"):
         Manifest.from_dict(config)
+
+
+def test_a_manifest_keeps_the_bits_of_keys_and_values() -> None:
+    manifest = replace(manifest_of("w8a8"), kv_bits=8)
+    assert Manifest.from_dict(json.loads(json.dumps(manifest.to_dict()))) == manifest
 
 
 def test_a_damaged_manifest_is_told_everything_that_is_wrong_with_it() -> None:

@@ -129,6 +129,15 @@ def test_eight_bit_keys_and_values_cost_a_little(checkpoints: Checkpoints) -> No
     assert quantized.perplexity == pytest.approx(plain.perplexity, rel=0.02)
 
 
+def test_a_checkpoint_that_asks_for_8_bit_keys_and_values_is_evaluated_with_them(tmp_path: Path) -> None:
+    found = {}
+    for bits in (None, 8):
+        quantize_model(TINY, tmp_path / f"{bits}", QuantizeSettings("w4a16", "rtn", kv_bits=bits, **QUICK))
+        found[bits] = evaluate_folder(tmp_path / f"{bits}", HELDOUT, windows=2).perplexity
+    assert read_manifest(tmp_path / "8").kv_bits == 8
+    assert found[8] == evaluate_folder(tmp_path / "None", HELDOUT, windows=2, kv_bits=8).perplexity != found[None]
+
+
 def test_an_explicit_option_wins_over_the_preset(tmp_path: Path) -> None:
     options = ("--scheme", "w4a16", "--preset", "fast", "--method", "rtn", "--samples", "3", "--seq-len", "40")
     assert main(["quantize", str(TINY), "-o", str(tmp_path / "out"), *options]) == 0

@@ -1,7 +1,8 @@
 """The plugin inside vLLM's own layers, without an engine: loading, sharding rules, arithmetic, torch.compile."""
 
+import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
-from lrq_vllm.errors import CheckpointError
+from lrq_vllm.errors import CheckpointError, SettingsError
 from tests.vllm_layers import Tensors, load, lrq_config, manifest_for, random_tensors, reference_outputs, vllm_world
 
 pytestmark = [
@@ -131,6 +132,25 @@ def test_fused_layers_with_different_activation_steps_are_refused() -> None:
     load(layer, tensors)
     with pytest.raises(CheckpointError, match="carry different input_step"):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_a_cache_that_vllm_misreads_on_a_cpu_is_refused() -> None:
+    from vllm.config import get_current_vllm_config
+
+    config = lrq_config(manifest_for("w8a8", QKV))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(get_current_vllm_config().cache_config, "cache_dtype", "int8_per_token_head")
+        with pytest.raises(SettingsError, match="--kv-cache-dtype fp8"):
+            config.get_quant_method(torch.nn.Embedding(1, 1), "model.embed_tokens")
+
+
+def test_a_16_bit_cache_where_8_bits_were_asked_for_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    config = lrq_config(replace(manifest_for("w8a8", QKV), kv_bits=8))
+    with caplog.at_level("WARNING", logger="vllm.lrq_vllm.kv_cache"):
+        logging.getLogger("vllm").addHandler(caplog.handler)  # which hands nothing on to the root
+        assert config.get_quant_method(torch.nn.Embedding(1, 1), "model.embed_tokens") is None
+        logging.getLogger("vllm").removeHandler(caplog.handler)
+    assert "--kv-cache-dtype fp8" in caplog.text
 
 
 def test_a_layer_that_the_checkpoint_does_not_know_is_refused() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
@@ -44,6 +45,16 @@ def test_serve_hands_every_option_to_vllm(checkpoint: Path, executed: list[Any])
     assert Path(program).name == "vllm"
     assert arguments[1:] == ["serve", str(checkpoint), "--quantization", "lrq", "--port", "8080", "--enforce-eager"]
     assert environment["HF_HUB_OFFLINE"] == "1"
+
+
+def test_serve_gives_a_checkpoint_the_cache_that_it_asks_for(tmp_path: Path, executed: list[Any]) -> None:
+    quantize_model(TINY, tmp_path / "kv8", QuantizeSettings(scheme="w4a16", method="rtn", kv_bits=8, **QUICK))
+    for options, wanted in (([], "fp8"), (["--kv-cache-dtype=auto"], None), (["--kv-cache-dtype", "auto"], None)):
+        executed.clear()
+        with pytest.raises(ExecutedError):
+            main(["serve", str(tmp_path / "kv8"), *options])
+        given = ["--kv-cache-dtype", wanted if not torch.cuda.is_available() else "int8_per_token_head"] if wanted else options
+        assert executed[1][5:] == given
 
 
 def test_serve_refuses_an_unquantized_model(executed: list[Any], capsys: pytest.CaptureFixture[str]) -> None:

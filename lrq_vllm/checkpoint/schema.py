@@ -33,6 +33,8 @@ QUANT_METHOD = "lrq"
 FORMAT_VERSION = 1
 # Groups of inputs that share a step are multiples of this: whole packed words and whole kernel blocks.
 GROUP_UNIT = 32
+# Of keys and values in the cache: asymmetric, a step for each token and head, at run time.
+_KV_CACHE = {"bits": 8, "granularity": "token_head", "mode": "dynamic", "symmetric": False}
 # The low-rank correction pair of a later format: y = W_hat Q(x) + U (V^T x). Refused for now.
 RESERVED_SUFFIXES = ("low_rank_u", "low_rank_v")
 
@@ -110,7 +112,8 @@ class TensorSpec:
 class Manifest:
     """The whole ``quantization_config``.
 
-    quantized maps each quantized module to its weight's (out, in); skipped lists the linear modules left in 16 bits.
+    quantized maps each quantized module to its weight's (out, in); skipped lists the linear modules left in 16 bits. kv_bits:
+    8 if keys and values are to be cached in 8 bits; None for 16.
     """
 
     scheme: str
@@ -118,6 +121,7 @@ class Manifest:
     quantized: Mapping[str, tuple[int, int]]
     skipped: tuple[str, ...]
     tool_version: str
+    kv_bits: int | None = None
 
     @property
     def activation(self) -> ActivationFormat | None:
@@ -156,7 +160,7 @@ class Manifest:
             "scheme": self.scheme,
             "weight": self.weight.to_dict(),
             "activation": None if self.activation is None else self.activation.to_dict(),
-            "kv_cache": None,
+            "kv_cache": None if self.kv_bits is None else dict(_KV_CACHE),
             "quantized": {name: list(shape) for name, shape in self.quantized.items()},
             "skipped": list(self.skipped),
         }
@@ -183,6 +187,7 @@ class Manifest:
                 quantized=MappingProxyType({k: (int(v[0]), int(v[1])) for k, v in config["quantized"].items()}),
                 skipped=tuple(config["skipped"]),
                 tool_version=str(config["tool_version"]),
+                kv_bits=None if config["kv_cache"] is None else 8,
             )
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(_manifest_error([f"a value has the wrong form ({error!r})"])) from error
@@ -257,7 +262,8 @@ def _contradictions(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
     written = manifest.to_dict()
     for key in sorted(_KEYS - {"quantized"}):
         if config[key] != written[key] and not (key == "weight" and problems):
-            problems.append(f"{key} is {config[key]!r} where scheme {manifest.scheme} means {written[key]!r}")
+            means = "this version knows null and" if key == "kv_cache" else f"scheme {manifest.scheme} means"
+            problems.append(f"{key} is {config[key]!r} where {means} {written[key]!r}")
     problems += [
         f"the shape of {name} is {config['quantized'][name]!r}, not two positive numbers"
         for name, shape in manifest.quantized.items()

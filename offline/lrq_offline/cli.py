@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text", required=True, metavar="FILE", help=".jsonl, plain text, or the name of a dataset")
     evaluate.add_argument("--windows", type=int, help="windows to take, spread over the text (default: all)")
     evaluate.add_argument("--seq-len", type=int, default=512, help="tokens per window (default: %(default)s)")
-    evaluate.add_argument("--kv-bits", type=int, choices=[8], help="fake-quantize keys and values (default: 16 bits)")
+    evaluate.add_argument(
+        "--kv-bits", type=int, choices=[8], help="fake-quantize keys and values (default: as the checkpoint says)"
+    )
     evaluate.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU if there is one")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=_evaluate)
@@ -122,7 +124,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, help=f"calibration windows (default preset: {default.samples})")
     parser.add_argument("--seq-len", type=int, help=f"tokens per window (default preset: {default.seq_len})")
     parser.add_argument("--batch-size", type=int, help=f"windows per step (default preset: {default.batch_size})")
-    parser.add_argument("--kv-bits", type=int, choices=[8], help="learn with fake-quantized keys and values (default: 16 bits)")
+    parser.add_argument("--kv-bits", type=int, choices=[8], help="keys and values to learn and serve with (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--calibration", metavar="TEXT",

@@ -13,6 +13,7 @@ from lrq_offline.compute import choose_device
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.reference_model import load_model
 from lrq_offline.source_model import load_tokenizer
+from lrq_vllm.checkpoint.store import read_config, read_manifest
 
 __all__ = ["Quality", "compare", "evaluate_folder"]
 
@@ -49,12 +50,14 @@ def evaluate_folder(
     """Evaluate a float folder or an LRQ checkpoint on a text, by the reference path.
 
     windows None takes as many whole windows as the text has; they are spread evenly over it. kv_bits 8 fake-quantizes the
-    model's keys and values (not the reference's). Raises LrqError's children.
+    model's keys and values (not the reference's), and so does a checkpoint that asks for it. Raises LrqError's children.
     """
     tokenizer = load_tokenizer(folder)
     tokens = token_windows(tokenizer, read_texts(text, tokenizer), windows, seq_len)
     place = choose_device(device)
     model = load_model(folder).to(place)
+    if kv_bits is None and "quantization_config" in read_config(folder):
+        kv_bits = read_manifest(folder).kv_bits
     if kv_bits is not None:
         quantize_kv_cache(model, kv_bits)
     return compare(model, None if reference is None else load_model(reference).to(place), tokens.to(place))

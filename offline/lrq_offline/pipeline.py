@@ -113,7 +113,7 @@ def manifest_of(source: SourceModel, settings: QuantizeSettings) -> Manifest:
     problems = [] if settings.group_size is None else undivided_layers(settings.group_size, quantized)
     if problems:
         raise SettingsError(one_paragraph(problems, "Choose a --group-size that divides all of them, or leave it out."))
-    return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"))
+    return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"), settings.kv_bits)
 
 
 def _check_ranks(count: int, device: torch.device, settings: QuantizeSettings, manifest: Manifest) -> None:

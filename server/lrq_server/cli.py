@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from lrq_server.vllm_process import serving_environment, vllm_command
 from lrq_vllm.checkpoint import TensorFolder, check_tensors, read_manifest
 from lrq_vllm.errors import LrqError
+from lrq_vllm.kv_cache import CACHE_OPTION, cache_dtype
 
 __all__ = ["main"]
 
@@ -17,7 +20,8 @@ _EXAMPLES = """examples:
   lrq-server serve ./Llama-3-8B-lrq-w4a16
   lrq-server serve ./Llama-3-8B-lrq-w8a8 --port 8080 --tensor-parallel-size 2
 
-Options after MODEL are handed to vLLM as they are: see `vllm serve --help`.
+Options after MODEL are handed to vLLM as they are: see `vllm serve --help`. A checkpoint made with --kv-bits 8 is served with
+8-bit keys and values unless --kv-cache-dtype says otherwise.
 """
 
 
@@ -36,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # parse_known_args keeps what it does not know in order: everything else is vLLM's.
     parsed, vllm_options = parser.parse_known_args(arguments)
     try:
-        check_tensors(TensorFolder(parsed.model), read_manifest(parsed.model))
+        manifest = read_manifest(parsed.model)
+        check_tensors(TensorFolder(parsed.model), manifest)
+        if manifest.kv_bits is not None and not any(option.split("=")[0] == CACHE_OPTION for option in vllm_options):
+            vllm_options += [CACHE_OPTION, cache_dtype(on_cpu=not torch.cuda.is_available())]
         command = vllm_command(parsed.model, "--quantization", "lrq", *vllm_options)
     except LrqError as error:
         print(f"lrq-server: {error}", file=sys.stderr)
