@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrq_vllm import arranged_layer
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.kernels import arranged_linear, hopper_table, reference, stream_linear, tile_linear
 from lrq_vllm.kernels.arrange_tokens import arrange_tokens
@@ -173,6 +174,32 @@ def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: b
 def test_a_layer_that_was_not_measured_takes_the_choices_of_the_most_similar_one() -> None:
     for near, known in (((6144, 4000), (6144, 4096)), ((30000, 5000), (28672, 4096)), ((5120, 27648), (4096, 14336))):
         assert hopper_table.choices(WeightShape(4, True, *near)) == hopper_table.choices(WeightShape(4, True, *known))
+
+
+# --- a layer of a served model ---
+
+
+class ArrangedLayer(torch.nn.Module):
+    """What a backend leaves on a layer, without memory behind it."""
+
+    def __init__(self, shape: WeightShape) -> None:
+        super().__init__()
+        stripes, chunks = -(-shape.out_features // STRIPE), -(-shape.in_features // CHUNK)
+        q = torch.zeros(stripes, chunks, shape.chunk_bytes, dtype=torch.uint8, device="meta")
+        facts = torch.zeros(stripes, 3, STRIPE, dtype=torch.int32, device="meta")
+        self.lrq_q, self.lrq_facts = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in (q, facts))
+        self.lrq_weight_shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return arranged_layer.arranged_linear(self, x.reshape(-1, x.shape[-1]), None).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_layer_compiles_whole_and_for_any_number_of_tokens(grouped: bool) -> None:
+    shape = WeightShape(4, False, 96, 256, grouped)
+    compiled = torch.compile(ArrangedLayer(shape), fullgraph=True, dynamic=True, backend="eager")
+    for tokens in (1, 5, 300):
+        assert compiled(torch.zeros(tokens, 256, dtype=torch.bfloat16, device="meta")).shape == (tokens, 96)
 
 
 # --- the kernels, on a GPU ---
