@@ -41,6 +41,9 @@ REPLAYS = 9
 
 def main() -> None:
     arguments = parsed()
+    memory = MEMORY_TB_PER_S.get(torch.cuda.get_device_name())
+    if memory is None:
+        sys.exit(f"Add the memory speed of {torch.cuda.get_device_name()} to MEMORY_TB_PER_S: floors are counted from it.")
     candidates = [
         candidate
         for candidate in all_candidates()
@@ -49,7 +52,6 @@ def main() -> None:
     if arguments.warm_up:
         warm_up(arguments)
     rows: list[dict[str, Any]] = []
-    memory = MEMORY_TB_PER_S[torch.cuda.get_device_name()]
     result = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),
@@ -147,13 +149,12 @@ def summarize(rows: list[dict[str, Any]]) -> None:
         if row["candidate"] == "lrq" and "us" in row:
             place = ("shape", "scheme", "tokens")
             same = [other for other in rows if all(other[key] == row[key] for key in place) and other["candidate"] != "lrq"]
-            peers = [other["us"] for other in same if "us" in other]
-            if peers:
-                ratios.setdefault(row["scheme"], []).append(min(peers) / row["us"])
-            if peers and min(peers) < 0.98 * row["us"]:
-                best = min((other for other in same if "us" in other), key=lambda other: other["us"])
-                where = f"{row['scheme']} {row['shape']} {row['tokens']}"
-                print(f"slower: {where}: {row['us']:.1f}, {best['candidate']} {best['us']:.1f}")
+            best = min((other for other in same if "us" in other), key=lambda other: other["us"], default=None)
+            if best is not None:
+                ratios.setdefault(row["scheme"], []).append(best["us"] / row["us"])
+                if best["us"] < 0.98 * row["us"]:
+                    where = f"{row['scheme']} {row['shape']} {row['tokens']}"
+                    print(f"slower: {where}: {row['us']:.1f}, {best['candidate']} {best['us']:.1f}")
             if row["tokens"] <= 16:
                 cell = f"{row['shape']} {row['tokens']}: {row['floor_us'] / row['us']:.0%}"
                 floors.setdefault(row["scheme"], []).append(cell)

@@ -164,9 +164,9 @@ def _lrq(bits: int, *, integer: bool, static: bool, group: int | None) -> Callab
         zero = (-low / step).round()
         shift = 128 if bits == 8 else 0
         q = ((grouped / step).round() + zero).clamp(0, 2**bits - 1).int().flatten(1) - shift
-        steps, zeros = (step.squeeze(2), zero.squeeze(2).int()) if group else (step.flatten(), zero.flatten().int() - shift)
-        total = q.sum(dim=1, dtype=torch.int32) - weight.shape[1] * zeros if integer else None
-        ready = arrange(q, steps, zeros, total, bits, integer=integer)
+        zeros = zero.squeeze(2).int() - shift
+        total = q.sum(dim=1, dtype=torch.int32) - weight.shape[1] * zeros.flatten() if integer else None
+        ready = arrange(q, step.squeeze(2), zeros, total, bits, integer=integer)
         grid = (torch.tensor([8 / 255], device=weight.device), torch.tensor([127], dtype=torch.uint8, device=weight.device))
         weights = [ready._replace(q=ready.q.clone(), facts=ready.facts.clone()) for _ in range(copies)]
         return [lambda x, w=w: arranged_linear(x, w, None, grid if static else None) for w in weights]

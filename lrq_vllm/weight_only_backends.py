@@ -71,9 +71,7 @@ class HopperBackend:
     def prepare(self, layer: Any, weight: PackedWeight) -> None:
         """Lay the weight out and compile what it may need."""
         q, zero_point = unpack(weight.q, weight.bits, weight.in_features), weight.zero_point.to(torch.int32)
-        per_channel = weight.step.shape[1] == 1
-        grid = (weight.step.flatten(), zero_point.flatten()) if per_channel else (weight.step, zero_point)
-        keep_arranged(layer, arrange(q, *grid, None, weight.bits, integer=False), weight.dtype)
+        keep_arranged(layer, arrange(q, weight.step, zero_point, None, weight.bits, integer=False), weight.dtype)
 
     def linear(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """The fastest kernel for the number of tokens."""

@@ -39,8 +39,7 @@ class Weight:
         self.integer = reference.integer_weight(*self.stored, bits, columns) if integer else None
         zero = zero_point.int() - (128 if bits == 8 else 0)
         total = None if self.integer is None else self.integer.total
-        grid = (step, zero) if group else (step.flatten(), zero.flatten())
-        self.arranged: ArrangedWeight = arrange(self.q, *grid, total, bits, integer=integer)
+        self.arranged: ArrangedWeight = arrange(self.q, step, zero, total, bits, integer=integer)
 
     def product(self, x: Tensor, bias: Tensor | None, *, static: bool) -> Tensor:
         """What reference.py computes."""

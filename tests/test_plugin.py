@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrq_vllm import kv_cache
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError, SettingsError
 from tests.vllm_layers import Tensors, load, lrq_config, manifest_for, random_tensors, reference_outputs, vllm_world
@@ -144,12 +145,13 @@ def test_a_cache_that_vllm_misreads_on_a_cpu_is_refused() -> None:
             config.get_quant_method(torch.nn.Embedding(1, 1), "model.embed_tokens")
 
 
-def test_a_16_bit_cache_where_8_bits_were_asked_for_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_16_bit_cache_where_8_bits_were_asked_for_is_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv_cache._warn_of_16_bits.cache_clear()
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     config = lrq_config(replace(manifest_for("w8a8", QKV), kv_bits=8))
-    with caplog.at_level("WARNING", logger="vllm.lrq_vllm.kv_cache"):
-        logging.getLogger("vllm").addHandler(caplog.handler)  # which hands nothing on to the root
-        assert config.get_quant_method(torch.nn.Embedding(1, 1), "model.embed_tokens") is None
-        logging.getLogger("vllm").removeHandler(caplog.handler)
+    assert config.get_quant_method(torch.nn.Embedding(1, 1), "model.embed_tokens") is None
     assert "--kv-cache-dtype fp8" in caplog.text
 
 

@@ -49,17 +49,18 @@ class ArrangedWeight(NamedTuple):
 
 def arrange(q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor | None, bits: int, *, integer: bool) -> ArrangedWeight:
     """From integers [N, K] (8 bits: int8; else the unsigned grid), step float32 [N], zero_point and total int32 [N] as in
-    reference.IntegerWeight. 16-bit activations need no total; they also take step and zero_point [N, G], for groups of inputs
+    reference.IntegerWeight. 16-bit activations need no total; they also take step and zero_point [N, G], for G groups of inputs
     that are a multiple of CHUNK.
     """
     rows, columns = q.shape
-    grouped = step.dim() == 2
+    grouped = step.numel() > rows
     words = arranged_integers(q, bits, integer=integer)
     if grouped:
         channel = step.amax(dim=1)
         channel = torch.where(channel > 0, channel, 1)
         words = torch.cat([words, _group_words(step / channel.unsqueeze(1), zero_point, words.shape[1])], dim=2)
         step, zero_point = channel, torch.zeros_like(channel, dtype=torch.int32)
+    step, zero_point = step.flatten(), zero_point.flatten()
     facts = torch.zeros((3, -(-rows // STRIPE) * STRIPE), dtype=torch.int32, device=q.device)
     for place, values in enumerate((step.view(torch.int32), zero_point, total)):
         if values is not None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CudaKernel", "Source", "boxes", "compiled", "source", "why_not"]
+__all__ = ["CudaKernel", "Source", "boxes", "compiled", "processors", "source", "why_not"]
 
 
 def why_not(device: torch.device) -> str | None:
@@ -105,6 +105,12 @@ def compiled(source: Source, device: torch.device) -> CudaKernel:
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     _checked(driver.cuFuncSetAttribute(function, limit, shared_bytes))
     return CudaKernel(function, shared_bytes)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors the GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @lru_cache(maxsize=65536)

@@ -15,9 +15,9 @@
 //
 // Chunks that the weight does not have are multiplied all the same: whatever the ring holds there, x is 0.
 //
-// Constants: BITS (8, 4, 3), INTEGER, FLOAT16 (else bfloat16), GROUPED, X (what x is: 0 as it came; to be quantized 1 per token, 2 by the
-// calibrated step; 3 quantized already and arranged by arrange_tokens.cu), TILES, CHUNKS, PIECE, WARPS, CLUSTER, STAGES, TURNS, REDUCTIONS (buffers of sums),
-// SHARED_BYTES. hopper.cuh and weight_chunk.cuh come before.
+// Constants: BITS (8, 4, 3), INTEGER, FLOAT16 (else bfloat16), GROUPED, X (what x is: 0 as it came; to be quantized 1 per token,
+// 2 by the calibrated step; 3 quantized already and arranged by arrange_tokens.cu), TILES, CHUNKS, PIECE, WARPS, CLUSTER, STAGES,
+// TURNS, REDUCTIONS (buffers of sums), SHARED_BYTES. hopper.cuh and weight_chunk.cuh come before.
 
 #define STAGE_BYTES (WARPS * PIECE * CHUNK_BYTES)
 #define TOKENS (8 * TILES)

@@ -69,7 +69,7 @@ class Plan:
 
 def takes(tokens: int, weight: WeightShape, device: torch.device, *, static: bool) -> bool:
     """Whether the activations of so many tokens fit the registers of one cluster."""
-    return plan(tokens, weight, _input(tokens, weight.integer, static), _processors(device)) is not None
+    return plan(tokens, weight, _input(tokens, weight.integer, static), cuda_kernel.processors(device)) is not None
 
 
 def source(tokens: int, weight: WeightShape, dtype: torch.dtype, device: torch.device, *, static: bool) -> cuda_kernel.Source:
@@ -110,21 +110,9 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
     if stages < 2:
         return None
     return Plan(
-        bits,
-        integer,
-        float16,
-        grouped,
-        x,
-        tiles,
-        chunks,
-        piece,
-        warps,
-        cluster,
-        stages,
-        turns,
-        reductions,
+        bits, integer, float16, grouped, x, tiles, chunks, piece, warps, cluster, stages, turns, reductions,
         stages * stage + fixed,
-    )
+    )  # fmt: skip
 
 
 def stream_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, static: Static | None = None) -> Tensor:
@@ -174,15 +162,10 @@ def _launch(
 
 
 def _plan(tokens: int, weight: WeightShape, kind: Input, dtype: torch.dtype, device: torch.device) -> Plan:
-    chosen = plan(tokens, weight, kind, _processors(device), float16=dtype == torch.float16)
+    chosen = plan(tokens, weight, kind, cuda_kernel.processors(device), float16=dtype == torch.float16)
     if chosen is None:
         raise ValueError(f"no kernel streams a weight of {weight.in_features} inputs for {tokens} tokens")
     return chosen
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

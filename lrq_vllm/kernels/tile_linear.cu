@@ -9,8 +9,8 @@
 // the next one. Each has 64 outputs of a tile.
 //
 // A cluster is SPLIT blocks with the same tile and a part of the inputs each, which send each other their sums in the end; there
-// is a cluster for each tile then. Or it is SHARE blocks with the same tokens and outputs next to each other: each
-// fetches a part of the tokens for all. Otherwise, and then too, blocks go on with the next tile.
+// is a cluster for each tile then. Or it is SHARE blocks with the same tokens and outputs next to each other: each fetches a part
+// of the tokens for all. Otherwise, and then too, blocks go on with the next tile.
 //
 // Constants: BITS, INTEGER, FLOAT16, GROUPED, TOKENS, SPLIT, SHARE (one of them is 1), BLOCKS (1 or 2 that share a multiprocessor),
 // STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns), and the macros of tile_linear._wgmma_macros. hopper.cuh and

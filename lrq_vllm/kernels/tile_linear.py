@@ -79,9 +79,8 @@ def tile_linear(x: ArrangedTokens | Tensor, weight: ArrangedWeight, bias: Tensor
     y = torch.empty((tokens, outputs), dtype=x.dtype, device=weight.q.device)
     if not tokens:
         return y
-    processors = torch.cuda.get_device_properties(y.device).multi_processor_count
     tiles = -(-outputs // (_OUTPUTS * chosen.share)) * -(-tokens // chosen.tokens)  # of clusters
-    clusters = tiles if chosen.split > 1 else min(tiles, processors * chosen.blocks // chosen.share)
+    clusters = tiles if chosen.split > 1 else min(tiles, cuda_kernel.processors(y.device) * chosen.blocks // chosen.share)
     chunk_bytes = weight.shape.chunk_bytes
     box = _OUTPUTS // STRIPE, chunk_bytes * (1 if weight.shape.bits == 8 else chosen.stage_chunks)
     boxes = cuda_kernel.boxes(weight.q.data_ptr(), stripes, chunks * chunk_bytes, box)
