@@ -78,7 +78,7 @@ def measure(folder: Path, text: Path, mode: str) -> dict[str, Any]:
     prompts = token_windows(load_tokenizer(folder), read_texts(text), PROMPTS, PROMPT_TOKENS)
     llm = LLM(
         str(folder), dtype="bfloat16", enforce_eager=mode == "eager", max_model_len=512, enable_prefix_caching=False,
-        gpu_memory_utilization=0.3,
+        gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,  # so that several can share a GPU
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=1, ignore_eos=True)
     answers = llm.generate([TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts], sampling)

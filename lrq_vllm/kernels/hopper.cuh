@@ -112,6 +112,16 @@ __device__ __forceinline__ unsigned short half_bits(float value) {
     return bits;
 }
 
+__device__ __forceinline__ u32 half_pair(float low, float high) {
+    u32 pair;
+#if FLOAT16
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+}
+
 __device__ __forceinline__ Words load_words(const void* from, bool inside) {
     const Words none = {{0, 0, 0, 0}};
     return inside ? *(const Words*)from : none;
@@ -121,24 +131,27 @@ __device__ __forceinline__ Words load_words(const void* from, bool inside) {
 // multiplication decides, except close to a border between two integers.
 __device__ __forceinline__ u32 quantized_pair(u32 pair, const Grid& grid) {
     const float values[2] = {low_half(pair), high_half(pair)};
-    const float magic = 12582912.0f;  // adding 1.5 * 2^23 leaves no fraction bits
-    float nearest[2], off[2];
+    const float magic = 12582912.0f;  // a sum with 1.5 * 2^23 has no fraction bits, and an integer's last byte as its own
+    const float offset = magic + (float)grid.zero;
+    float shifted[2], off[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        float quotient = values[i] * grid.inverse;
 #if CALIBRATED
-        quotient = fminf(fmaxf(quotient, -1024.0f), 1024.0f);
+        const float quotient = fminf(fmaxf(values[i] * grid.inverse, -1024.0f), 1024.0f);
+        shifted[i] = quotient + offset;
+        off[i] = fabsf(quotient - (shifted[i] - offset));
+#else
+        shifted[i] = __fmaf_rn(values[i], grid.inverse, offset);
+        off[i] = fabsf(__fmaf_rn(values[i], grid.inverse, offset - shifted[i]));
 #endif
-        nearest[i] = (quotient + magic) - magic;
-        off[i] = fabsf(quotient - nearest[i]);
     }
     if (fmaxf(off[0], off[1]) > 0.4998f) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) nearest[i] = rintf(fminf(fmaxf(__fdiv_rn(values[i], grid.step), -1024.0f), 1024.0f));
+        for (int i = 0; i < 2; i++) shifted[i] = rintf(fminf(fmaxf(__fdiv_rn(values[i], grid.step), -1024.0f), 1024.0f)) + offset;
     }
     u32 bytes[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) bytes[i] = min(max((int)nearest[i] + grid.zero, -128), 127);
+    for (int i = 0; i < 2; i++) bytes[i] = __float_as_uint(fminf(fmaxf(shifted[i], magic - 128.0f), magic + 127.0f));
     return __byte_perm(bytes[0], bytes[1], 0x0040);
 }
 

@@ -272,13 +272,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
 #endif
     if (warp < WARPS) {
 #if X == 1 || X == 2
+        Grid grids[QUANTIZED_HERE];
+#pragma unroll
+        for (int token = 0; token < QUANTIZED_HERE; token++) grids[token] = shared.grid[min(token, tokens - 1)];
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             __syncwarp();
 #pragma unroll
             for (int token = 0; token < QUANTIZED_HERE; token++)
                 if (token < tokens)
-                    *(unsigned short*)&shared.quantized[warp][token][2 * lane] = quantized_pair(pairs[token][chunk], shared.grid[token]);
+                    *(unsigned short*)&shared.quantized[warp][token][2 * lane] = quantized_pair(pairs[token][chunk], grids[token]);
             __syncwarp();
 #pragma unroll
             for (int i = 0; i < 4; i++) {

@@ -37,11 +37,13 @@
 #define CLUSTER (SPLIT * SHARE)
 #define WARPS (CONSUMERS / 32)  // that multiply
 #define OWN_COLUMNS ((COLUMNS + SPLIT - 1) / SPLIT)  // that a block finishes, at most
+#define PIECE (SPLIT == 1 ? 2 : 1)  // columns that a warp writes at a time
 
 static_assert(STAGE_CHUNKS % 2 == 0);  // chunks take turns with the registers
 static_assert(SPLIT == 1 || SHARE == 1);
 
 struct Shared {
+    u8 turned[WARPS][PIECE * 256];  // of a piece: 8 tokens x 8 outputs, for each column and half of the warp's outputs
 #if INTEGER
     Grid grids[2][TOKENS];  // of a tile, for each warpgroup
     Facts facts[2][STRIPES];
@@ -119,10 +121,15 @@ __device__ __forceinline__ u32 scaled(u32 pair, u32 factor, u32 offset) {
 }
 #endif
 
-__device__ __forceinline__ u32 turned(u32 pair) {  // an 8 x 8 matrix of a warp, transposed
-    u32 result;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-    return result;
+// 8 x 8 matrices of a warp, in fragments, into rows of shared memory, transposed: a lane says where one row goes.
+__device__ __forceinline__ void store_turned(u32 row, const u32 (&matrices)[2 * PIECE]) {
+#if SPLIT == 1
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+        ::"r"(row), "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3]) : "memory");
+#else
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};"
+        ::"r"(row), "r"(matrices[0]), "r"(matrices[1]) : "memory");
+#endif
 }
 
 #if INTEGER
@@ -352,43 +359,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
 #if INTEGER
             const Facts& of = shared.facts[group][warp];
             const float steps_of[2] = {of.step[row], of.step[row + 8]};
-            const int zeros[2] = {of.zero[row], of.zero[row + 8]}, totals[2] = {of.total[row], of.total[row + 8]};
+            const int zeros[2] = {-of.zero[row], -of.zero[row + 8]}, totals[2] = {-of.total[row], -of.total[row + 8]};
 #endif
-            const int output = own * 16 + row, place = own * 16 + (quarter % 2 ? 8 + 2 * (quarter - 1) : 2 * quarter);
+            const int output = own * 16 + row;
             const float bias_low = has_bias && output < outputs ? low_half(bias[output]) : 0.0f;
             const float bias_high = has_bias && output + 8 < outputs ? low_half(bias[output + 8]) : 0.0f;
+            // A lane brings 8 outputs of one token of a piece to y. Units of 16 bytes lie so that no two are in each other's way.
+            const int half = lane % 2, written = lane / 2, place = own * 16 + 8 * half;
+            const u32 turned_row = address(shared.turned[warp]) + 128 * (lane / 8) + 16 * (lane % 8 ^ 4 * (lane / 8 % 2));
+            const u8* const mine = shared.turned[warp] + 128 * (2 * (written / 8) + half) + 16 * (written % 8 ^ 4 * half);
+            const int most = written < 8 * PIECE && place < outputs ? tokens - token - written : 0;
+            unsigned short* to = y + (u64)(token + written) * outputs + place;
 #pragma unroll
-            for (int column = 0; column < COLUMNS; column++) {
+            for (int column = 0; column < COLUMNS; column += PIECE, to += 8 * PIECE * (u64)outputs) {
                 if (SPLIT > 1 && column % SPLIT != rank) continue;
                 asm volatile("" ::: "memory");  // grids stay in shared memory until they are used
-                sum_t four[4];
+                u32 pairs[2 * PIECE];  // tokens 2 quarter and 2 quarter + 1 of a column; outputs g, g + 8
 #pragma unroll
-                for (int i = 0; i < 4; i++) four[i] = sums[4 * column + i];
+                for (int piece = 0; piece < PIECE; piece++) {
+                    sum_t four[4];
+#pragma unroll
+                    for (int i = 0; i < 4; i++) four[i] = sums[4 * (column + piece) + i];
 #if SPLIT > 1
 #pragma unroll
-                for (int sender = 0; sender < SPLIT - 1; sender++)
+                    for (int sender = 0; sender < SPLIT - 1; sender++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) four[i] += parts[sender * OWN_COLUMNS + column / SPLIT][thread][i];
+                        for (int i = 0; i < 4; i++) four[i] += parts[sender * OWN_COLUMNS + column / SPLIT][thread][i];
 #endif
-                float values[4];
+                    float values[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                    for (int i = 0; i < 4; i++) {
 #if INTEGER
-                    const Grid grid = shared.grids[group][8 * column + 2 * quarter + i % 2];
-                    const int sum = (four[i] >> (i / 2 ? HIGH_BITS : 0)) - grid.zero * totals[i / 2] - grid.total * zeros[i / 2];
-                    values[i] = __fmul_rn(__fmul_rn((float)sum, grid.step), steps_of[i / 2]);
+                        const Grid grid = shared.grids[group][8 * (column + piece) + 2 * quarter + i % 2];
+                        const int sum = (four[i] >> (i / 2 ? HIGH_BITS : 0)) + grid.zero * totals[i / 2] + grid.total * zeros[i / 2];
+                        values[i] = __fmul_rn(__fmul_rn((float)sum, grid.step), steps_of[i / 2]);
 #else
-                    values[i] = __fmul_rn(four[i], steps_of[i / 2]);
+                        values[i] = __fmul_rn(four[i], steps_of[i / 2]);
 #endif
-                    if (has_bias) values[i] = __fadd_rn(values[i], i < 2 ? bias_low : bias_high);
+                        values[i] = __fadd_rn(values[i], i < 2 ? bias_low : bias_high);
+                    }
+                    pairs[2 * piece] = half_pair(values[0], values[1]);
+                    pairs[2 * piece + 1] = half_pair(values[2], values[3]);
                 }
-                // From two tokens of one output to the other way round: lane (token, quarter) gets four outputs of its token.
-                const u32 low = turned(half_bits(values[0]) | (u32)half_bits(values[1]) << 16);
-                const u32 high_outputs = turned(half_bits(values[2]) | (u32)half_bits(values[3]) << 16);
-                const u32 sent = __shfl_xor_sync(0xffffffffu, quarter % 2 ? low : high_outputs, 1);
-                const u64 four_outputs = quarter % 2 ? (u64)high_outputs << 32 | sent : (u64)sent << 32 | low;
-                const int to = token + 8 * column + row;
-                if (to < tokens && place < outputs) *(u64*)(y + (u64)to * outputs + place) = four_outputs;
+                __syncwarp();  // the piece before was read
+                store_turned(turned_row, pairs);
+                __syncwarp();
+                if (8 * column < most) *(Words*)to = *(const Words*)mine;
             }
         }
     }

@@ -59,7 +59,7 @@ def plan(
     chunk_bytes = WeightShape(bits, integer, 0, 0, grouped).chunk_bytes
     stage_chunks = 4 if bits <= 4 and tokens <= 64 and blocks == 1 and not grouped else 2
     stage = stage_chunks * (8 * chunk_bytes + 16 * tokens * (4 if integer else 8))
-    fixed = 48 + (2 * (16 * tokens + 8 * 12 * STRIPE) if integer else 0)
+    fixed = 48 + 2048 * (2 if split == 1 else 1) + (2 * (16 * tokens + 8 * 12 * STRIPE) if integer else 0)
     stages = min(12, (_SHARED_BYTES // blocks - 1024 - fixed) // (stage + 16))
     shared_bytes = stages * (stage + 16) + fixed
     return Plan(bits, integer, float16, grouped, tokens, split, blocks, share, stage_chunks, stages, _BAND, shared_bytes)
