@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from lrq_server.vllm_process import serving_environment
+from lrq_vllm.golden_replay import kernels_of
+from lrq_vllm.vllm_environment import serving_environment
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 32
 
@@ -100,7 +101,7 @@ def measure(folder: Path, text: Path, mode: str) -> dict[str, Any]:
 def kernels(llm: Any) -> set[str]:
     """The kernels that the model's layers really use."""
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to the worker, which is this process
-    found = llm.apply_model(lambda model: {module.lrq_kernel for module in model.modules() if hasattr(module, "lrq_kernel")})
+    found = llm.apply_model(kernels_of)
     return set().union(*found) or {"vLLM's own"}
 
 

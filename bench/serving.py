@@ -28,7 +28,8 @@ import torch
 from linear import version_of
 from random_llama import SIZES, write_llama, write_ours, write_stock
 
-from lrq_server.vllm_process import serving_environment
+from lrq_vllm.golden_replay import kernels_of
+from lrq_vllm.vllm_environment import serving_environment
 
 CANDIDATES = ("bf16", "stock-w8a8", "lrq-w8a8", "lrq-w4a8", "stock-w4a16", "lrq-w4a16", "lrq-w3a16")
 PROMPT, NEW = 128, 128
@@ -123,7 +124,7 @@ def facts(llm: Any) -> dict[str, Any]:
 
 def look_at(model: torch.nn.Module) -> tuple[int, list[str]]:
     stored = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    return sum(stored.values()), sorted({module.lrq_kernel for module in model.modules() if hasattr(module, "lrq_kernel")})
+    return sum(stored.values()), sorted(kernels_of(model))
 
 
 def seconds(llm: Any, size: dict[str, int], generator: torch.Generator, count: int, tokens: int, new: int) -> float:

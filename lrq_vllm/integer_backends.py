@@ -15,7 +15,10 @@ from lrq_vllm.kernels.arranged_linear import why_not
 from lrq_vllm.kernels.arranged_weight import WeightShape, arrange
 from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens, Static
 
-__all__ = ["HopperBackend", "IntegerBackend", "LayerInput", "OneDnnBackend", "TritonBackend", "choose_integer_backend"]
+__all__ = [
+    "HopperBackend", "IntegerBackend", "LayerInput", "OneDnnBackend", "TritonBackend", "choose_integer_backend",
+    "integer_candidates",
+]  # fmt: skip
 
 
 class LayerInput(NamedTuple):
@@ -46,8 +49,13 @@ def choose_integer_backend(weight: IntegerWeight, x: LayerInput) -> IntegerBacke
 
     Raises SettingsError with every backend's reason if none can.
     """
+    return first_that_can(integer_candidates(weight, x), weight.step.device)
+
+
+def integer_candidates(weight: IntegerWeight, x: LayerInput) -> list[tuple[IntegerBackend, str | None]]:
+    """Every backend, the best first, and the reason why it cannot run with this weight, or None if it can."""
     backends: tuple[IntegerBackend, ...] = (HopperBackend(), TritonBackend(), OneDnnBackend())
-    return first_that_can([(backend, backend.why_not(weight, x)) for backend in backends], weight.step.device)
+    return [(backend, backend.why_not(weight, x)) for backend in backends]
 
 
 class HopperBackend:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.integer_backends import IntegerBackend, LayerInput, choose_integer_backend
-from lrq_vllm.kernels.reference import Static, integer_weight
+from lrq_vllm.kernels.reference import (
+    IntegerWeight,
+    Static,
+    integer_linear,
+    integer_weight,
+    quantize_per_token,
+    quantize_static,
+)  # fmt: skip
+from lrq_vllm.layer_self_test import check_layer
 from lrq_vllm.layer_weights import LayerWeights
 
 __all__ = ["LrqW4A8LinearMethod", "LrqW8A8LinearMethod"]
@@ -48,12 +57,19 @@ class _IntegerLinearMethod(LinearMethodBase):
         self._backend = backend
         layer.lrq_kernel = backend.name
         logger.debug("%s runs on %s", self._name, backend.name)
+        name = f"{self._name} on {backend.name}"
+        check_layer(name, partial(self.apply, layer), partial(self._reference, layer, weight), weight.q, x.features, x.dtype)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
         assert self._backend is not None
         y = self._backend.linear(layer, x.reshape(-1, x.shape[-1]), self._static(layer), bias)
         return y.view(*x.shape[:-1], -1)
+
+    def _reference(self, layer: Any, weight: IntegerWeight, x: Tensor) -> Tensor:
+        static = self._static(layer)
+        tokens = quantize_per_token(x) if static is None else quantize_static(x, *static)
+        return integer_linear(tokens, weight, None, x.dtype)
 
     def _prepare_activations(self, layer: Any) -> None:
         """Settle the activation parameters after loading; dynamic quantization has none."""

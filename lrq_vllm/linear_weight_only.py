@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
 from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.kernels.reference import weight_only_linear
+from lrq_vllm.layer_self_test import check_layer
 from lrq_vllm.layer_weights import LayerWeights
 from lrq_vllm.weight_only_backends import PackedWeight, WeightOnlyBackend, choose_weight_only_backend
 
@@ -43,6 +46,11 @@ class LrqWeightOnlyLinearMethod(LinearMethodBase):
         self._backend = backend
         layer.lrq_kernel = backend.name
         logger.debug("%s runs on %s", self._name, backend.name)
+        check_layer(
+            f"{self._name} on {backend.name}", partial(self.apply, layer),
+            lambda x: weight_only_linear(x, weight.q, weight.step, weight.zero_point, self._bits, None),
+            weight.q, layer.lrq_in_features, layer.lrq_dtype,
+        )  # fmt: skip
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from lrq_vllm.checkpoint.schema import QUANT_METHOD, Manifest
+from lrq_vllm.checkpoint.seal import check_seal
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
 from lrq_vllm.cpu_compilation import round_where_operations_do
 from lrq_vllm.errors import CheckpointError
 from lrq_vllm.kv_cache import check_cache_dtype
+from lrq_vllm.vllm_versions import check_version
 
 __all__ = ["LrqConfig"]
 
@@ -51,18 +54,23 @@ class LrqConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "LrqConfig":
-        """From config.json's ``quantization_config``. Raises CheckpointError if it is not one that we read."""
+        """From config.json's ``quantization_config``.
+
+        Raises CheckpointError if it is not one that we read, and SettingsError in a vLLM that we do not know.
+        """
+        check_version(vllm.__version__)
         return cls(Manifest.from_dict(config))
 
     def maybe_update_config(self, model_name: str, **_: Any) -> None:
-        """Check a local folder's tensor headers, in vLLM's main process and before anything is loaded.
+        """Check a local folder against its manifest and its seal, in vLLM's main process and before anything is loaded.
 
-        Raises CheckpointError or ModelFolderError naming what is missing or has the wrong shape.
+        Raises CheckpointError or ModelFolderError naming what is missing, has the wrong shape or was changed.
         """
         folder = Path(model_name)
         # A folder without any weights is vLLM's to judge: --load-format dummy needs none.
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             check_tensors(TensorFolder(folder), self.manifest)
+            check_seal(folder)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Follow a model that renames its modules, so that the lists keep matching."""

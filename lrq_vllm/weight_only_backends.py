@@ -14,7 +14,7 @@ from lrq_vllm.kernels.arranged_linear import why_not
 from lrq_vllm.kernels.arranged_weight import CHUNK, WeightShape, arrange
 from lrq_vllm.kernels.reference import dequantize_weight
 
-__all__ = ["PackedWeight", "WeightOnlyBackend", "choose_weight_only_backend"]
+__all__ = ["PackedWeight", "WeightOnlyBackend", "choose_weight_only_backend", "weight_only_candidates"]
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -50,8 +50,13 @@ def choose_weight_only_backend(weight: PackedWeight) -> WeightOnlyBackend:
 
     Raises SettingsError with every backend's reason if none can.
     """
+    return first_that_can(weight_only_candidates(weight), weight.q.device)
+
+
+def weight_only_candidates(weight: PackedWeight) -> list[tuple[WeightOnlyBackend, str | None]]:
+    """Every backend, the best first, and the reason why it cannot run with this weight, or None if it can."""
     backends: tuple[WeightOnlyBackend, ...] = (HopperBackend(), TritonBackend(), ExpandedBackend())
-    return first_that_can([(backend, backend.why_not(weight)) for backend in backends], weight.q.device)
+    return [(backend, backend.why_not(weight)) for backend in backends]
 
 
 class HopperBackend:

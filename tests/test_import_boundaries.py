@@ -25,6 +25,8 @@ def loaded_by(module: str) -> set[str]:
         ("lrq_vllm.kernels.ops", tuple(name for name in HEAVY if name != "triton")),
         ("lrq_offline.pipeline", ("vllm", "lrq_server")),
         ("lrq_offline.reference_model", ("vllm", "lrq_server")),
+        ("lrq_offline.verification", ("vllm", "lrq_server")),
+        ("lrq_vllm.diagnosis", HEAVY),
         ("lrq_server.cli", ("vllm", "transformers", "lrq_offline")),
     ],
 )

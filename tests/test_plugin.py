@@ -1,6 +1,7 @@
 """The plugin inside vLLM's own layers, without an engine: loading, sharding rules, arithmetic, torch.compile."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrq_vllm import kv_cache
+from lrq_vllm import integer_backends, kv_cache, layer_self_test, weight_only_backends
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError, SettingsError
 from tests.vllm_layers import Tensors, load, lrq_config, manifest_for, random_tensors, reference_outputs, vllm_world
@@ -183,3 +184,43 @@ def test_a_folder_without_weights_is_left_to_vllm(tmp_path: Path) -> None:
     from lrq_vllm.quant_config import LrqConfig
 
     LrqConfig(manifest_for("w4a16", OUTPUT)).maybe_update_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_self_test_passes_a_right_layer_and_names_a_wrong_one(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(layer_self_test.VARIABLE, "1")
+    manifest = manifest_for(scheme, OUTPUT)
+    loaded_layer(manifest)
+    for backend in (integer_backends.OneDnnBackend, weight_only_backends.ExpandedBackend):
+        right = backend.linear
+        monkeypatch.setattr(backend, "linear", lambda *arguments, right=right: 0.97 * right(*arguments))
+    with pytest.raises(CheckpointError, match=rf"Self-test .*{scheme} {PREFIX}\.o_proj"):
+        loaded_layer(manifest)
+
+
+@pytest.mark.parametrize(("version", "works"), [("0.24.3", False), ("0.25.1", True), ("0.33.0", True), ("0.34.0rc1", False)])
+def test_a_vllm_that_is_not_known_is_refused_with_the_versions_that_are(
+    version: str, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm
+
+    from lrq_vllm.quant_config import LrqConfig
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    config = manifest_for("w4a16", OUTPUT).to_dict()
+    if works:
+        assert LrqConfig.from_config(config).manifest.scheme == "w4a16"
+    else:
+        with pytest.raises(SettingsError, match=rf"vLLM 0\.25 to 0\.33; this is {version}"):
+            LrqConfig.from_config(config)
+
+
+def test_in_a_vllm_that_lacks_what_the_plugin_imports_other_models_still_start(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lrq_vllm
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setitem(sys.modules, "lrq_vllm.quant_config", None)  # importing it fails
+    lrq_vllm.register()
+    assert "it works with vLLM 0.25 to 0.33" in caplog.text

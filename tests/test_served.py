@@ -18,7 +18,8 @@ from lrq_offline.calibration_text import read_texts
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
 from lrq_offline.source_model import load_tokenizer
-from lrq_server.vllm_process import VllmServer, serving_environment, start_vllm, vllm_command
+from lrq_server.vllm_process import VllmServer, start_vllm, vllm_command
+from lrq_vllm.vllm_environment import serving_environment
 from tests.checkpoints import FAMILIES, HELDOUT, QUICK, SCHEMES, TINY, Checkpoints, write_random_model
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""lrq-offline quantize | plan | evaluate | inspect | report.
+"""lrq-offline quantize | plan | verify | evaluate | inspect | report | doctor.
 
 A problem the user can fix is one paragraph on stderr and exit code 2.
 """
@@ -6,6 +6,7 @@ A problem the user can fix is one paragraph on stderr and exit code 2.
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from lrq_offline.config import DEVICES, FULL_RANK, METHODS, PRESETS, QuantizeSettings
 from lrq_vllm.checkpoint.schema import SCHEMES
-from lrq_vllm.errors import LrqError
+from lrq_vllm.errors import LrqError, SettingsError, one_paragraph
 
 __all__ = ["main"]
 
@@ -27,8 +28,10 @@ _EXAMPLES = """examples:
   lrq-offline quantize ./Llama-3-8B -o ./Llama-3-8B-w8a8 --scheme w8a8 --calibration mytexts.jsonl --samples 128
   lrq-offline plan ./Llama-3-8B --scheme w4a16 --preset paper
   lrq-offline evaluate ./Llama-3-8B-lrq-w4a16 --reference ./Llama-3-8B --text heldout.jsonl
+  lrq-offline verify ./Llama-3-8B-lrq-w4a16
   lrq-offline inspect ./Llama-3-8B-lrq-w4a16
   lrq-offline report ./Llama-3-8B-lrq-w4a16
+  lrq-offline doctor
 """
 
 
@@ -75,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(plan)
     plan.set_defaults(command=_plan)
 
+    verify = commands.add_parser(
+        "verify",
+        help="prove that a checkpoint is whole, that vLLM loads all of it, and that it answers as it should",
+        description="Compare the files with what was written; build vLLM's own model in host memory and prove that each tensor "
+        "reaches it once and unchanged; serve a few short texts here and compare with what the reference path said of them.",
+    )
+    verify.add_argument("model_dir", type=Path, metavar="DIR")
+    verify.add_argument("--files-only", action="store_true", help="leave vLLM out, which need not be installed then")
+    verify.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="serve the texts on N GPUs (default: %(default)s)"
+    )
+    verify.set_defaults(command=_verify)
+
     evaluate = commands.add_parser("evaluate", help="perplexity, KL divergence and top-1 agreement on a text")
     evaluate.add_argument("model_dir", type=Path, help="float model or LRQ checkpoint")
     evaluate.add_argument("--reference", type=Path, metavar="FP_DIR", help="float model to compare with")
@@ -96,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("model_dir", type=Path, metavar="DIR")
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: DIR/lrq_report.html")
     report.set_defaults(command=_report)
+    doctor = commands.add_parser("doctor", help="what this environment can serve: vLLM, plugin, devices, kernels")
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -211,6 +229,30 @@ def _plan(parsed: argparse.Namespace, console: Console) -> None:
         console.print(f"{name:<18}{value}")
 
 
+def _verify(parsed: argparse.Namespace, console: Console) -> None:
+    from lrq_offline.verification import check_files, check_loading, check_serving
+    from lrq_vllm.checkpoint.golden import TOLERANCE
+
+    def show(name: str, value: str) -> None:
+        console.print(f"{name:<10}{value}")
+
+    show("files", f"{check_files(parsed.model_dir)} tensors and config.json are as they were written")
+    if parsed.files_only:
+        show("verdict", "whole; whether vLLM loads it was not tried (--files-only)")
+        return
+    with console.status("vLLM loads it"):
+        loaded = check_loading(parsed.model_dir)
+    show("loading", f"vLLM puts {loaded.tensors} tensors into {loaded.parameters} parameters of {loaded.model}, each unchanged")
+    with console.status("vLLM serves it"):
+        replayed = check_serving(parsed.model_dir, parsed.tensor_parallel_size)
+    show(
+        "serving",
+        f"{replayed.texts} texts: {replayed.mean_difference:.4f} nats from the reference path on average (at most "
+        f"{TOLERANCE}), kernels {', '.join(replayed.kernels)}",
+    )
+    show("verdict", "right")
+
+
 def _evaluate(parsed: argparse.Namespace, console: Console) -> None:
     from lrq_offline.evaluate import evaluate_folder
 
@@ -253,3 +295,17 @@ def _report(parsed: argparse.Namespace, console: Console) -> None:
     from lrq_offline.report_html import write_report
 
     console.print(str(write_report(parsed.model_dir, parsed.output)))
+
+
+def _doctor(parsed: argparse.Namespace, console: Console) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from lrq_vllm.diagnosis import diagnose
+
+    findings = diagnose()
+    width = max(len(finding.subject) for finding in findings) + 2
+    for finding in findings:
+        console.print(f"{finding.subject:<{width}}{finding.detail}")
+    problems = [f"{finding.subject}: {finding.cure}" for finding in findings if finding.cure]
+    if problems:
+        raise SettingsError(f"Checkpoints cannot be served here. {one_paragraph(problems, 'Then run this again.')}")
+    console.print("Checkpoints can be served here.")

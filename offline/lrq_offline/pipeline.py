@@ -21,13 +21,16 @@ from lrq_offline.calibration_text import read_texts, shipped_calibration
 from lrq_offline.compute import Machine, choose_device, device_name
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import empty_model
+from lrq_offline.golden_texts import golden_texts
 from lrq_offline.output_folder import carry_over, check_output, new_folder
 from lrq_offline.progress import Progress, fingerprint
 from lrq_offline.rank_processes import started_ranks
 from lrq_offline.report_data import REPORT_NAME
 from lrq_offline.source_model import SourceModel, load_tokenizer
 from lrq_offline.stored_block import block_tensors
+from lrq_vllm.checkpoint.golden import write_golden
 from lrq_vllm.checkpoint.schema import Manifest, undivided_layers
+from lrq_vllm.checkpoint.seal import write_seal
 from lrq_vllm.checkpoint.store import ShardWriter
 from lrq_vllm.errors import SettingsError, one_paragraph
 
@@ -95,6 +98,8 @@ def quantize_model(
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
         carry_over(model_dir, folder)
         config = {**source.raw_config, "quantization_config": manifest.to_dict()}
+        write_golden(folder, golden_texts(folder, config, windows, device))
+        write_seal(folder, config)
         written = folder / "config.partial"
         written.write_text(json.dumps(config, indent=2) + "\n")
         # Only a rename away from being a model: nothing that can fail comes after the notes of the finished blocks are gone.

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from lrq_server.vllm_process import serving_environment, vllm_command
+from lrq_server.vllm_process import vllm_command
 from lrq_vllm.checkpoint import TensorFolder, check_tensors, read_manifest
 from lrq_vllm.errors import LrqError
 from lrq_vllm.kv_cache import CACHE_OPTION, cache_dtype
+from lrq_vllm.vllm_environment import serving_environment
 
 __all__ = ["main"]
 

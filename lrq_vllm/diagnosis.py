@@ -1,0 +1,127 @@
+"""What this environment can serve, and what stands in its way: ``lrq-offline doctor``."""
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from lrq_vllm.checkpoint.packing import pack
+from lrq_vllm.checkpoint.schema import SCHEMES
+from lrq_vllm.kernels.reference import integer_weight
+from lrq_vllm.vllm_versions import SUPPORTED, supports
+
+__all__ = ["Finding", "diagnose"]
+
+_SIDE = 512  # of the layer that kernels are asked about
+_VARIABLES = ("LRQ_KERNEL", "LRQ_SELFTEST", "VLLM_PLUGINS", "CUDA_VISIBLE_DEVICES")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. cure: what to do if this keeps lrq checkpoints from being served, else empty."""
+
+    subject: str
+    detail: str
+    cure: str = ""
+
+
+def diagnose() -> list[Finding]:
+    """Look at versions, the plugin, the devices and each kernel. Imports vLLM if it is there; needs no model."""
+    return [*_python(), *_vllm(), *_devices(), *_kernels(), *_variables()]
+
+
+def _python() -> Iterator[Finding]:
+    yield Finding("python", f"{platform.python_version()} at {sys.executable}")
+    yield Finding("lrq", version("lrq"))
+    yield Finding("torch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
+    for package, needed_for in (("transformers", "lrq-offline"), ("cuda-bindings", "the hopper kernels")):
+        try:
+            yield Finding(package, version(package))
+        except PackageNotFoundError:
+            yield Finding(package, f"not installed; {needed_for} need{'s' if needed_for == 'lrq-offline' else ''} it")
+
+
+def _vllm() -> Iterator[Finding]:
+    install = "pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU"
+    if find_spec("vllm") is None:
+        yield Finding("vllm", "not installed", install)
+        return
+    try:
+        import vllm
+        from vllm.model_executor.layers.quantization import get_quantization_config
+        from vllm.plugins import load_general_plugins
+    except Exception as error:  # a broken installation fails in any way
+        yield Finding("vllm", f"cannot be imported ({type(error).__name__}: {error})", install)
+        return
+    cure = "" if supports(vllm.__version__) else f"install a version from {SUPPORTED}"
+    yield Finding(
+        "vllm", f"{vllm.__version__}, {'supported' if not cure else 'not supported'} (lrq works with {SUPPORTED})", cure
+    )
+    if not any(point.name == "lrq" for point in entry_points(group="vllm.general_plugins")):
+        yield Finding(
+            "plugin", "vLLM does not find it: its package metadata are missing", "install lrq with pip, do not copy it"
+        )
+        return
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "lrq" not in allowed.split(","):
+        yield Finding("plugin", f"kept out by VLLM_PLUGINS={allowed}", "add lrq to VLLM_PLUGINS, or unset it")
+        return
+    load_general_plugins()
+    yield Finding("plugin", f"found by vLLM as {get_quantization_config('lrq').__name__}")
+    beside = Path(sys.executable).with_name("vllm")
+    command = str(beside) if beside.exists() else shutil.which("vllm")
+    yield Finding("command", command or "no vllm command", "" if command else install)
+
+
+def _devices() -> Iterator[Finding]:
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        detail = f"{about.name}, compute capability {about.major}.{about.minor}, {about.total_memory / 2**30:.0f} GiB"
+        too_old = (about.major, about.minor) < (8, 0)
+        yield Finding(f"GPU {index}", detail, "use a GPU of the Ampere generation or later" if too_old else "")
+    cpu = torch.cpu.get_capabilities()
+    skills = [name for name in ("avx2", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8") if cpu.get(name, False)]
+    yield Finding(
+        "CPU", f"{cpu.get('cpu_name', platform.machine())}: {', '.join(skills) or 'no vector instructions that matter'}"
+    )
+
+
+def _kernels() -> Iterator[Finding]:
+    """For each scheme, the kernel that runs it here and why those before it do not, for a layer of no odd size."""
+    from lrq_vllm.integer_backends import LayerInput, integer_candidates
+    from lrq_vllm.weight_only_backends import PackedWeight, weight_only_candidates
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for name, scheme in SCHEMES.items():
+        bits = scheme.weight_bits
+        qweight = pack(torch.zeros(_SIDE, _SIDE, dtype=torch.int64), bits).to(device)
+        step = torch.ones(_SIDE, 1, device=device)
+        zero_point = torch.zeros(_SIDE, 1, dtype=torch.uint8, device=device)
+        try:
+            if scheme.activation is None:
+                packed = PackedWeight(qweight, step, zero_point, bits, _SIDE, torch.bfloat16)
+                candidates = [(backend.name, reason) for backend, reason in weight_only_candidates(packed)]
+            else:
+                weight = integer_weight(qweight, step, zero_point, bits, _SIDE)
+                x = LayerInput(_SIDE, torch.bfloat16, static=scheme.activation.static)
+                candidates = [(backend.name, reason) for backend, reason in integer_candidates(weight, x)]
+        except ImportError as error:  # vLLM's extension
+            yield Finding(name, f"not known: {error}", "install vLLM")
+            continue
+        runs = next((kernel for kernel, reason in candidates if reason is None), None)
+        others = "; ".join(f"{kernel}: {reason}" for kernel, reason in candidates if reason is not None)
+        cure = "" if runs else "serve on an NVIDIA GPU of the Ampere generation or later, or an x86 CPU with vLLM's CPU build"
+        yield Finding(name, f"runs on {runs or 'no kernel'}" + (f" ({others})" if others else ""), cure)
+
+
+def _variables() -> Iterator[Finding]:
+    for name in _VARIABLES:
+        if name in os.environ:
+            yield Finding(name, os.environ[name])

@@ -1,0 +1,44 @@
+"""With LRQ_SELFTEST=1, each layer is compared with the reference as soon as it is loaded, on the kernel that will serve it.
+
+It finds a kernel that computes something else than the stored integers mean, and names the first such layer. What it takes is
+this rank's share of the weight, so it cannot find that vLLM gave the rank a wrong one: golden_replay.py does.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lrq_vllm.errors import CheckpointError
+
+__all__ = ["VARIABLE", "check_layer"]
+
+VARIABLE = "LRQ_SELFTEST"
+_TOKENS = (1, 6, 40)  # kernels differ by how many there are
+_TOLERANCE = 1e-2  # of the output's norm; rounding to 16 bits makes a third of it
+
+
+def check_layer(
+    name: str, served: Callable[[Tensor], Tensor], wanted: Callable[[Tensor], Tensor], weight: Tensor, inputs: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Compare both for x [tokens, inputs] in ``dtype`` on ``weight``'s device; does nothing unless the variable is 1.
+
+    Raises CheckpointError naming the layer if they differ by more than rounding.
+    """
+    if os.environ.get(VARIABLE) != "1":
+        return
+    generator = torch.Generator().manual_seed(0)
+    for tokens in _TOKENS:
+        x = torch.randn(tokens, inputs, generator=generator)
+        x[:, ::97] *= 20  # outliers, as activations have them
+        x = x.to(weight.device, dtype)
+        found, reference = served(x).float(), wanted(x).float()
+        difference = ((found - reference).norm() / reference.norm().clamp(min=1e-9)).item()
+        if not difference <= _TOLERANCE:
+            raise CheckpointError(
+                f"Self-test ({VARIABLE}=1): {name} computes something else than the reference, for {tokens} tokens by "
+                f"{difference:.1%} of the output. Do not serve this: try LRQ_KERNEL=triton on a GPU, or another version of "
+                "vLLM, and report it."
+            )

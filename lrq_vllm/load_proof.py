@@ -1,0 +1,129 @@
+"""Proof that vLLM's model of a checkpoint holds its tensors: each of them, once, with the same values. Needs vLLM.
+
+vLLM ignores tensors that its model code does not ask for, and takes no notice of parameters that nothing fills. So the real
+model is built in host memory, every parameter's loader is watched, and what has arrived is compared with the files.
+"""
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrq_vllm.checkpoint.store import TensorFolder
+from lrq_vllm.errors import CheckpointError, one_paragraph
+
+__all__ = ["Loaded", "prove_loading"]
+
+_QKV = ("q", "k", "v")
+_NOT_NEEDED = ("rotary_emb.inv_freq",)  # endings of what old checkpoints keep and every model computes
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """How many tensors went into how many parameters, and the name of the model's class in vLLM."""
+
+    tensors: int
+    parameters: int
+    model: str
+
+
+def prove_loading(folder: Path) -> Loaded:
+    """Build vLLM's model and load it, without running it; once in a process.
+
+    Raises CheckpointError naming each tensor that vLLM ignored, took twice or changed, and each parameter that stayed empty;
+    and whatever vLLM itself says of a checkpoint that it does not load.
+    """
+    tensors = TensorFolder(folder)
+    with _model_of(folder) as model:
+        arrivals = _loaded(model, tensors)
+        parameters = dict(model.named_parameters())
+        problems = [f"{name} of vLLM's model got no tensor" for name in parameters if not arrivals[name]]
+        taken: dict[str, int] = defaultdict(int)
+        for name, parts in arrivals.items():
+            for tensor, _ in parts:
+                taken[tensor] += 1
+            if parts and not _equal(parameters[name].data, parts, tensors):
+                problems.append(f"{name} of vLLM's model is not {', '.join(tensor for tensor, _ in parts)}")
+        for tensor in sorted(tensors):
+            if taken[tensor] == 0 and not _may_be_ignored(tensor, model):
+                problems.append(f"vLLM ignored tensor {tensor}")
+            elif taken[tensor] > 1:
+                problems.append(f"vLLM took tensor {tensor} {taken[tensor]} times")
+        if problems:
+            cure = "This vLLM's model code and the checkpoint do not fit each other: use a version of vLLM that lrq names."
+            raise CheckpointError(f"{folder} is not what vLLM would serve: " + one_paragraph(problems, cure))
+        return Loaded(sum(taken.values()), len(parameters), type(model).__name__)
+
+
+Arrival = tuple[str, Any]
+"""A tensor's name in the checkpoint, and which part of a fused parameter it is: "q", "k", "v", a number, or None."""
+
+
+@contextmanager
+def _model_of(folder: Path) -> Iterator[torch.nn.Module]:
+    """vLLM's model for a checkpoint, empty, on the CPU, on one rank."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    config = EngineArgs(model=str(folder), enforce_eager=True, max_model_len=64).create_engine_config()
+    before = torch.get_default_dtype()
+    with tempfile.TemporaryDirectory() as meeting, set_current_vllm_config(config), torch.device("cpu"):
+        torch.set_default_dtype(config.model_config.dtype)
+        try:
+            init_distributed_environment(1, 0, distributed_init_method=f"file://{meeting}/store", local_rank=0, backend="gloo")
+            initialize_model_parallel(1, 1)
+            yield initialize_model(config)
+            cleanup_dist_env_and_memory()
+        finally:
+            torch.set_default_dtype(before)
+
+
+def _loaded(model: Any, tensors: TensorFolder) -> dict[str, list[Arrival]]:
+    """Let ``model`` load; parameter name -> what arrived there."""
+    from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+
+    arrivals: dict[str, list[Arrival]] = defaultdict(list)
+    owners: dict[int, str] = {}  # of memory, by where it begins
+
+    def watched(name: str, load: Callable[..., Any]) -> Callable[..., Any]:
+        def watched_load(parameter: Tensor, loaded: Tensor, *shard: Any, **keywords: Any) -> Any:
+            part = shard[0] if shard else keywords.get("loaded_shard_id")
+            arrivals[name].append((owners[loaded.untyped_storage().data_ptr()], part))
+            return load(parameter, loaded, *shard, **keywords)
+
+        return watched_load
+
+    for name, parameter in model.named_parameters():
+        parameter.weight_loader = watched(name, getattr(parameter, "weight_loader", default_weight_loader))
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name in sorted(tensors):
+            tensor = tensors.get(name)
+            owners[tensor.untyped_storage().data_ptr()] = name
+            yield name, tensor
+
+    model.load_weights(weights())
+    return arrivals
+
+
+def _equal(parameter: Tensor, parts: list[Arrival], tensors: TensorFolder) -> bool:
+    """Whether a parameter is its parts, one below the other; a vocabulary may be padded, one value fill several places."""
+    ordered = sorted(parts, key=lambda part: _QKV.index(part[1]) if part[1] in _QKV else part[1] or 0)
+    stored = torch.cat([tensors.get(name) if tensors.spec(name).shape else tensors.get(name)[None] for name, _ in ordered])
+    stored = stored.to(parameter.dtype)
+    if stored.numel() == 1:
+        return bool((parameter == stored).all())
+    return torch.equal(parameter[: len(stored)], stored)
+
+
+def _may_be_ignored(tensor: str, model: Any) -> bool:
+    tied = tensor == "lm_head.weight" and getattr(model.config, "tie_word_embeddings", False)
+    return tied or tensor.endswith(_NOT_NEEDED)

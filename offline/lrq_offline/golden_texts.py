@@ -1,0 +1,33 @@
+"""What the reference path says of the first calibration texts, kept with the checkpoint (lrq_vllm/checkpoint/golden.py)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrq_offline.reference_model import open_model
+from lrq_vllm.checkpoint.golden import GoldenText
+
+__all__ = ["golden_texts"]
+
+_TEXTS, _TOKENS = 4, 32
+_DIGITS = 4
+
+
+@torch.inference_mode()
+def golden_texts(folder: Path, config: Mapping[str, Any], windows: Tensor, device: torch.device) -> list[GoldenText]:
+    """Of the checkpoint in ``folder``, whose config.json will hold ``config``, served in its own 16-bit dtype.
+
+    windows: token ids, int64 [samples, seq_len]; the beginnings of the first few are taken. A block is in memory at a time.
+    """
+    dtype = torch.float16 if "float16" in (config.get("dtype"), config.get("torch_dtype")) else torch.bfloat16
+    model = open_model(folder, config, served_in=dtype, device=device, streamed=True)
+    tokens = windows[:_TEXTS, :_TOKENS]
+    logits = model(input_ids=tokens.to(device), use_cache=False).logits[:, :-1]
+    found = logits.double().log_softmax(-1).gather(2, tokens[:, 1:, None].to(device)).squeeze(2)
+    return [
+        GoldenText(text, [round(value, _DIGITS) for value in values])
+        for text, values in zip(tokens.tolist(), found.tolist(), strict=True)
+    ]

@@ -1,0 +1,259 @@
+"""A changed checkpoint is refused, by ``lrq-offline verify`` and by vLLM, and what was changed is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lrq_offline.cli import main
+from lrq_offline.golden_texts import golden_texts
+from lrq_offline.reference_model import load_model
+from lrq_offline.verification import check_files, check_loading, check_serving
+from lrq_vllm.checkpoint.golden import GOLDEN_NAME, GoldenText, mean_difference, read_golden, write_golden
+from lrq_vllm.checkpoint.seal import SEAL_NAME, write_seal
+from lrq_vllm.checkpoint.store import TensorFolder, read_config
+from lrq_vllm.errors import CheckpointError, LrqError
+from lrq_vllm.vllm_environment import serving_environment
+from tests.checkpoints import Checkpoints
+
+Tensors = dict[str, Tensor]
+CPU_VLLM = pytest.mark.skipif(torch.cuda.is_available(), reason="builds vLLM's model on the CPU, which needs its CPU build")
+
+
+@pytest.fixture(scope="module")
+def sealed(checkpoints: Checkpoints) -> Path:
+    """A checkpoint with every kind of tensor. Not to be changed."""
+    return checkpoints("w8a8", "lrq")
+
+
+@pytest.fixture
+def copy(sealed: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(sealed, tmp_path / "changed")
+
+
+def vllm_config(folder: Path) -> None:
+    """What vLLM does before it loads anything; raises what it says of the folder."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    EngineArgs(model=str(folder), quantization="lrq", max_model_len=64).create_engine_config()
+
+
+# --- what may happen to one tensor ---
+
+
+def removed(tensors: Tensors, name: str) -> None:
+    del tensors[name]
+
+
+def renamed(tensors: Tensors, name: str) -> None:
+    tensors[f"{name}_"] = tensors.pop(name)
+
+
+def transposed(tensors: Tensors, name: str) -> None:
+    """Also where the shape stays the same; what has one dimension is turned round."""
+    tensor = tensors[name]
+    tensors[name] = (tensor.T if tensor.dim() == 2 and min(tensor.shape) > 1 else tensor.flip(0)).contiguous()
+
+
+def truncated(tensors: Tensors, name: str) -> None:
+    tensors[name] = tensors[name][:-1].contiguous()
+
+
+MUTATIONS = [removed, renamed, transposed, truncated]
+
+
+def rewrite(path: Path, name: str, change: Callable[[Tensors, str], None]) -> bool:
+    """Change one tensor of a file; whether that made a difference."""
+    tensors = load_file(path)
+    before = tensors[name]
+    change(tensors, name)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return name not in tensors or not torch.equal(tensors[name], before)
+
+
+def said_of(call: Callable[[Path], Any], folder: Path) -> str:
+    with pytest.raises(LrqError) as caught:
+        call(folder)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("change", MUTATIONS, ids=lambda change: change.__name__)
+def test_each_changed_tensor_is_named(copy: Path, change: Callable[[Tensors, str], None]) -> None:
+    names = [name for name in TensorFolder(copy) if ".layers." not in name or ".layers.1." in name]
+    assert len(names) > 36
+    files = {name: TensorFolder(copy).file_of(name) for name in names}
+    for name, path in files.items():
+        original = path.read_bytes()
+        if rewrite(path, name, change):
+            assert name in said_of(check_files, copy)
+        path.write_bytes(original)
+    assert check_files(copy) > len(names)
+
+
+@pytest.mark.vllm
+@CPU_VLLM
+@pytest.mark.parametrize("change", MUTATIONS, ids=lambda change: change.__name__)
+def test_vllm_names_each_changed_tensor(
+    copy: Path, change: Callable[[Tensors, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline(monkeypatch)
+    block = "model.layers.1"
+    names = [name for name in TensorFolder(copy) if name.startswith((f"{block}.self_attn.o_proj", f"{block}.input_layernorm"))]
+    for name in [*names, "model.embed_tokens.weight"]:
+        path = TensorFolder(copy).file_of(name)
+        original = path.read_bytes()
+        if rewrite(path, name, change):
+            assert name in said_of(vllm_config, copy)
+        path.write_bytes(original)
+    vllm_config(copy)
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in serving_environment().items():
+        monkeypatch.setenv(name, value)
+
+
+# --- what may happen to one key of config.json ---
+
+
+def config_mutations(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Each key gone, under another name, and with another value."""
+    changed = []
+    for key in config:
+        rest = {other: value for other, value in config.items() if other != key}
+        changed += [(key, rest), (key, {**rest, f"{key}_": config[key]})]
+    for key in ("rms_norm_eps", "rope_parameters", "hidden_act", "tie_word_embeddings", "eos_token_id"):
+        changed.append((key, {**config, key: {"rms_norm_eps": 1e-6, "hidden_act": "gelu"}.get(key)}))
+    return changed
+
+
+def test_each_changed_key_of_the_config_is_named(copy: Path) -> None:
+    for key, config in config_mutations(read_config(copy)):
+        (copy / "config.json").write_text(json.dumps(config))
+        assert key in said_of(check_files, copy)
+
+
+@pytest.mark.vllm
+@CPU_VLLM
+def test_vllm_names_each_changed_key_of_the_config(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline(monkeypatch)
+    for key, config in config_mutations(read_config(copy)):
+        (copy / "config.json").write_text(json.dumps(config))
+        with pytest.raises(Exception, match=key):  # some keys vLLM itself misses first
+            vllm_config(copy)
+
+
+@pytest.mark.parametrize("key", ["scheme", "weight", "activation", "quantized", "skipped", "tool_version"])
+def test_each_changed_key_of_the_manifest_is_named(copy: Path, key: str) -> None:
+    config = read_config(copy)
+    del config["quantization_config"][key]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert key in said_of(check_files, copy)
+
+
+# --- the two files that tell ---
+
+
+@pytest.mark.parametrize("name", [SEAL_NAME, GOLDEN_NAME])
+def test_a_missing_or_damaged_record_is_refused(copy: Path, name: str) -> None:
+    for content in ("{}", "[]", "no JSON", None):
+        (copy / name).write_text(content) if content is not None else (copy / name).unlink()
+        assert name in said_of(check_files, copy)
+
+
+def test_the_golden_texts_are_the_reference_path_s_own(sealed: Path) -> None:
+    texts = read_golden(sealed)
+    tokens = torch.tensor([text.tokens for text in texts])
+    logits = load_model(sealed, served_in=torch.bfloat16)(input_ids=tokens, use_cache=False).logits[:, :-1]
+    found = logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+    assert mean_difference(texts, found.tolist()) < 1e-4
+
+
+def test_golden_texts_read_a_block_at_a_time(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    get = TensorFolder.get
+
+    def watched(self: TensorFolder, name: str) -> Tensor:
+        read.append(name)
+        return get(self, name)
+
+    monkeypatch.setattr(TensorFolder, "get", watched)
+    texts = read_golden(sealed)
+    windows = torch.tensor([text.tokens for text in texts])
+    assert golden_texts(sealed, read_config(sealed), windows, torch.device("cpu")) == texts
+    blocks = [name.split(".")[2] for name in read if ".layers." in name]
+    assert blocks == sorted(blocks) and len(read) == len(set(read))
+
+
+# --- vLLM itself ---
+
+
+@pytest.mark.server
+@CPU_VLLM
+def test_verify_says_right_of_a_right_checkpoint(sealed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(sealed)]) == 0
+    printed = capsys.readouterr().out
+    assert "LlamaForCausalLM, each unchanged" in printed and "kernels onednn" in printed
+    assert printed.splitlines()[-1].split() == ["verdict", "right"]
+
+
+def test_verify_without_vllm_says_what_it_left_out(sealed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(sealed), "--files-only"]) == 0
+    assert "not tried" in capsys.readouterr().out
+
+
+def resealed(folder: Path, path: Path, change: Callable[[Tensors], None]) -> None:
+    """A change that only vLLM can find: the seal is made anew."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    write_seal(folder, read_config(folder))
+
+
+@pytest.mark.server
+@CPU_VLLM
+def test_tensors_that_vllm_ignores_or_lacks_are_named(copy: Path) -> None:
+    bias, norm = "model.layers.1.self_attn.o_proj.bias", "model.layers.1.input_layernorm.weight"
+
+    def change(tensors: Tensors) -> None:
+        tensors[bias] = torch.zeros(256, dtype=torch.bfloat16)  # of a layer that has none in this model
+        del tensors[norm]
+
+    resealed(copy, TensorFolder(copy).file_of(norm), change)
+    said = said_of(check_loading, copy)
+    assert f"vLLM ignored tensor {bias}" in said and f"{norm} of vLLM's model got no tensor" in said
+
+
+@pytest.mark.server
+@CPU_VLLM
+def test_a_zero_point_that_got_lost_is_noticed_by_how_vllm_answers(copy: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight_zero_point"
+
+    def change(tensors: Tensors) -> None:
+        tensors[name] = torch.zeros_like(tensors[name])
+
+    resealed(copy, TensorFolder(copy).file_of(name), change)
+    assert "nats on average" in said_of(check_serving, copy)
+
+
+def test_numbers_that_are_not_finite_never_pass(tmp_path: Path) -> None:
+    write_golden(tmp_path, [GoldenText([1, 2, 3], [-1.0, -2.0])])
+    (text,) = read_golden(tmp_path)
+    assert mean_difference([text], [[-1.5, -2.0]]) == 0.25
+    difference = mean_difference([text], [[float("nan"), -2.0]])
+    assert not difference <= 1e9
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LrqError, match=r"has no config\.json"):
+        check_files(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is not quantized"):
+        check_files(tmp_path)
