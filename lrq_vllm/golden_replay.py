@@ -3,24 +3,25 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lrq_vllm.checkpoint.golden import TOLERANCE, GoldenText, mean_difference, read_golden
 from lrq_vllm.errors import CheckpointError
 
-__all__ = ["Replayed", "kernels_of", "replay"]
+__all__ = ["Replayed", "kernels_of", "replay", "replay_through"]
 
 _KV_CACHE_BYTES = 1 << 28  # more than the texts need; vLLM's default would be most of the GPU
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """mean_difference in nats, as checkpoint/golden.py says. kernels: that the quantized layers ran on."""
+    """mean_difference in nats, as checkpoint/golden.py says. kernels: that the quantized layers ran on, if known."""
 
     texts: int
     mean_difference: float
-    kernels: tuple[str, ...]
+    kernels: tuple[str, ...] = ()
 
 
 def replay(folder: Path, ranks: int = 1) -> Replayed:
@@ -28,16 +29,32 @@ def replay(folder: Path, ranks: int = 1) -> Replayed:
 
     Raises CheckpointError if vLLM's numbers are further from the reference path's than rounding explains.
     """
+    from vllm import LLM
+    from vllm.inputs import TokensPrompt
+
     texts = read_golden(folder)
-    served, kernels = _served(folder, texts, ranks)
-    difference = mean_difference(texts, served)
-    if not difference <= TOLERANCE:
-        raise CheckpointError(
-            f"{folder}: vLLM's log-probabilities of the texts in the checkpoint differ from the reference path's by "
-            f"{difference:.3f} nats on average (at most {TOLERANCE} is rounding), with the kernels {', '.join(kernels)}. Do "
-            "not serve this: try LRQ_KERNEL=triton on a GPU, another version of vLLM, or quantize again, and report it."
-        )
-    return Replayed(len(texts), difference, kernels)
+    llm = LLM(
+        str(folder), enforce_eager=True, max_model_len=max(len(text.tokens) for text in texts) + 1, max_num_seqs=len(texts),
+        enable_prefix_caching=False, kv_cache_memory_bytes=_KV_CACHE_BYTES, skip_tokenizer_init=True,
+        tensor_parallel_size=ranks,
+    )  # fmt: skip
+    prompts = [TokensPrompt(prompt_token_ids=text.tokens) for text in texts]
+    answers = llm.generate(prompts, _sampling(), use_tqdm=False)
+    return _judged(folder, texts, answers, tuple(sorted(set().union(*llm.apply_model(kernels_of)))))
+
+
+async def replay_through(engine: Any, folder: Path) -> Replayed:
+    """As :func:`replay`, by a server's own engine (vLLM's EngineClient), before it serves."""
+    from vllm.inputs import TokensPrompt
+
+    texts = read_golden(folder)
+    answers = []
+    for place, text in enumerate(texts):
+        prompt = TokensPrompt(prompt_token_ids=text.tokens)
+        async for answer in engine.generate(prompt, _sampling(), f"lrq-golden-{place}"):
+            if answer.finished:
+                answers.append(answer)
+    return _judged(folder, texts, answers)
 
 
 def kernels_of(model: torch.nn.Module) -> set[str]:
@@ -45,19 +62,23 @@ def kernels_of(model: torch.nn.Module) -> set[str]:
     return {str(module.lrq_kernel) for module in model.modules() if hasattr(module, "lrq_kernel")}
 
 
-def _served(folder: Path, texts: Sequence[GoldenText], ranks: int) -> tuple[list[list[float]], tuple[str, ...]]:
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
+def _sampling() -> Any:
+    from vllm import SamplingParams
 
-    llm = LLM(
-        str(folder), enforce_eager=True, max_model_len=max(len(text.tokens) for text in texts) + 1, max_num_seqs=len(texts),
-        enable_prefix_caching=False, kv_cache_memory_bytes=_KV_CACHE_BYTES, skip_tokenizer_init=True,
-        tensor_parallel_size=ranks,
-    )  # fmt: skip
-    sampling = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-    answers = llm.generate([TokensPrompt(prompt_token_ids=text.tokens) for text in texts], sampling, use_tqdm=False)
-    numbers = [
+    return SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+
+
+def _judged(folder: Path, texts: Sequence[GoldenText], answers: Sequence[Any], kernels: tuple[str, ...] = ()) -> Replayed:
+    served = [
         [places[token].logprob for places, token in zip(answer.prompt_logprobs[1:], text.tokens[1:], strict=True)]
         for answer, text in zip(answers, texts, strict=True)
     ]
-    return numbers, tuple(sorted(set().union(*llm.apply_model(kernels_of))))
+    difference = mean_difference(texts, served)
+    if not difference <= TOLERANCE:
+        on = f", on {', '.join(kernels)}" if kernels else ""
+        raise CheckpointError(
+            f"{folder}: vLLM's log-probabilities of the texts in the checkpoint differ from the reference path's by "
+            f"{difference:.3f} nats on average (at most {TOLERANCE} is rounding){on}. "
+            "Do not serve this: try LRQ_KERNEL=triton on a GPU, another version of vLLM, or quantize again, and report it."
+        )
+    return Replayed(len(texts), difference, kernels)

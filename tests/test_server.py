@@ -9,6 +9,7 @@ import torch
 
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
+from lrq_server import checked_server
 from lrq_server.cli import main
 from lrq_vllm.checkpoint.store import INDEX_NAME
 from tests.checkpoints import QUICK, TINY
@@ -74,3 +75,23 @@ def test_serve_names_a_missing_file(
     assert main(["serve", str(damaged)]) == 2
     assert f"file {shards[0].name} is missing" in capsys.readouterr().err
     assert not executed
+
+
+def test_with_the_self_test_the_checked_server_takes_the_options(
+    checkpoint: Path, executed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRQ_SELFTEST", "1")
+    with pytest.raises(ExecutedError):
+        main(["serve", str(checkpoint), "--port", "8080"])
+    assert executed[1][1:] == [
+        "-m", "lrq_server.checked_server", str(checkpoint), "--quantization", "lrq", "--port", "8080",
+    ]  # fmt: skip
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("options", [["--api-server-count", "2"], ["--data-parallel-size", "2"], ["--headless"]])
+def test_the_checked_server_refuses_what_it_cannot_test(
+    checkpoint: Path, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checked_server.main([str(checkpoint), *options]) == 2
+    assert "Unset LRQ_SELFTEST" in capsys.readouterr().err

@@ -1,11 +1,16 @@
 """A changed checkpoint is refused, by ``lrq-offline verify`` and by vLLM, and what was changed is named."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +20,7 @@ from lrq_offline.cli import main
 from lrq_offline.golden_texts import golden_texts
 from lrq_offline.reference_model import load_model
 from lrq_offline.verification import check_files, check_loading, check_serving
+from lrq_server.vllm_process import VllmServer, free_port, stop
 from lrq_vllm.checkpoint.golden import GOLDEN_NAME, GoldenText, mean_difference, read_golden, write_golden
 from lrq_vllm.checkpoint.seal import SEAL_NAME, write_seal
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
@@ -231,16 +237,57 @@ def test_tensors_that_vllm_ignores_or_lacks_are_named(copy: Path) -> None:
     assert f"vLLM ignored tensor {bias}" in said and f"{norm} of vLLM's model got no tensor" in said
 
 
-@pytest.mark.server
-@CPU_VLLM
-def test_a_zero_point_that_got_lost_is_noticed_by_how_vllm_answers(copy: Path) -> None:
+def lose_a_zero_point(folder: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight_zero_point"
 
     def change(tensors: Tensors) -> None:
         tensors[name] = torch.zeros_like(tensors[name])
 
-    resealed(copy, TensorFolder(copy).file_of(name), change)
+    resealed(folder, TensorFolder(folder).file_of(name), change)
+
+
+@pytest.mark.server
+@CPU_VLLM
+def test_a_zero_point_that_got_lost_is_noticed_by_how_vllm_answers(copy: Path) -> None:
+    lose_a_zero_point(copy)
     assert "nats on average" in said_of(check_serving, copy)
+
+
+@contextmanager
+def self_testing_server(folder: Path, log: Path) -> Iterator[VllmServer]:
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("lrq-server")), "serve", str(folder), "--port", str(port)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"LRQ_SELFTEST": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--max-model-len", "512", "--enforce-eager"],
+            stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield VllmServer(f"http://127.0.0.1:{port}", log, process)
+    finally:
+        stop(process)
+
+
+@pytest.mark.server
+@CPU_VLLM
+def test_a_server_tests_itself_before_it_answers(sealed: Path, tmp_path: Path) -> None:
+    with self_testing_server(sealed, tmp_path / "log") as server:
+        server.wait_until_ready()
+        request = {"model": str(sealed), "prompt": [0, 280, 670], "max_tokens": 2}
+        answer = httpx.post(f"{server.url}/v1/completions", json=request, timeout=60).raise_for_status().json()
+    assert answer["usage"]["completion_tokens"] > 0
+    assert "Self-test passed: 4 texts" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.server
+@CPU_VLLM
+def test_a_server_that_answers_wrongly_never_listens(copy: Path, tmp_path: Path) -> None:
+    lose_a_zero_point(copy)
+    with self_testing_server(copy, tmp_path / "log") as server:
+        with pytest.raises(LrqError, match="ended with code 2 before it served"):
+            server.wait_until_ready()
+    assert "nats on average" in (tmp_path / "log").read_text()
 
 
 def test_numbers_that_are_not_finite_never_pass(tmp_path: Path) -> None:

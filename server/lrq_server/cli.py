@@ -1,4 +1,4 @@
-"""lrq-server serve: check the checkpoint, then become ``vllm serve``."""
+"""lrq-server serve: check the checkpoint, then become ``vllm serve``, or with LRQ_SELFTEST=1 checked_server.py."""
 
 import argparse
 import os
@@ -13,6 +13,7 @@ from lrq_server.vllm_process import vllm_command
 from lrq_vllm.checkpoint import TensorFolder, check_tensors, read_manifest
 from lrq_vllm.errors import LrqError
 from lrq_vllm.kv_cache import CACHE_OPTION, cache_dtype
+from lrq_vllm.layer_self_test import VARIABLE as SELF_TEST
 from lrq_vllm.vllm_environment import serving_environment
 
 __all__ = ["main"]
@@ -23,6 +24,9 @@ _EXAMPLES = """examples:
 
 Options after MODEL are handed to vLLM as they are: see `vllm serve --help`. A checkpoint made with --kv-bits 8 is served with
 8-bit keys and values unless --kv-cache-dtype says otherwise.
+
+With LRQ_SELFTEST=1 in the environment each layer's kernel is compared with the reference while the server loads, and the texts
+in the checkpoint are read before it answers anyone: it does not serve what differs.
 """
 
 
@@ -45,7 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_tensors(TensorFolder(parsed.model), manifest)
         if manifest.kv_bits is not None and not any(option.split("=")[0] == CACHE_OPTION for option in vllm_options):
             vllm_options += [CACHE_OPTION, cache_dtype(on_cpu=not torch.cuda.is_available())]
-        command = vllm_command(parsed.model, "--quantization", "lrq", *vllm_options)
+        options = ["--quantization", "lrq", *vllm_options]
+        command = vllm_command(parsed.model, *options)
+        if os.environ.get(SELF_TEST) == "1":
+            command = [sys.executable, "-m", "lrq_server.checked_server", str(parsed.model), *options]
     except LrqError as error:
         print(f"lrq-server: {error}", file=sys.stderr)
         return 2

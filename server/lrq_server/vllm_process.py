@@ -17,7 +17,7 @@ import httpx
 from lrq_vllm.errors import LrqError, SettingsError
 from lrq_vllm.vllm_environment import serving_environment
 
-__all__ = ["VllmServer", "start_vllm", "vllm_command"]
+__all__ = ["VllmServer", "free_port", "start_vllm", "stop", "vllm_command"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def start_vllm(model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[
 
     It loads while the block goes on; VllmServer.wait_until_ready waits for it.
     """
-    port = _free_port()
+    port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
             vllm_command(model, "--host", "127.0.0.1", "--port", str(port), *options),
@@ -78,16 +78,17 @@ def start_vllm(model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[
     try:
         yield VllmServer(f"http://127.0.0.1:{port}", log, process)
     finally:
-        _stop(process)
+        stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens to."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _stop(process: "subprocess.Popen[bytes]", patience_s: float = 20) -> None:
+def stop(process: "subprocess.Popen[bytes]", patience_s: float = 20) -> None:
     """Ask the server to end, then end whatever is left of its process group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
