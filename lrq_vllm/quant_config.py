@@ -12,7 +12,7 @@ from lrq_vllm.checkpoint.schema import QUANT_METHOD, Manifest
 from lrq_vllm.checkpoint.seal import check_seal
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
 from lrq_vllm.cpu_compilation import round_where_operations_do
-from lrq_vllm.errors import CheckpointError
+from lrq_vllm.errors import CheckpointError, SettingsError
 from lrq_vllm.kv_cache import check_cache_dtype
 from lrq_vllm.vllm_versions import check_version
 
@@ -88,7 +88,7 @@ class LrqConfig(QuantizationConfig):
         """The linear method for a layer; None leaves embeddings, the output head and attention to vLLM.
 
         Raises CheckpointError for a linear layer that the checkpoint lists nowhere, or quantizes only in part, and
-        SettingsError for a KV cache that this vLLM does not compute right.
+        SettingsError for a KV cache that this vLLM does not compute right or a number of GPUs that cannot serve it.
         """
         from vllm.config import get_current_vllm_config
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -98,6 +98,7 @@ class LrqConfig(QuantizationConfig):
         # The first layer that asks is the embedding; all others are built after it.
         if current_platform.is_cpu():
             round_where_operations_do(config.compilation_config)
+        self._check_ranks(config.parallel_config.tensor_parallel_size)
         if not isinstance(layer, LinearBase):
             check_cache_dtype(config.cache_config.cache_dtype, self.manifest, on_cpu=current_platform.is_cpu())
             return None
@@ -117,6 +118,15 @@ class LrqConfig(QuantizationConfig):
                 "Quantize all of them or none."
             )
         return self._method(modules)
+
+    def _check_ranks(self, ranks: int) -> None:
+        sizes = self.manifest.tensor_parallel_sizes
+        if ranks not in sizes:
+            nearest = sorted({max(size for size in sizes if size < ranks), *[size for size in sizes if size > ranks][:1]})
+            raise SettingsError(
+                f"--tensor-parallel-size {ranks} cannot serve this checkpoint: heads, or the inputs of a layer's packed words "
+                f"and groups, do not divide by it (config.json lists what does). Use {' or '.join(map(str, nearest))}."
+            )
 
     def modules_of(self, prefix: str) -> list[str]:
         """The checkpoint's modules behind a layer of vLLM: qkv_proj stands for q_proj, k_proj and v_proj, and so on."""

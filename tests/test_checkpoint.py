@@ -58,6 +58,9 @@ GOLDEN_MANIFEST = """\
     "symmetric": false
   },
   "kv_cache": null,
+  "tensor_parallel_sizes": [
+    1
+  ],
   "quantized": {
     "model.layers.0.mlp.down_proj": [
       2,
@@ -284,6 +287,9 @@ REFUSED_MANIFESTS = {
         {"activation": {"bits": 8}},
         "activation is {'bits': 8} where scheme w4a16 means None",
     ),
+    "sizes that fall": ({"tensor_parallel_sizes": [2, 1]}, "tensor_parallel_sizes is [2, 1]"),
+    "no sizes": ({"tensor_parallel_sizes": []}, "tensor_parallel_sizes is []"),
+    "sizes that are no list": ({"tensor_parallel_sizes": 2}, "wrong form"),
     "another cache": ({"kv_cache": {"bits": 8}}, "kv_cache is {'bits': 8} where this version knows null and {'bits': 8, 'gran"),
     "packing along the outputs": ({"weight": {**grouped(32), "packed_along": "output"}}, "'packed_along': 'output'"),
     "an unknown key of weight": ({"weight": {**grouped(32), "order": "gptq"}}, "'order': 'gptq'"),
@@ -313,7 +319,10 @@ def test_a_manifest_refuses(name: str) -> None:
     assert words in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["tool_version", "scheme", "weight", "activation", "kv_cache", "quantized", "skipped"])
+@pytest.mark.parametrize(
+    "key",
+    ["tool_version", "scheme", "weight", "activation", "kv_cache", "tensor_parallel_sizes", "quantized", "skipped"],
+)
 def test_a_manifest_without_a_key_is_refused_by_its_name(key: str) -> None:
     config = manifest_of("w4a16").to_dict()
     del config[key]

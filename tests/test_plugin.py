@@ -224,3 +224,14 @@ def test_in_a_vllm_that_lacks_what_the_plugin_imports_other_models_still_start(
     monkeypatch.setitem(sys.modules, "lrq_vllm.quant_config", None)  # importing it fails
     lrq_vllm.register()
     assert "it works with vLLM 0.25 to 0.33" in caplog.text
+
+
+@pytest.mark.parametrize(("ranks", "nearest"), [(4, "2 or 8"), (16, "8")])
+def test_a_number_of_gpus_that_cannot_serve_is_refused_with_the_nearest_that_can(
+    ranks: int, nearest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.config import get_current_vllm_config
+
+    monkeypatch.setattr(get_current_vllm_config().parallel_config, "tensor_parallel_size", ranks)
+    with pytest.raises(SettingsError, match=rf"--tensor-parallel-size {ranks} cannot serve.*Use {nearest}\."):
+        empty_layer(manifest_for("w4a16", OUTPUT))

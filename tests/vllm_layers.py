@@ -37,7 +37,8 @@ def vllm_world(rank: int = 0, size: int = 1, store: Path | None = None) -> Itera
 
 
 def manifest_for(scheme: str, modules: dict[str, tuple[int, int]], group_size: int | None = None) -> Manifest:
-    return Manifest(scheme, WeightFormat(SCHEMES[scheme].weight_bits, group_size=group_size), modules, ("lm_head",), "test")
+    weight = WeightFormat(SCHEMES[scheme].weight_bits, group_size=group_size)
+    return Manifest(scheme, weight, modules, ("lm_head",), "test", tensor_parallel_sizes=(1, 2, 8))
 
 
 def random_tensors(manifest: Manifest, module: str) -> dict[str, Tensor]:

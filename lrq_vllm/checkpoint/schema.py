@@ -113,7 +113,8 @@ class Manifest:
     """The whole ``quantization_config``.
 
     quantized maps each quantized module to its weight's (out, in); skipped lists the linear modules left in 16 bits. kv_bits:
-    8 if keys and values are to be cached in 8 bits; None for 16.
+    8 if keys and values are to be cached in 8 bits; None for 16. tensor_parallel_sizes: on how many GPUs it can be served,
+    the smallest first.
     """
 
     scheme: str
@@ -122,6 +123,7 @@ class Manifest:
     skipped: tuple[str, ...]
     tool_version: str
     kv_bits: int | None = None
+    tensor_parallel_sizes: tuple[int, ...] = (1,)
 
     @property
     def activation(self) -> ActivationFormat | None:
@@ -161,6 +163,7 @@ class Manifest:
             "weight": self.weight.to_dict(),
             "activation": None if self.activation is None else self.activation.to_dict(),
             "kv_cache": None if self.kv_bits is None else dict(_KV_CACHE),
+            "tensor_parallel_sizes": list(self.tensor_parallel_sizes),
             "quantized": {name: list(shape) for name, shape in self.quantized.items()},
             "skipped": list(self.skipped),
         }
@@ -188,6 +191,7 @@ class Manifest:
                 skipped=tuple(config["skipped"]),
                 tool_version=str(config["tool_version"]),
                 kv_bits=None if config["kv_cache"] is None else 8,
+                tensor_parallel_sizes=tuple(int(size) for size in config["tensor_parallel_sizes"]),
             )
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(_manifest_error([f"a value has the wrong form ({error!r})"])) from error
@@ -224,6 +228,7 @@ _KEYS = frozenset(
         "weight",
         "activation",
         "kv_cache",
+        "tensor_parallel_sizes",
         "quantized",
         "skipped",
     ]
@@ -269,6 +274,9 @@ def _contradictions(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
         for name, shape in manifest.quantized.items()
         if config["quantized"][name] != list(shape) or min(shape) <= 0
     ]
+    sizes = manifest.tensor_parallel_sizes
+    if sizes[:1] != (1,) or list(sizes) != sorted(set(sizes)):
+        problems.append(f"tensor_parallel_sizes is {list(sizes)}, not rising numbers from 1 up")
     if not manifest.quantized:
         problems.append("no module is listed as quantized")
     size = manifest.weight.group_size

@@ -223,6 +223,7 @@ def _plan(parsed: argparse.Namespace, console: Console) -> None:
         ("disk", gigabytes(plan.disk_bytes)),
         ("hidden states in", plan.hidden_states_in),
         ("result", gigabytes(plan.output_bytes)),
+        ("serves on", f"{', '.join(map(str, plan.tensor_parallel_sizes))} GPUs (tensor parallel)"),
         ("time", f"about {plan.minutes:.1f} minutes on this machine"),
     ]
     for name, value in rows:

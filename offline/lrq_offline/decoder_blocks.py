@@ -45,6 +45,13 @@ class Family:
         """All linear layers of a block, by their names within the block."""
         return tuple(name for group in self.linear_groups for name in group)
 
+    @property
+    def cut_along_inputs(self) -> tuple[str, ...]:
+        """The linear layers that read what others put out, and are cut along their inputs by tensor parallelism."""
+        norms = {norm for norm, _ in self.norms}
+        groups = zip(self.linear_groups, self.producers, strict=True)
+        return tuple(name for group, producer in groups if producer not in norms for name in group)
+
 
 _LLAMA = Family(
     blocks="model.layers",

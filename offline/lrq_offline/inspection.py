@@ -46,6 +46,8 @@ def inspect_checkpoint(folder: Path) -> CheckpointSummary:
             f"scheme       {manifest.scheme} (written by lrq {manifest.tool_version})",
             f"weights      {weight.bits}-bit {granularity}, {'symmetric' if weight.symmetric else 'asymmetric'}",
             f"activations  {inputs}",
+            f"kv cache     {manifest.kv_bits or 16}-bit",
+            f"serves on    {', '.join(map(str, manifest.tensor_parallel_sizes))} GPUs (tensor parallel)",
             f"quantized    {len(layers)} linear layers, {sum(layer.stored_bytes for layer in layers):,} bytes",
             f"left as is   {', '.join(manifest.skipped) or 'none'}",
         ),

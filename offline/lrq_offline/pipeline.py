@@ -23,6 +23,7 @@ from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import empty_model
 from lrq_offline.golden_texts import golden_texts
 from lrq_offline.output_folder import carry_over, check_output, new_folder
+from lrq_offline.parallel_sizes import tensor_parallel_sizes
 from lrq_offline.progress import Progress, fingerprint
 from lrq_offline.rank_processes import started_ranks
 from lrq_offline.report_data import REPORT_NAME
@@ -118,7 +119,8 @@ def manifest_of(source: SourceModel, settings: QuantizeSettings) -> Manifest:
     problems = [] if settings.group_size is None else undivided_layers(settings.group_size, quantized)
     if problems:
         raise SettingsError(one_paragraph(problems, "Choose a --group-size that divides all of them, or leave it out."))
-    return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"), settings.kv_bits)
+    sizes = tensor_parallel_sizes(source.config, family, settings.weight_format, quantized)
+    return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"), settings.kv_bits, sizes)
 
 
 def _check_ranks(count: int, device: torch.device, settings: QuantizeSettings, manifest: Manifest) -> None:

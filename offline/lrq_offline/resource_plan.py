@@ -29,6 +29,7 @@ class ResourcePlan:
     blocks: int
     quantized_modules: int
     skipped_modules: tuple[str, ...]
+    tensor_parallel_sizes: tuple[int, ...]
     output_bytes: int
     gpu_bytes: int | None
     host_bytes: int
@@ -58,6 +59,7 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
         blocks=blocks,
         quantized_modules=len(manifest.quantized),
         skipped_modules=manifest.skipped,
+        tensor_parallel_sizes=manifest.tensor_parallel_sizes,
         output_bytes=output,
         gpu_bytes=computing + cache * places.count("GPU memory") if device.type == "cuda" else None,
         host_bytes=cache * places.count("host memory") + cache + 2 * largest + (0 if device.type == "cuda" else computing),

@@ -1,0 +1,35 @@
+"""On how many GPUs a quantized model can be served with tensor parallelism."""
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedConfig
+
+from lrq_offline.decoder_blocks import Family
+from lrq_vllm.checkpoint.packing import values_per_group
+from lrq_vllm.checkpoint.schema import WeightFormat
+
+__all__ = ["tensor_parallel_sizes"]
+
+_MOST = 64
+
+
+def tensor_parallel_sizes(
+    config: PreTrainedConfig, family: Family, weight: WeightFormat, quantized: Mapping[str, tuple[int, int]]
+) -> tuple[int, ...]:
+    """All sizes up to 64 that divide the heads, the MLP's width, and the inputs of layers that are cut along them.
+
+    quantized: module -> (out, in). vLLM gives each rank whole heads of queries, and whole ones of keys and values or one that
+    several ranks share. Layers that read heads or the MLP's width are cut along their inputs, between packed words and groups.
+    """
+    heads, key_value_heads = (
+        config.num_attention_heads,
+        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+    )
+    unit = weight.group_size or values_per_group(weight.bits)
+    cut = [inputs for name, (_, inputs) in quantized.items() if name.endswith(family.cut_along_inputs)]
+
+    def works(size: int) -> bool:
+        whole = heads % size == 0 and (key_value_heads % size == 0 or size % key_value_heads == 0)
+        return whole and config.intermediate_size % size == 0 and all(inputs % (size * unit) == 0 for inputs in cut)
+
+    return tuple(size for size in range(1, _MOST + 1) if size == 1 or works(size))
