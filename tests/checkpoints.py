@@ -34,12 +34,12 @@ Checkpoints = Callable[[str, str], Path]
 
 
 def write_random_model(model_type: str, folder: Path) -> Path:
-    """A small bfloat16 model of a family in FAMILIES whose activations keep their size, with tiny's tokenizer."""
+    """A small bfloat16 model of a family whose activations keep their size, with tiny's tokenizer."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         model_type, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=4096, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        tie_word_embeddings=False, dtype="bfloat16", **FAMILIES[model_type],
+        tie_word_embeddings=False, dtype="bfloat16", **FAMILIES.get(model_type, {}),
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -1,4 +1,5 @@
-"""lrq-offline quantize | plan | verify | evaluate | inspect | report | doctor.
+"""lrq-offline quantize | plan | verify | evaluate | inspect | report | export |
+doctor.
 
 A problem the user can fix is one paragraph on stderr and exit code 2.
 """
@@ -31,6 +32,7 @@ _EXAMPLES = """examples:
   lrq-offline verify ./Llama-3-8B-lrq-w4a16
   lrq-offline inspect ./Llama-3-8B-lrq-w4a16
   lrq-offline report ./Llama-3-8B-lrq-w4a16
+  lrq-offline export ./Llama-3-8B-lrq-w4a16 --to dense
   lrq-offline doctor
 """
 
@@ -112,6 +114,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("model_dir", type=Path, metavar="DIR")
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: DIR/lrq_report.html")
     report.set_defaults(command=_report)
+    export = commands.add_parser(
+        "export",
+        help="write a checkpoint as an ordinary 16-bit model, for runtimes that do not know the format",
+        description="dense: the quantized weights as 16-bit numbers, which take the float model's memory and give this "
+        "checkpoint's answers anywhere. For schemes with 16-bit activations.",
+    )
+    export.add_argument("model_dir", type=Path, metavar="DIR")
+    export.add_argument("--to", choices=["dense"], required=True)
+    export.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<checkpoint>-dense")
+    export.set_defaults(command=_export)
+
     doctor = commands.add_parser("doctor", help="what this environment can serve: vLLM, plugin, devices, kernels")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -296,6 +309,15 @@ def _report(parsed: argparse.Namespace, console: Console) -> None:
     from lrq_offline.report_html import write_report
 
     console.print(str(write_report(parsed.model_dir, parsed.output)))
+
+
+def _export(parsed: argparse.Namespace, console: Console) -> None:
+    from lrq_offline.dense_export import export_dense
+
+    output: Path = parsed.output or Path(f"{parsed.model_dir.resolve().name}-{parsed.to}")
+    with console.status("writing"):
+        total_bytes = export_dense(parsed.model_dir, output)
+    console.print(f"{output}: {total_bytes:,} bytes")
 
 
 def _doctor(parsed: argparse.Namespace, console: Console) -> None:

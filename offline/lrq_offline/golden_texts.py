@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrq_offline.reference_model import open_model
+from lrq_offline.served_precision import served_dtype
 from lrq_vllm.checkpoint.golden import GoldenText
 
 __all__ = ["golden_texts"]
@@ -22,8 +23,7 @@ def golden_texts(folder: Path, config: Mapping[str, Any], windows: Tensor, devic
 
     windows: token ids, int64 [samples, seq_len]; the beginnings of the first few are taken. A block is in memory at a time.
     """
-    dtype = torch.float16 if "float16" in (config.get("dtype"), config.get("torch_dtype")) else torch.bfloat16
-    model = open_model(folder, config, served_in=dtype, device=device, streamed=True)
+    model = open_model(folder, config, served_in=served_dtype(config), device=device, streamed=True)
     tokens = windows[:_TEXTS, :_TOKENS]
     logits = model(input_ids=tokens.to(device), use_cache=False).logits[:, :-1]
     found = logits.double().log_softmax(-1).gather(2, tokens[:, 1:, None].to(device)).squeeze(2)

@@ -1,7 +1,7 @@
 """The folder of a result: written beside its final place and moved there whole, or not at all."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,11 +71,17 @@ def new_folder(output: Path, *, restart: bool = False) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def carry_over(source: Path, target: Path) -> None:
+def carry_over(source: Path, target: Path, *, without: Collection[str] = ()) -> None:
     """Copy everything of a model folder that is not a weight and is not there yet: tokenizer, templates, licence, cards."""
     for path in sorted(source.iterdir()):
         destination = target / path.name
-        if destination.exists() or is_weight_file(path) or path.name.startswith(".") or not path.exists():
+        if (
+            path.name in without
+            or destination.exists()
+            or is_weight_file(path)
+            or path.name.startswith(".")
+            or not path.exists()
+        ):
             continue
         if path.is_dir():
             shutil.copytree(path, destination, ignore=lambda folder, names: [n for n in names if is_weight_file(Path(n))])

@@ -15,6 +15,7 @@ rounds to nearest on every machine.
 """
 
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,9 +25,14 @@ from transformers.masking_utils import sdpa_mask
 
 from lrq_offline.decoder_blocks import Family, blocks_of
 
-__all__ = ["round_like_a_server"]
+__all__ = ["round_like_a_server", "served_dtype"]
 
 _ATTENTION = "lrq_float32_weights"
+
+
+def served_dtype(raw_config: Mapping[str, Any]) -> torch.dtype:
+    """In which dtype a server runs the model of a config.json: its own, or bfloat16 for a float32 model."""
+    return torch.float16 if "float16" in (raw_config.get("dtype"), raw_config.get("torch_dtype")) else torch.bfloat16
 
 
 def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dtype) -> None:

@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Each model family with each scheme: quantized, verified, and served on one and two ranks. Writes the table in the docs.
+
+    python bench/architectures.py --out bench/results/architectures.json --table docs/architectures.md
+
+Small random models of the real classes; `lrq-offline verify` says whether vLLM loads every tensor and answers as it should.
+"""
+
+import argparse
+import datetime
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from linear import version_of
+
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.decoder_blocks import FAMILIES
+from lrq_offline.pipeline import quantize_model
+from lrq_offline.verification import check_files, check_loading, check_serving
+from lrq_vllm.checkpoint.schema import SCHEMES
+from lrq_vllm.checkpoint.store import read_manifest
+from lrq_vllm.errors import LrqError
+from tests.checkpoints import QUICK, write_random_model
+
+RANKS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--table", type=Path, help="Markdown file to write")
+    arguments = parser.parse_args()
+    rows = []
+    for family in arguments.families:
+        with tempfile.TemporaryDirectory() as folder:
+            source = write_random_model(family, Path(folder, "float"))
+            for scheme in arguments.schemes:
+                rows.append({"family": family, "scheme": scheme, **tried(source, Path(folder, "quantized"), scheme)})
+                print(json.dumps(rows[-1]), flush=True)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"],
+        "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "transformers")},
+        "unit": "nats: mean difference of vLLM's log-probabilities from the reference path's; tp: tensor-parallel ranks",
+        "rows": rows,
+    }
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.table is not None:
+        arguments.table.write_text(table(result))
+
+
+def tried(source: Path, folder: Path, scheme: str) -> dict[str, Any]:
+    """What each step gave, or in what words it failed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    learns = "lrq" if SCHEMES[scheme].weight_bits > 2 else "rtn"
+    row: dict[str, Any] = {"method": learns}
+    quantize_model(source, folder, QuantizeSettings(scheme, learns, **QUICK))
+    row["tp_sizes"] = list(read_manifest(folder).tensor_parallel_sizes)
+    steps: dict[str, Callable[[], Any]] = {
+        "tensors": lambda: check_files(folder),
+        "model": lambda: check_loading(folder).model,
+        "nats": lambda: round(check_serving(folder).mean_difference, 5),
+        f"nats_tp{RANKS}": lambda: round(check_serving(folder, RANKS).mean_difference, 5),
+    }
+    for name, step in steps.items():
+        try:
+            row[name] = step()
+        except LrqError as error:
+            row["failed"] = f"{name}: {error}"[:400]
+            break
+    return row
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: families by schemes."""
+    rows = result["rows"]
+    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+    lines = [
+        "# Architectures",
+        "",
+        "<!-- bench/architectures.py writes this file. -->",
+        "",
+        f"Small random models of each family, quantized, verified and served by vLLM {result['versions']['vllm']} "
+        f"({result['date']}, {result['device']}). A cell",
+        "says how far vLLM's log-probabilities are from the reference path's on average, in nats, on one rank / on "
+        f"{RANKS} tensor-parallel",
+        "ranks; `lrq-offline verify` has found every tensor where it belongs. Numbers: `bench/results/architectures.json`.",
+        "",
+        f"| model_type | vLLM's class | {' | '.join(schemes)} |",
+        f"| --- | --- | {' | '.join('---' for _ in schemes)} |",
+    ]
+    for family in dict.fromkeys(row["family"] for row in rows):
+        mine = {row["scheme"]: row for row in rows if row["family"] == family}
+        cells = [
+            "fails" if "failed" in row else f"{row['nats']:.4f} / {row[f'nats_tp{RANKS}']:.4f}"
+            for row in (mine[scheme] for scheme in schemes)
+        ]
+        lines.append(f"| {family} | {mine[schemes[0]].get('model', '')} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
