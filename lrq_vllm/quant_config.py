@@ -12,8 +12,9 @@ from lrq_vllm.checkpoint.schema import QUANT_METHOD, Manifest
 from lrq_vllm.checkpoint.seal import check_seal
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
 from lrq_vllm.cpu_compilation import round_where_operations_do
-from lrq_vllm.errors import CheckpointError, SettingsError
+from lrq_vllm.errors import CheckpointError
 from lrq_vllm.kv_cache import check_cache_dtype
+from lrq_vllm.tensor_parallel import check_ranks
 from lrq_vllm.vllm_versions import check_version
 
 __all__ = ["LrqConfig"]
@@ -98,7 +99,7 @@ class LrqConfig(QuantizationConfig):
         # The first layer that asks is the embedding; all others are built after it.
         if current_platform.is_cpu():
             round_where_operations_do(config.compilation_config)
-        self._check_ranks(config.parallel_config.tensor_parallel_size)
+        check_ranks(self.manifest, config.parallel_config.tensor_parallel_size)
         if not isinstance(layer, LinearBase):
             check_cache_dtype(config.cache_config.cache_dtype, self.manifest, on_cpu=current_platform.is_cpu())
             return None
@@ -118,15 +119,6 @@ class LrqConfig(QuantizationConfig):
                 "Quantize all of them or none."
             )
         return self._method(modules)
-
-    def _check_ranks(self, ranks: int) -> None:
-        sizes = self.manifest.tensor_parallel_sizes
-        if ranks not in sizes:
-            nearest = sorted({max(size for size in sizes if size < ranks), *[size for size in sizes if size > ranks][:1]})
-            raise SettingsError(
-                f"--tensor-parallel-size {ranks} cannot serve this checkpoint: heads, or the inputs of a layer's packed words "
-                f"and groups, do not divide by it (config.json lists what does). Use {' or '.join(map(str, nearest))}."
-            )
 
     def modules_of(self, prefix: str) -> list[str]:
         """The checkpoint's modules behind a layer of vLLM: qkv_proj stands for q_proj, k_proj and v_proj, and so on."""

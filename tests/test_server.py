@@ -58,6 +58,21 @@ def test_serve_gives_a_checkpoint_the_cache_that_it_asks_for(tmp_path: Path, exe
         assert executed[1][5:] == given
 
 
+@pytest.mark.parametrize("option", ["--tensor-parallel-size=2", "-tp=2"])
+def test_serve_hands_a_number_of_gpus_on_that_can_serve(option: str, checkpoint: Path, executed: list[Any]) -> None:
+    with pytest.raises(ExecutedError):
+        main(["serve", str(checkpoint), option])
+    assert executed[1][-2:] == ["--tensor-parallel-size", "2"]
+
+
+def test_serve_refuses_a_number_of_gpus_that_cannot_serve(
+    checkpoint: Path, executed: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(checkpoint), "--tensor-parallel-size", "3"]) == 2
+    assert "Use 2 or 4." in capsys.readouterr().err
+    assert not executed
+
+
 def test_serve_refuses_an_unquantized_model(executed: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(TINY)]) == 2
     assert "lrq-offline quantize" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from lrq_vllm.checkpoint import TensorFolder, check_tensors, read_manifest
 from lrq_vllm.errors import LrqError
 from lrq_vllm.kv_cache import CACHE_OPTION, cache_dtype
 from lrq_vllm.layer_self_test import VARIABLE as SELF_TEST
+from lrq_vllm.tensor_parallel import RANKS_OPTIONS, check_ranks
 from lrq_vllm.vllm_environment import serving_environment
 
 __all__ = ["main"]
@@ -42,11 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="check a checkpoint's files, then serve it")
     serve.add_argument("model", type=Path, help="LRQ checkpoint folder")
+    serve.add_argument(
+        *RANKS_OPTIONS, type=int, default=1, metavar="N", help="GPUs to cut the model for (default: %(default)s)"
+    )
     # parse_known_args keeps what it does not know in order: everything else is vLLM's.
     parsed, vllm_options = parser.parse_known_args(arguments)
     try:
         manifest = read_manifest(parsed.model)
         check_tensors(TensorFolder(parsed.model), manifest)
+        check_ranks(manifest, parsed.tensor_parallel_size)
+        if parsed.tensor_parallel_size > 1:
+            vllm_options += [RANKS_OPTIONS[0], str(parsed.tensor_parallel_size)]
         if manifest.kv_bits is not None and not any(option.split("=")[0] == CACHE_OPTION for option in vllm_options):
             vllm_options += [CACHE_OPTION, cache_dtype(on_cpu=not torch.cuda.is_available())]
         options = ["--quantization", "lrq", *vllm_options]

@@ -1,0 +1,22 @@
+"""Whether a number of GPUs can serve a checkpoint by tensor parallelism."""
+
+from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.errors import SettingsError
+
+__all__ = ["RANKS_OPTIONS", "check_ranks"]
+
+RANKS_OPTIONS = ("--tensor-parallel-size", "-tp")
+"""Under which names vLLM's command line takes the number."""
+
+
+def check_ranks(manifest: Manifest, ranks: int) -> None:
+    """Raises SettingsError, which names the nearest sizes that can, if ``ranks`` cannot."""
+    sizes = manifest.tensor_parallel_sizes
+    if ranks in sizes:
+        return
+    smaller, larger = [size for size in sizes if size < ranks], [size for size in sizes if size > ranks]
+    nearest = " or ".join(map(str, (*smaller[-1:], *larger[:1])))
+    raise SettingsError(
+        f"{RANKS_OPTIONS[0]} {ranks} cannot serve this checkpoint: its heads, or the inputs of a layer's packed words and "
+        f"groups, do not divide by it (config.json lists what does). Use {nearest}."
+    )
