@@ -5,9 +5,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from lrq_offline import random_model
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
 
@@ -35,22 +35,12 @@ Checkpoints = Callable[[str, str], Path]
 
 def write_random_model(model_type: str, folder: Path) -> Path:
     """A small bfloat16 model of a family whose activations keep their size, with tiny's tokenizer."""
-    torch.manual_seed(0)
     config = AutoConfig.for_model(
         model_type, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, vocab_size=4096, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1,
         tie_word_embeddings=False, dtype="bfloat16", **FAMILIES.get(model_type, {}),
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.3)
-            elif parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
-            else:
-                parameter.normal_(std=1 if "embed" in name else parameter.shape[1] ** -0.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    random_model.write_random_model(config, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)
     return folder

@@ -1,4 +1,4 @@
-"""lrq-offline quantize | plan | verify | evaluate | inspect | report | export |
+"""lrq-offline quantize | plan | try | verify | evaluate | inspect | report | export |
 doctor.
 
 A problem the user can fix is one paragraph on stderr and exit code 2.
@@ -29,6 +29,7 @@ _EXAMPLES = """examples:
   lrq-offline quantize ./Llama-3-8B -o ./Llama-3-8B-w8a8 --scheme w8a8 --calibration mytexts.jsonl --samples 128
   lrq-offline plan ./Llama-3-8B --scheme w4a16 --preset paper
   lrq-offline evaluate ./Llama-3-8B-lrq-w4a16 --reference ./Llama-3-8B --text heldout.jsonl
+  lrq-offline try ./Llama-3-70B/config.json --scheme w4a16
   lrq-offline verify ./Llama-3-8B-lrq-w4a16
   lrq-offline inspect ./Llama-3-8B-lrq-w4a16
   lrq-offline report ./Llama-3-8B-lrq-w4a16
@@ -79,6 +80,18 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a quantization will need: memory, disk, minutes (reads headers only)")
     _add_settings(plan)
     plan.set_defaults(command=_plan)
+
+    trial = commands.add_parser(
+        "try",
+        help="whether models of a config can be quantized and served, found out with a small random one",
+        description="Make a two-layer random model of a config.json, quantize it, let vLLM load and serve it, and compare its "
+        "answers with the reference path's: a minute on a CPU.",
+    )
+    trial.add_argument("config", type=Path, metavar="CONFIG", help="config.json, or the folder that holds it")
+    trial.add_argument("--scheme", choices=list(SCHEMES), default="w4a16", help="default: %(default)s")
+    trial.add_argument("--method", choices=METHODS, default="lrq", help="default: %(default)s")
+    trial.add_argument("--group-size", type=int, metavar="N", help="a step per N inputs (16-bit activations)")
+    trial.set_defaults(command=_try)
 
     verify = commands.add_parser(
         "verify",
@@ -241,6 +254,22 @@ def _plan(parsed: argparse.Namespace, console: Console) -> None:
     ]
     for name, value in rows:
         console.print(f"{name:<18}{value}")
+
+
+def _try(parsed: argparse.Namespace, console: Console) -> None:
+    from lrq_offline.trial import try_config
+
+    settings = QuantizeSettings(parsed.scheme, parsed.method, group_size=parsed.group_size)
+    with console.status("") as status:
+        trial = try_config(parsed.config, settings, status.update)
+    rows = [
+        ("to quantize", f"{trial.linears} linear layers at full size"),
+        ("serves on", f"{', '.join(map(str, trial.tensor_parallel_sizes))} GPUs (tensor parallel)"),
+        ("loading", f"vLLM loads the small model as {trial.vllm_class}, every tensor"),
+        ("serving", f"{trial.mean_difference:.4f} nats from the reference path on average"),
+    ]
+    for name, value in rows:
+        console.print(f"{name:<13}{value}")
 
 
 def _verify(parsed: argparse.Namespace, console: Console) -> None:

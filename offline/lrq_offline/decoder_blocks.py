@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Family", "blocks_of", "empty_model", "load_block", "restore_rotary"]
+__all__ = ["FAMILIES", "Family", "block_names", "blocks_of", "empty_model", "load_block", "restore_rotary"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """transformers' model for ``config`` with every parameter on the meta device: shapes and no memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def block_names(config: PreTrainedConfig, family: Family) -> list[str]:
+    """Full names of a model's decoder blocks, in order."""
+    return [f"{family.blocks}.{index}" for index in range(config.num_hidden_layers)]
 
 
 def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:

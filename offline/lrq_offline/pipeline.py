@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from lrq_offline.block_quantizer import QuantizedBlock
 from lrq_offline.blockwise_run import BlockwiseRun, FinishedBlock
@@ -20,7 +21,7 @@ from lrq_offline.calibration_lint import lint_texts
 from lrq_offline.calibration_text import read_texts, shipped_calibration
 from lrq_offline.compute import Machine, choose_device, device_name
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import empty_model
+from lrq_offline.decoder_blocks import FAMILIES, block_names, empty_model
 from lrq_offline.golden_texts import golden_texts
 from lrq_offline.output_folder import carry_over, check_output, new_folder
 from lrq_offline.parallel_sizes import tensor_parallel_sizes
@@ -73,7 +74,7 @@ def quantize_model(
     started = time.monotonic()
     check_output(output, model_dir, overwrite=overwrite)
     source = SourceModel.open(model_dir)
-    manifest = manifest_of(source, settings)
+    manifest = manifest_of(source.config, settings)
     machine = machine or Machine()
     device = choose_device(machine.device)
     _check_ranks(machine.gpus, device, settings, manifest)
@@ -109,17 +110,17 @@ def quantize_model(
     return report
 
 
-def manifest_of(source: SourceModel, settings: QuantizeSettings) -> Manifest:
+def manifest_of(config: PreTrainedConfig, settings: QuantizeSettings) -> Manifest:
     """The manifest of the result. Raises SettingsError before any work if the group size does not divide a layer's inputs."""
-    family, model = source.family, empty_model(source.config)
+    family, model = FAMILIES[config.model_type], empty_model(config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    modules = [f"{block}.{linear}" for block in source.block_names for linear in family.linears]
+    modules = [f"{block}.{linear}" for block in block_names(config, family) for linear in family.linears]
     quantized = {name: (linears[name].out_features, linears[name].in_features) for name in modules}
     skipped = [name for name in linears if name not in quantized]
     problems = [] if settings.group_size is None else undivided_layers(settings.group_size, quantized)
     if problems:
         raise SettingsError(one_paragraph(problems, "Choose a --group-size that divides all of them, or leave it out."))
-    sizes = tensor_parallel_sizes(source.config, family, settings.weight_format, quantized)
+    sizes = tensor_parallel_sizes(config, family, settings.weight_format, quantized)
     return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"), settings.kv_bits, sizes)
 
 

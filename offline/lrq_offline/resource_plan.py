@@ -41,7 +41,7 @@ class ResourcePlan:
 def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> ResourcePlan:
     """Estimate a run of ``settings``. Reads headers only and times one matrix product. Raises LrqError's children."""
     source = SourceModel.open(model_dir)
-    manifest = manifest_of(source, settings)
+    manifest = manifest_of(source.config, settings)
     device = choose_device(machine.device)
     config = source.config
     blocks = len(source.block_names)

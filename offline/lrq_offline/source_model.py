@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lrq_offline.decoder_blocks import FAMILIES, Family, empty_model
+from lrq_offline.decoder_blocks import FAMILIES, Family, block_names, empty_model
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
 from lrq_vllm.errors import ModelFolderError, one_paragraph
 
@@ -42,7 +42,7 @@ class SourceModel:
     @property
     def block_names(self) -> list[str]:
         """Full names of the decoder blocks, in order."""
-        return [f"{self.family.blocks}.{index}" for index in range(self.config.num_hidden_layers)]
+        return block_names(self.config, self.family)
 
     def stored_bytes(self, name: str) -> int:
         """Size of one tensor, from its header."""

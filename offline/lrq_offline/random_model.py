@@ -1,0 +1,56 @@
+"""Small models with random weights, of the classes that real ones have."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+__all__ = ["shrunk_config", "write_byte_tokenizer", "write_random_model"]
+
+_LAYERS, _KEY_VALUE_HEADS, _WIDTH, _VOCABULARY = 2, 2, 512, 512
+
+
+def shrunk_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """What differs in the config.json of a model with two layers, two heads of keys and values, and narrow layers.
+
+    A head keeps its size, and as many heads of queries share one of keys and values.
+    """
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    of_keys = getattr(config, "num_key_value_heads", None) or heads
+    few = min(of_keys, _KEY_VALUE_HEADS)
+    changes: dict[str, Any] = {
+        "num_hidden_layers": _LAYERS, "num_attention_heads": heads // of_keys * few, "num_key_value_heads": few,
+        "hidden_size": heads // of_keys * few * head, "intermediate_size": _WIDTH, "vocab_size": _VOCABULARY,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "dtype": "bfloat16",
+    }  # fmt: skip
+    kinds = getattr(config, "layer_types", None)
+    return changes | ({"layer_types": kinds[:_LAYERS]} if kinds else {})
+
+
+def write_random_model(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
+    """bfloat16; weights are normal with variance 1 / inputs, so that activations keep their size."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            elif parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=1 if "embed" in name else parameter.shape[1] ** -0.5)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer whose tokens are bytes, for a model that has none."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: 2 + place for place, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

@@ -1,0 +1,53 @@
+"""``lrq-offline try``: whether models of a config can be quantized and served, found out with a small random one."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.pipeline import manifest_of, quantize_model
+from lrq_offline.random_model import shrunk_config, write_byte_tokenizer, write_random_model
+from lrq_offline.source_model import model_config
+from lrq_offline.verification import check_files, check_loading, check_serving
+from lrq_vllm.checkpoint.store import read_config
+
+__all__ = ["Trial", "try_config"]
+
+_TEXTS, _TOKENS, _STEPS = 4, 32, 20
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Of the model at its full size: linear layers to quantize, sizes of tensor parallelism. Of the small one: vLLM's class,
+    and how far its answers are from the reference path's in nats on average.
+    """
+
+    linears: int
+    tensor_parallel_sizes: tuple[int, ...]
+    vllm_class: str
+    mean_difference: float
+
+
+def try_config(path: Path, settings: QuantizeSettings, on_step: Callable[[str], None] = lambda step: None) -> Trial:
+    """Quantize, load and serve a two-layer random model of a config.json (or of the folder that holds one).
+
+    Raises ModelFolderError for a family that is not known, SettingsError for groups that do not divide or without vLLM, and
+    CheckpointError if vLLM does not load or compute what was written.
+    """
+    folder = path.parent if path.is_file() else path
+    raw_config = read_config(folder)
+    config = model_config(raw_config, folder)
+    manifest = manifest_of(config, settings)
+    with tempfile.TemporaryDirectory() as made:
+        source, output = Path(made, "float"), Path(made, "quantized")
+        on_step("a small random model is quantized")
+        write_random_model(model_config({**raw_config, **shrunk_config(config)}, folder), source)
+        write_byte_tokenizer(source)
+        quantize_model(source, output, replace(settings, samples=_TEXTS, seq_len=_TOKENS, iters=min(settings.iters, _STEPS)))
+        check_files(output)
+        on_step("vLLM loads it")
+        loaded = check_loading(output)
+        on_step("vLLM serves it")
+        replayed = check_serving(output)
+    return Trial(len(manifest.quantized), manifest.tensor_parallel_sizes, loaded.model, replayed.mean_difference)
