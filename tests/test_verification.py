@@ -246,11 +246,29 @@ def lose_a_zero_point(folder: Path) -> None:
     resealed(folder, TensorFolder(folder).file_of(name), change)
 
 
+def mix_up_two_shards(folder: Path) -> None:
+    """One layer as two tensor-parallel ranks hold it that took each other's rows."""
+    module = "model.layers.1.mlp.gate_proj"
+
+    def change(tensors: Tensors) -> None:
+        for name in ("qweight", "weight_step", "weight_zero_point"):
+            tensors[f"{module}.{name}"] = torch.cat(tensors[f"{module}.{name}"].chunk(2)[::-1])
+
+    resealed(folder, TensorFolder(folder).file_of(f"{module}.qweight"), change)
+
+
 @pytest.mark.server
 @CPU_VLLM
-def test_a_zero_point_that_got_lost_is_noticed_by_how_vllm_answers(copy: Path) -> None:
-    lose_a_zero_point(copy)
+@pytest.mark.parametrize("break_it", [lose_a_zero_point, mix_up_two_shards])
+def test_a_fault_is_noticed_by_how_vllm_answers(break_it: Callable[[Path], None], copy: Path) -> None:
+    break_it(copy)
     assert "nats on average" in said_of(check_serving, copy)
+
+
+@pytest.mark.server
+@CPU_VLLM
+def test_two_ranks_answer_as_the_reference_path(checkpoints: Checkpoints) -> None:
+    assert check_serving(checkpoints("w3a16", "lrq"), 2).mean_difference < 0.1
 
 
 @contextmanager

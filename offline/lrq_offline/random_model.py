@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -43,7 +44,13 @@ def write_random_model(config: PreTrainedConfig, folder: Path, seed: int = 0) ->
                 parameter.uniform_(0.5, 1.5)
             else:
                 parameter.normal_(std=1 if "embed" in name else parameter.shape[1] ** -0.5)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    folder.mkdir(parents=True)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    save_file(
+        {name: parameter.detach().to(torch.bfloat16) for name, parameter in model.named_parameters()},
+        folder / "model.safetensors", metadata={"format": "pt"},
+    )  # fmt: skip
 
 
 def write_byte_tokenizer(folder: Path) -> None:

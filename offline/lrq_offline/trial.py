@@ -14,7 +14,7 @@ from lrq_vllm.checkpoint.store import read_config
 
 __all__ = ["Trial", "try_config"]
 
-_TEXTS, _TOKENS, _STEPS = 4, 32, 20
+_TEXTS, _TOKENS, _STEPS = 4, 32, 4
 
 
 @dataclass(frozen=True)
