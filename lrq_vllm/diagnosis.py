@@ -1,5 +1,6 @@
 """What this environment can serve, and what stands in its way: ``lrq-offline doctor``."""
 
+import logging
 import os
 import platform
 import shutil
@@ -34,7 +35,11 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Look at versions, the plugin, the devices and each kernel. Imports vLLM if it is there; needs no model."""
-    return [*_python(), *_vllm(), *_devices(), *_kernels(), *_variables()]
+    logging.disable(logging.WARNING)  # what vLLM tells while it is imported
+    try:
+        return [*_python(), *_vllm(), *_devices(), *_kernels(), *_variables()]
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _python() -> Iterator[Finding]:

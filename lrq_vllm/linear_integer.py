@@ -19,7 +19,7 @@ from lrq_vllm.kernels.reference import (
     integer_weight,
     quantize_per_token,
     quantize_static,
-)  # fmt: skip
+)
 from lrq_vllm.layer_self_test import check_layer
 from lrq_vllm.layer_weights import LayerWeights
 

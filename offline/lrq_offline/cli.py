@@ -7,7 +7,6 @@ A problem the user can fix is one paragraph on stderr and exit code 2.
 import argparse
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -350,7 +349,6 @@ def _export(parsed: argparse.Namespace, console: Console) -> None:
 
 
 def _doctor(parsed: argparse.Namespace, console: Console) -> None:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from lrq_vllm.diagnosis import diagnose
 
     findings = diagnose()

@@ -15,6 +15,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,8 @@ async def _serve(parsed: Namespace) -> None:
 
 def _bound(api_server: Any, parsed: Namespace) -> tuple[str, Any]:
     """The port is taken, and not listened to."""
-    try:
-        bound: tuple[str, Any] = api_server.setup_server(parsed, reuse_port=False)
-    except TypeError:  # before 0.32 it has no such option
-        bound = api_server.setup_server(parsed)
+    takes = signature(api_server.setup_server).parameters
+    bound: tuple[str, Any] = api_server.setup_server(parsed, **({"reuse_port": False} if "reuse_port" in takes else {}))
     return bound
 
 
