@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from lrq_vllm.golden_replay import kernels_of
+from lrq_vllm.golden_replay import kernels_of, prompt_log_probabilities
 from lrq_vllm.vllm_environment import serving_environment
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 32
@@ -84,10 +84,7 @@ def measure(folder: Path, text: Path, mode: str) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=1, ignore_eos=True)
     answers = llm.generate([TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts], sampling)
     served = torch.tensor(
-        [
-            [places[token].logprob for places, token in zip(answer.prompt_logprobs[1:], prompt[1:].tolist(), strict=True)]
-            for answer, prompt in zip(answers, prompts, strict=True)
-        ]
+        [prompt_log_probabilities(answer, prompt.tolist()) for answer, prompt in zip(answers, prompts, strict=True)]
     )
     continuations = torch.tensor([list(answer.outputs[0].token_ids) for answer in answers])
     return {

@@ -3,25 +3,25 @@
 import logging
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
+from lrq_vllm import layer_self_test
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.kernels.reference import integer_weight
+from lrq_vllm.vllm_environment import vllm_executable
 from lrq_vllm.vllm_versions import SUPPORTED, supports
 
 __all__ = ["Finding", "diagnose"]
 
 _SIDE = 512  # of the layer that kernels are asked about
-_VARIABLES = ("LRQ_KERNEL", "LRQ_SELFTEST", "VLLM_PLUGINS", "CUDA_VISIBLE_DEVICES")
+_VARIABLES = ("LRQ_KERNEL", layer_self_test.VARIABLE, "VLLM_PLUGINS", "CUDA_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def _python() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()} at {sys.executable}")
     yield Finding("lrq", version("lrq"))
     yield Finding("torch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
-    for package, needed_for in (("transformers", "lrq-offline"), ("cuda-bindings", "the hopper kernels")):
+    for package, needed in (("transformers", "lrq-offline needs"), ("cuda-bindings", "the hopper kernels need")):
         try:
             yield Finding(package, version(package))
         except PackageNotFoundError:
-            yield Finding(package, f"not installed; {needed_for} need{'s' if needed_for == 'lrq-offline' else ''} it")
+            yield Finding(package, f"not installed; {needed} it")
 
 
 def _vllm() -> Iterator[Finding]:
@@ -80,8 +80,7 @@ def _vllm() -> Iterator[Finding]:
         return
     load_general_plugins()
     yield Finding("plugin", f"found by vLLM as {get_quantization_config('lrq').__name__}")
-    beside = Path(sys.executable).with_name("vllm")
-    command = str(beside) if beside.exists() else shutil.which("vllm")
+    command = vllm_executable()
     yield Finding("command", command or "no vllm command", "" if command else install)
 
 

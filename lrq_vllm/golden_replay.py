@@ -10,7 +10,7 @@ import torch
 from lrq_vllm.checkpoint.golden import TOLERANCE, GoldenText, mean_difference, read_golden
 from lrq_vllm.errors import CheckpointError
 
-__all__ = ["Replayed", "kernels_of", "replay", "replay_through"]
+__all__ = ["Replayed", "kernels_of", "prompt_log_probabilities", "replay", "replay_through"]
 
 _KV_CACHE_BYTES = 1 << 28  # more than the texts need; vLLM's default would be most of the GPU
 
@@ -62,6 +62,11 @@ def kernels_of(model: torch.nn.Module) -> set[str]:
     return {str(module.lrq_kernel) for module in model.modules() if hasattr(module, "lrq_kernel")}
 
 
+def prompt_log_probabilities(answer: Any, tokens: Sequence[int]) -> list[float]:
+    """Of all tokens of a prompt but its first, from vLLM's RequestOutput for it."""
+    return [places[token].logprob for places, token in zip(answer.prompt_logprobs[1:], tokens[1:], strict=True)]
+
+
 def _sampling() -> Any:
     from vllm import SamplingParams
 
@@ -69,10 +74,7 @@ def _sampling() -> Any:
 
 
 def _judged(folder: Path, texts: Sequence[GoldenText], answers: Sequence[Any], kernels: tuple[str, ...] = ()) -> Replayed:
-    served = [
-        [places[token].logprob for places, token in zip(answer.prompt_logprobs[1:], text.tokens[1:], strict=True)]
-        for answer, text in zip(answers, texts, strict=True)
-    ]
+    served = [prompt_log_probabilities(answer, text.tokens) for answer, text in zip(answers, texts, strict=True)]
     difference = mean_difference(texts, served)
     if not difference <= TOLERANCE:
         on = f", on {', '.join(kernels)}" if kernels else ""

@@ -21,10 +21,9 @@ from vllm.model_executor.parameter import (
 from lrq_vllm.checkpoint.packing import packed_width, storage_dtype, values_per_group
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import CheckpointError, one_paragraph
+from lrq_vllm.fused_parts import part_of
 
 __all__ = ["LayerWeights"]
-
-_SHARD_POSITION = {"q": 0, "k": 1, "v": 2}
 
 
 class LayerWeights:
@@ -106,9 +105,7 @@ class LayerWeights:
 
     def _checked(self, suffix: str, load: Callable[..., None]) -> Callable[..., None]:
         def checked_load(parameter: Tensor, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
-            # vLLM says which of the fused modules this is: "q", "k", "v", a position, or nothing for a layer of one.
-            shard_id: Any = shard[0] if shard else keywords.get("loaded_shard_id")
-            module = self._modules[_SHARD_POSITION.get(shard_id, shard_id) or 0]
+            module = self._modules[part_of(shard, keywords)]
             expected = self._manifest.tensors_of(module)[suffix]
             if (loaded.dtype, tuple(loaded.shape)) != (expected.dtype, expected.shape):
                 raise CheckpointError(

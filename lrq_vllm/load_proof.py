@@ -4,11 +4,11 @@ vLLM ignores tensors that its model code does not ask for, and takes no notice o
 model is built in host memory, every parameter's loader is watched, and what has arrived is compared with the files.
 """
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from lrq_vllm.checkpoint.store import TensorFolder
 from lrq_vllm.errors import CheckpointError, one_paragraph
+from lrq_vllm.fused_parts import part_of
+from lrq_vllm.vllm_world import vllm_world
 
 __all__ = ["Loaded", "prove_loading"]
 
-_QKV = ("q", "k", "v")
 _NOT_NEEDED = ("rotary_emb.inv_freq",)  # endings of what old checkpoints keep and every model computes
 
 
@@ -61,29 +62,19 @@ def prove_loading(folder: Path) -> Loaded:
         return Loaded(sum(taken.values()), len(parameters), type(model).__name__)
 
 
-Arrival = tuple[str, Any]
-"""A tensor's name in the checkpoint, and which part of a fused parameter it is: "q", "k", "v", a number, or None."""
+Arrival = tuple[str, int]
+"""A tensor's name in the checkpoint, and which part of a fused parameter it is."""
 
 
 @contextmanager
 def _model_of(folder: Path) -> Iterator[torch.nn.Module]:
     """vLLM's model for a checkpoint, empty, on the CPU, on one rank."""
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
 
     config = EngineArgs(model=str(folder), enforce_eager=True, max_model_len=64).create_engine_config()
-    before = torch.get_default_dtype()
-    with tempfile.TemporaryDirectory() as meeting, set_current_vllm_config(config), torch.device("cpu"):
-        torch.set_default_dtype(config.model_config.dtype)
-        try:
-            init_distributed_environment(1, 0, distributed_init_method=f"file://{meeting}/store", local_rank=0, backend="gloo")
-            initialize_model_parallel(1, 1)
-            yield initialize_model(config)
-            cleanup_dist_env_and_memory()
-        finally:
-            torch.set_default_dtype(before)
+    with torch.device("cpu"), vllm_world(config, config.model_config.dtype):
+        yield initialize_model(config)
 
 
 def _loaded(model: Any, tensors: TensorFolder) -> dict[str, list[Arrival]]:
@@ -95,8 +86,7 @@ def _loaded(model: Any, tensors: TensorFolder) -> dict[str, list[Arrival]]:
 
     def watched(name: str, load: Callable[..., Any]) -> Callable[..., Any]:
         def watched_load(parameter: Tensor, loaded: Tensor, *shard: Any, **keywords: Any) -> Any:
-            part = shard[0] if shard else keywords.get("loaded_shard_id")
-            arrivals[name].append((owners[loaded.untyped_storage().data_ptr()], part))
+            arrivals[name].append((owners[loaded.untyped_storage().data_ptr()], part_of(shard, keywords)))
             return load(parameter, loaded, *shard, **keywords)
 
         return watched_load
@@ -116,7 +106,7 @@ def _loaded(model: Any, tensors: TensorFolder) -> dict[str, list[Arrival]]:
 
 def _equal(parameter: Tensor, parts: list[Arrival], tensors: TensorFolder) -> bool:
     """Whether a parameter is its parts, one below the other; a vocabulary may be padded, one value fill several places."""
-    ordered = sorted(parts, key=lambda part: _QKV.index(part[1]) if part[1] in _QKV else part[1] or 0)
+    ordered = sorted(parts, key=itemgetter(1))
     stored = torch.cat([tensors.get(name) if tensors.spec(name).shape else tensors.get(name)[None] for name, _ in ordered])
     stored = stored.to(parameter.dtype)
     if stored.numel() == 1:

@@ -70,8 +70,9 @@ class LrqConfig(QuantizationConfig):
         folder = Path(model_name)
         # A folder without any weights is vLLM's to judge: --load-format dummy needs none.
         if folder.is_dir() and any(folder.glob("*.safetensors")):
-            check_tensors(TensorFolder(folder), self.manifest)
-            check_seal(folder)
+            tensors = TensorFolder(folder)
+            check_tensors(tensors, self.manifest)
+            check_seal(tensors)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Follow a model that renames its modules, so that the lists keep matching."""

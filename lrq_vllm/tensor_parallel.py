@@ -1,9 +1,11 @@
 """Whether a number of GPUs can serve a checkpoint by tensor parallelism."""
 
+from collections.abc import Sequence
+
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import SettingsError
 
-__all__ = ["RANKS_OPTIONS", "check_ranks"]
+__all__ = ["RANKS_OPTIONS", "check_ranks", "sizes_in_words"]
 
 RANKS_OPTIONS = ("--tensor-parallel-size", "-tp")
 """Under which names vLLM's command line takes the number."""
@@ -20,3 +22,8 @@ def check_ranks(manifest: Manifest, ranks: int) -> None:
         f"{RANKS_OPTIONS[0]} {ranks} cannot serve this checkpoint: its heads, or the inputs of a layer's packed words and "
         f"groups, do not divide by it (config.json lists what does). Use {nearest}."
     )
+
+
+def sizes_in_words(sizes: Sequence[int]) -> str:
+    """For people: on how many GPUs a model can be served."""
+    return f"{', '.join(map(str, sizes))} GPUs (tensor parallel)"

@@ -1,8 +1,17 @@
-"""Environment variables under which vLLM is started."""
+"""The vllm command, and the environment variables under which it is started."""
 
 import os
+import shutil
+import sys
+from pathlib import Path
 
-__all__ = ["serving_environment"]
+__all__ = ["serving_environment", "vllm_executable"]
+
+
+def vllm_executable() -> str | None:
+    """The vllm command of this Python environment, else the one on PATH; None if there is none."""
+    beside_python = Path(sys.executable).with_name("vllm")
+    return str(beside_python) if beside_python.exists() else shutil.which("vllm")
 
 
 def serving_environment() -> dict[str, str]:

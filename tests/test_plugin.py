@@ -14,7 +14,7 @@ from torch import Tensor
 from lrq_vllm import integer_backends, kv_cache, layer_self_test, weight_only_backends
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError, SettingsError
-from tests.vllm_layers import Tensors, load, lrq_config, manifest_for, random_tensors, reference_outputs, vllm_world
+from tests.vllm_layers import Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
 
 pytestmark = [
     pytest.mark.vllm,
@@ -28,7 +28,7 @@ OUTPUT = {f"{PREFIX}.o_proj": (256, 256)}
 
 @pytest.fixture(scope="module", autouse=True)
 def world() -> Iterator[None]:
-    with vllm_world():
+    with plugin_world():
         yield
 
 

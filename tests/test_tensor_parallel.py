@@ -11,7 +11,7 @@ from torch.multiprocessing import spawn
 
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError
-from tests.vllm_layers import Tensors, load, lrq_config, manifest_for, random_tensors, reference_outputs, vllm_world
+from tests.vllm_layers import Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
 
 pytestmark = [
     pytest.mark.vllm,
@@ -86,7 +86,7 @@ def case(kind: str, scheme: str, group: int | None) -> tuple[Manifest, Tensors, 
 def run_rank(rank: int, folder: Path) -> None:
     """Compute every case's outputs as one of the ranks."""
     found = {}
-    with vllm_world(rank, RANKS, folder / "store"):
+    with plugin_world(rank, RANKS, folder / "store"):
         for kind, scheme, group in CASES:
             manifest, tensors, x = case(kind, scheme, group)
             layer = KINDS[kind].make(lrq_config(manifest))

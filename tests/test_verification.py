@@ -1,12 +1,10 @@
 """A changed checkpoint is refused, by ``lrq-offline verify`` and by vLLM, and what was changed is named."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from lrq_offline.cli import main
 from lrq_offline.golden_texts import golden_texts
 from lrq_offline.reference_model import load_model
 from lrq_offline.verification import check_files, check_loading, check_serving
-from lrq_server.vllm_process import VllmServer, free_port, stop
+from lrq_server.vllm_process import VllmServer, start_server
 from lrq_vllm.checkpoint.golden import GOLDEN_NAME, GoldenText, mean_difference, read_golden, write_golden
 from lrq_vllm.checkpoint.seal import SEAL_NAME, write_seal
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
@@ -271,26 +269,17 @@ def test_two_ranks_answer_as_the_reference_path(checkpoints: Checkpoints) -> Non
     assert check_serving(checkpoints("w3a16", "lrq"), 2).mean_difference < 0.1
 
 
-@contextmanager
-def self_testing_server(folder: Path, log: Path) -> Iterator[VllmServer]:
-    port = free_port()
-    command = [str(Path(sys.executable).with_name("lrq-server")), "serve", str(folder), "--port", str(port)]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {"LRQ_SELFTEST": "1"}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--max-model-len", "512", "--enforce-eager"],
-            stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-        )  # fmt: skip
-    try:
-        yield VllmServer(f"http://127.0.0.1:{port}", log, process)
-    finally:
-        stop(process)
+def self_testing_server(folder: Path, log: Path, patch: pytest.MonkeyPatch) -> AbstractContextManager[VllmServer]:
+    patch.delenv("TRITON_INTERPRET", raising=False)
+    patch.setenv("LRQ_SELFTEST", "1")
+    program = str(Path(sys.executable).with_name("lrq-server"))
+    return start_server([program, "serve", str(folder), "--max-model-len", "512", "--enforce-eager"], log)
 
 
 @pytest.mark.server
 @CPU_VLLM
-def test_a_server_tests_itself_before_it_answers(sealed: Path, tmp_path: Path) -> None:
-    with self_testing_server(sealed, tmp_path / "log") as server:
+def test_a_server_tests_itself_before_it_answers(sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with self_testing_server(sealed, tmp_path / "log", monkeypatch) as server:
         server.wait_until_ready()
         request = {"model": str(sealed), "prompt": [0, 280, 670], "max_tokens": 2}
         answer = httpx.post(f"{server.url}/v1/completions", json=request, timeout=60).raise_for_status().json()
@@ -300,9 +289,9 @@ def test_a_server_tests_itself_before_it_answers(sealed: Path, tmp_path: Path) -
 
 @pytest.mark.server
 @CPU_VLLM
-def test_a_server_that_answers_wrongly_never_listens(copy: Path, tmp_path: Path) -> None:
+def test_a_server_that_answers_wrongly_never_listens(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lose_a_zero_point(copy)
-    with self_testing_server(copy, tmp_path / "log") as server:
+    with self_testing_server(copy, tmp_path / "log", monkeypatch) as server:
         with pytest.raises(LrqError, match="ended with code 2 before it served"):
             server.wait_until_ready()
     assert "nats on average" in (tmp_path / "log").read_text()

@@ -1,6 +1,5 @@
 """vLLM's own layers without an engine: the world that they need around them, random checkpoint tensors, loading."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,28 +11,21 @@ from torch import Tensor
 from lrq_offline.reference_model import ReferenceLinear
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, WeightFormat
+from lrq_vllm.vllm_world import vllm_world
 
 Tensors = dict[str, dict[str, Tensor]]
 """By module of the checkpoint, its tensors by suffix."""
 
 
 @contextmanager
-def vllm_world(rank: int = 0, size: int = 1, store: Path | None = None) -> Iterator[None]:
+def plugin_world(rank: int = 0, size: int = 1, store: Path | None = None) -> Iterator[None]:
     """One rank of ``size`` processes that meet at the file ``store``; bfloat16."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+    from vllm.config import VllmConfig
     from vllm.plugins import load_general_plugins
 
-    before = torch.get_default_dtype()
-    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
-        torch.set_default_dtype(torch.bfloat16)
-        method = f"file://{store or Path(folder, 'store')}"
-        init_distributed_environment(size, rank, distributed_init_method=method, local_rank=rank, backend="gloo")
-        initialize_model_parallel(size, 1)
+    with vllm_world(VllmConfig(), torch.bfloat16, rank, size, store):
         load_general_plugins()
         yield
-        cleanup_dist_env_and_memory()
-        torch.set_default_dtype(before)
 
 
 def manifest_for(scheme: str, modules: dict[str, tuple[int, int]], group_size: int | None = None) -> Manifest:

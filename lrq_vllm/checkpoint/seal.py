@@ -30,14 +30,15 @@ def write_seal(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / SEAL_NAME).write_text(json.dumps(seal, indent=1) + "\n")
 
 
-def check_seal(folder: Path) -> None:
+def check_seal(tensors: TensorFolder) -> None:
     """Read every tensor of a checkpoint (at the disk's speed) and compare all with the seal.
 
     Raises CheckpointError naming each key of config.json and each tensor that was changed, removed or added, and
     ModelFolderError if a file cannot be read.
     """
+    folder = tensors.folder
     seal = _read_seal(folder)
-    config, digests = read_config(folder), _digests(TensorFolder(folder))
+    config, digests = read_config(folder), _digests(tensors)
     problems = [
         f"{key} in config.json {_difference(seal['config'], config, key)}"
         for key in sorted({*seal["config"], *config})

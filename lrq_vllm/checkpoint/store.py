@@ -94,6 +94,9 @@ class TensorFolder:
     def __contains__(self, name: object) -> bool:
         return name in self._specs
 
+    def __len__(self) -> int:
+        return len(self._specs)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
 

@@ -1,5 +1,4 @@
-"""lrq-offline quantize | plan | try | verify | evaluate | inspect | report | export |
-doctor.
+"""lrq-offline quantize | plan | try | verify | evaluate | inspect | report | export | doctor.
 
 A problem the user can fix is one paragraph on stderr and exit code 2.
 """
@@ -20,6 +19,7 @@ from rich.table import Table
 from lrq_offline.config import DEVICES, FULL_RANK, METHODS, PRESETS, QuantizeSettings
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.errors import LrqError, SettingsError, one_paragraph
+from lrq_vllm.tensor_parallel import sizes_in_words
 
 __all__ = ["main"]
 
@@ -92,19 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     trial.add_argument("--group-size", type=int, metavar="N", help="a step per N inputs (16-bit activations)")
     trial.set_defaults(command=_try)
 
-    verify = commands.add_parser(
-        "verify",
-        help="prove that a checkpoint is whole, that vLLM loads all of it, and that it answers as it should",
-        description="Compare the files with what was written; build vLLM's own model in host memory and prove that each tensor "
-        "reaches it once and unchanged; serve a few short texts here and compare with what the reference path said of them.",
-    )
-    verify.add_argument("model_dir", type=Path, metavar="DIR")
-    verify.add_argument("--files-only", action="store_true", help="leave vLLM out, which need not be installed then")
-    verify.add_argument(
-        "--tensor-parallel-size", type=int, default=1, metavar="N", help="serve the texts on N GPUs (default: %(default)s)"
-    )
-    verify.set_defaults(command=_verify)
-
     evaluate = commands.add_parser("evaluate", help="perplexity, KL divergence and top-1 agreement on a text")
     evaluate.add_argument("model_dir", type=Path, help="float model or LRQ checkpoint")
     evaluate.add_argument("--reference", type=Path, metavar="FP_DIR", help="float model to compare with")
@@ -118,28 +105,44 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(command=_evaluate)
 
-    inspect = commands.add_parser("inspect", help="what is inside an LRQ checkpoint, per layer")
-    inspect.add_argument("model_dir", type=Path, metavar="DIR")
-    inspect.set_defaults(command=_inspect)
-
-    report = commands.add_parser("report", help="one HTML page about a quantization: errors, learning curves, sizes")
-    report.add_argument("model_dir", type=Path, metavar="DIR")
-    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: DIR/lrq_report.html")
-    report.set_defaults(command=_report)
-    export = commands.add_parser(
-        "export",
-        help="write a checkpoint as an ordinary 16-bit model, for runtimes that do not know the format",
-        description="dense: the quantized weights as 16-bit numbers, which take the float model's memory and give this "
-        "checkpoint's answers anywhere. For schemes with 16-bit activations.",
-    )
-    export.add_argument("model_dir", type=Path, metavar="DIR")
-    export.add_argument("--to", choices=["dense"], required=True)
-    export.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<checkpoint>-dense")
-    export.set_defaults(command=_export)
-
+    _add_checkpoint_commands(commands)
     doctor = commands.add_parser("doctor", help="what this environment can serve: vLLM, plugin, devices, kernels")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """The commands that look at one LRQ checkpoint."""
+
+    def add(
+        name: str, command: Callable[[argparse.Namespace, Console], None], help: str, description: str | None = None
+    ) -> argparse.ArgumentParser:
+        parser = commands.add_parser(name, help=help, description=description)
+        parser.add_argument("model_dir", type=Path, metavar="DIR")
+        parser.set_defaults(command=command)
+        return parser
+
+    verify = add(
+        "verify", _verify,
+        help="prove that a checkpoint is whole, that vLLM loads all of it, and that it answers as it should",
+        description="Compare the files with what was written; build vLLM's own model in host memory and prove that each tensor "
+        "reaches it once and unchanged; serve a few short texts here and compare with what the reference path said of them.",
+    )  # fmt: skip
+    verify.add_argument("--files-only", action="store_true", help="leave vLLM out, which need not be installed then")
+    verify.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="serve the texts on N GPUs (default: %(default)s)"
+    )
+    add("inspect", _inspect, help="what is inside an LRQ checkpoint, per layer")
+    report = add("report", _report, help="one HTML page about a quantization: errors, learning curves, sizes")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: DIR/lrq_report.html")
+    export = add(
+        "export", _export,
+        help="write a checkpoint as an ordinary 16-bit model, for runtimes that do not know the format",
+        description="dense: the quantized weights as 16-bit numbers, which take the float model's memory and give this "
+        "checkpoint's answers anywhere. For schemes with 16-bit activations.",
+    )  # fmt: skip
+    export.add_argument("--to", choices=["dense"], required=True)
+    export.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<checkpoint>-dense")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +251,7 @@ def _plan(parsed: argparse.Namespace, console: Console) -> None:
         ("disk", gigabytes(plan.disk_bytes)),
         ("hidden states in", plan.hidden_states_in),
         ("result", gigabytes(plan.output_bytes)),
-        ("serves on", f"{', '.join(map(str, plan.tensor_parallel_sizes))} GPUs (tensor parallel)"),
+        ("serves on", sizes_in_words(plan.tensor_parallel_sizes)),
         ("time", f"about {plan.minutes:.1f} minutes on this machine"),
     ]
     for name, value in rows:
@@ -263,7 +266,7 @@ def _try(parsed: argparse.Namespace, console: Console) -> None:
         trial = try_config(parsed.config, settings, status.update)
     rows = [
         ("to quantize", f"{trial.linears} linear layers at full size"),
-        ("serves on", f"{', '.join(map(str, trial.tensor_parallel_sizes))} GPUs (tensor parallel)"),
+        ("serves on", sizes_in_words(trial.tensor_parallel_sizes)),
         ("loading", f"vLLM loads the small model as {trial.vllm_class}, every tensor"),
         ("serving", f"{trial.mean_difference:.4f} nats from the reference path on average"),
     ]

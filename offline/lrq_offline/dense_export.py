@@ -31,7 +31,7 @@ def export_dense(folder: Path, output: Path) -> int:
     check_output(output, folder, overwrite=False)
     manifest, tensors, config = read_manifest(folder), TensorFolder(folder), read_config(folder)
     check_tensors(tensors, manifest)
-    check_seal(folder)
+    check_seal(tensors)
     if manifest.activation is not None:
         raise SettingsError(
             f"{folder} is {manifest.scheme}: its layers round their inputs to 8 bits, which a dense model would not do, so "

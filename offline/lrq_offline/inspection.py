@@ -6,6 +6,7 @@ from pathlib import Path
 from lrq_vllm.checkpoint.packing import unpack
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors, read_manifest
+from lrq_vllm.tensor_parallel import sizes_in_words
 
 __all__ = ["CheckpointSummary", "LayerSummary", "inspect_checkpoint"]
 
@@ -47,7 +48,7 @@ def inspect_checkpoint(folder: Path) -> CheckpointSummary:
             f"weights      {weight.bits}-bit {granularity}, {'symmetric' if weight.symmetric else 'asymmetric'}",
             f"activations  {inputs}",
             f"kv cache     {manifest.kv_bits or 16}-bit",
-            f"serves on    {', '.join(map(str, manifest.tensor_parallel_sizes))} GPUs (tensor parallel)",
+            f"serves on    {sizes_in_words(manifest.tensor_parallel_sizes)}",
             f"quantized    {len(layers)} linear layers, {sum(layer.stored_bytes for layer in layers):,} bytes",
             f"left as is   {', '.join(manifest.skipped) or 'none'}",
         ),

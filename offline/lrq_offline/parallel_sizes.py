@@ -21,10 +21,8 @@ def tensor_parallel_sizes(
     quantized: module -> (out, in). vLLM gives each rank whole heads of queries, and whole ones of keys and values or one that
     several ranks share. Layers that read heads or the MLP's width are cut along their inputs, between packed words and groups.
     """
-    heads, key_value_heads = (
-        config.num_attention_heads,
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-    )
+    heads = config.num_attention_heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     unit = weight.group_size or values_per_group(weight.bits)
     cut = [inputs for name, (_, inputs) in quantized.items() if name.endswith(family.cut_along_inputs)]
 

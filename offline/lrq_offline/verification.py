@@ -39,14 +39,14 @@ def check_files(folder: Path) -> int:
     """
     manifest, tensors = read_manifest(folder), TensorFolder(folder)
     problems = []
-    for check in (lambda: check_seal(folder), lambda: check_tensors(tensors, manifest), lambda: read_golden(folder)):
+    for check in (lambda: check_seal(tensors), lambda: check_tensors(tensors, manifest), lambda: read_golden(folder)):
         try:
             check()
         except CheckpointError as error:
             problems.append(str(error))
     if problems:
         raise CheckpointError(" ".join(problems))
-    return sum(1 for _ in tensors)
+    return len(tensors)
 
 
 def check_loading(folder: Path) -> Loaded:
@@ -56,10 +56,10 @@ def check_loading(folder: Path) -> Loaded:
 
 def check_serving(folder: Path, ranks: int = 1) -> Replayed:
     """As golden_replay.replay, in a process of its own. Raises SettingsError without vLLM."""
-    return _in_process(replay, folder, ranks)
+    return _in_process(partial(replay, ranks=ranks), folder, ranks)
 
 
-def _in_process(work: Callable[..., Result], folder: Path, *rest: int) -> Result:
+def _in_process(work: Callable[[Path], Result], folder: Path, ranks: int = 1) -> Result:
     if find_spec("vllm") is None:
         raise SettingsError(
             "vLLM is not installed here, so nobody can say whether it loads the checkpoint. Install it beside lrq "
@@ -67,15 +67,15 @@ def _in_process(work: Callable[..., Result], folder: Path, *rest: int) -> Result
         )
     with tempfile.NamedTemporaryFile(prefix="lrq-verify-", suffix=".log") as log:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context, initializer=partial(_prepare, log.name, *rest)) as pool:
+        with ProcessPoolExecutor(1, context, initializer=partial(_prepare, log.name, ranks)) as pool:
             try:
-                return pool.submit(_tried, work, folder, *rest).result()
+                return pool.submit(_tried, work, folder).result()
             except BrokenProcessPool as error:
                 said = " ".join(Path(log.name).read_text(errors="replace").split())[-600:]
                 raise CheckpointError(f"{folder}: vLLM ended while it was tried. It said last: {said or 'nothing'}") from error
 
 
-def _prepare(log: str, ranks: int = 1) -> None:
+def _prepare(log: str, ranks: int) -> None:
     """What vLLM prints goes to a file: the command has a result of its own."""
     os.environ.pop("TRITON_INTERPRET", None)
     if ranks > 1:  # on a CPU "auto" wants a NUMA node for each
@@ -87,9 +87,9 @@ def _prepare(log: str, ranks: int = 1) -> None:
         os.dup2(file.fileno(), 2)
 
 
-def _tried(work: Callable[..., Result], folder: Path, *rest: int) -> Result:
+def _tried(work: Callable[[Path], Result], folder: Path) -> Result:
     try:
-        return work(folder, *rest)
+        return work(folder)
     except LrqError:
         raise
     except Exception as error:  # vLLM raises what it likes, not all of which can travel between processes

