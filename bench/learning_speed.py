@@ -32,7 +32,7 @@ from lrq_offline.rank_processes import started_ranks
 from lrq_offline.ranks import Ranks
 
 BLOCKS_OF_8B = 32
-TIMED_ITERS = 100
+TIMED_ITERS = 500  # enough that the waits at the checks, one in TIMED_ITERS / 10, do not count
 
 
 def main() -> None:
@@ -105,8 +105,9 @@ def measured(
     wanted = PRESETS[preset]
     if arguments.small:
         wanted = replace(wanted, samples=8, seq_len=64)
+    iters = 20 if arguments.small else min(wanted.iters, TIMED_ITERS)
     settings = QuantizeSettings(
-        scheme=scheme, iters=TIMED_ITERS if not arguments.small else 20, samples=wanted.samples, seq_len=wanted.seq_len,
+        scheme=scheme, iters=iters, samples=wanted.samples, seq_len=wanted.seq_len,
         batch_size=wanted.batch_size, renew=QuantizeSettings(scheme, iters=wanted.iters).renews,
     )  # fmt: skip
     dtype = product_dtype(device)

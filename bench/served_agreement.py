@@ -4,13 +4,16 @@
     .venv/bin/python bench/served_agreement.py demo-out/tiny-* --text tests/data/heldout.jsonl \
         --out bench/results/served-agreement.json
 
-Runs vLLM in one child process per checkpoint and mode (eager; compiled, which is vLLM's default), in bfloat16.
+Runs vLLM in one child process per checkpoint, mode (eager; compiled, which is vLLM's default) and number of tensor-parallel
+ranks, in bfloat16. With several numbers of ranks it also says how many greedy tokens are those of the first number:
+
+    python bench/served_agreement.py small small-w4a8 --text eval.jsonl --modes compiled --ranks 1 2 --out tensor-parallel.json
 """
 
 import argparse
 import datetime
+import itertools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -31,13 +34,19 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1], help="tensor parallel (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print("RESULT " + json.dumps(measure(arguments.folders[0], arguments.text, arguments.modes[0])))
+        row = measure(arguments.folders[0], arguments.text, arguments.modes[0], arguments.ranks[0])
+        print("RESULT " + json.dumps(row))
         return
-    rows = [measure_in_child(folder, arguments.text, mode) for folder in arguments.folders for mode in arguments.modes]
+    rows = []
+    for folder, mode in itertools.product(arguments.folders, arguments.modes):
+        of_folder = [measure_in_child(folder, arguments.text, mode, ranks) for ranks in arguments.ranks]
+        first = of_folder[0]["tokens"]
+        rows += [row | {"as_first": as_first(row.pop("tokens"), first)} for row in of_folder]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"]
     result = {
         "date": datetime.date.today().isoformat(),
@@ -48,17 +57,28 @@ def main() -> None:
     }
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{'checkpoint':<14}{'mode':<10}{'mean |diff|':>12}{'max':>10}{'greedy':>9}  kernel")
+    print(f"{'checkpoint':<14}{'mode':<10}{'ranks':>5}{'mean |diff|':>13}{'max':>10}{'greedy':>9}{'as first':>10}  kernel")
     for row in rows:
         print(
-            f"{row['checkpoint']:<14}{row['mode']:<10}{row['mean_difference']:>12.2e}{row['max_difference']:>10.2e}"
-            f"{row['greedy_agreement']:>9.2%}  {', '.join(row['kernels'])}"
+            f"{row['checkpoint']:<14}{row['mode']:<10}{row['ranks']:>5}{row['mean_difference']:>13.2e}"
+            f"{row['max_difference']:>10.2e}{row['greedy_agreement']:>9.2%}{row['as_first']['tokens']:>10.2%}"
+            f"  {', '.join(row['kernels'])}"
         )
 
 
-def measure_in_child(folder: Path, text: Path, mode: str) -> dict[str, Any]:
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"} | serving_environment()
-    command = [sys.executable, __file__, str(folder), "--text", str(text), "--modes", mode, "--child"]
+def as_first(tokens: list[list[int]], first: list[list[int]]) -> dict[str, float]:
+    """The share of greedy tokens before the first that differs, and of prompts in which none does."""
+    same = (torch.tensor(tokens) == torch.tensor(first)).cumprod(dim=1)
+    return {"tokens": same.float().mean().item(), "prompts": same[:, -1].float().mean().item()}
+
+
+def measure_in_child(folder: Path, text: Path, mode: str, ranks: int) -> dict[str, Any]:
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
+    environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to the ranks, which may be processes
+    if ranks > 1:  # on a CPU "auto" wants a NUMA node for each
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    environment = serving_environment() | environment
+    command = [sys.executable, __file__, str(folder), "--text", str(text), "--modes", mode, "--ranks", str(ranks), "--child"]
     ended = subprocess.run(command, env=environment, text=True, capture_output=True)
     results = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
     if not results:
@@ -66,7 +86,7 @@ def measure_in_child(folder: Path, text: Path, mode: str) -> dict[str, Any]:
     return json.loads(results[0].removeprefix("RESULT "))
 
 
-def measure(folder: Path, text: Path, mode: str) -> dict[str, Any]:
+def measure(folder: Path, text: Path, mode: str, ranks: int) -> dict[str, Any]:
     """Serve in this process, then compare with the reference path on the same texts."""
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
@@ -79,7 +99,7 @@ def measure(folder: Path, text: Path, mode: str) -> dict[str, Any]:
     prompts = token_windows(load_tokenizer(folder), read_texts(text), PROMPTS, PROMPT_TOKENS)
     llm = LLM(
         str(folder), dtype="bfloat16", enforce_eager=mode == "eager", max_model_len=512, enable_prefix_caching=False,
-        gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,  # so that several can share a GPU
+        tensor_parallel_size=ranks, gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,  # so that several can share a GPU
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=1, ignore_eos=True)
     answers = llm.generate([TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts], sampling)
@@ -90,16 +110,11 @@ def measure(folder: Path, text: Path, mode: str) -> dict[str, Any]:
     return {
         "checkpoint": folder.name,
         "mode": mode,
+        "ranks": ranks,
         **asdict(agreement_with_reference(folder, prompts, served, continuations)),
-        "kernels": sorted(kernels(llm)),
+        "kernels": sorted(set().union(*llm.apply_model(kernels_of)) or {"vLLM's own"}),
+        "tokens": continuations.tolist(),
     }
-
-
-def kernels(llm: Any) -> set[str]:
-    """The kernels that the model's layers really use."""
-    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to the worker, which is this process
-    found = llm.apply_model(kernels_of)
-    return set().union(*found) or {"vLLM's own"}
 
 
 if __name__ == "__main__":

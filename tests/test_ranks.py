@@ -15,7 +15,7 @@ from lrq_offline.learned_scales import LrqScale
 from lrq_offline.pipeline import quantize_model
 from lrq_offline.rank_processes import started_ranks
 from lrq_offline.ranks import ONE_RANK, Ranks
-from lrq_offline.sharded_rounding import ShardedRounding
+from lrq_offline.sharded_rounding import ShardedRounding, finish_backward
 from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 from lrq_vllm.checkpoint.packing import unpack
@@ -33,7 +33,14 @@ def test_the_shares_of_all_ranks_are_the_whole() -> None:
 
 def test_one_rank_changes_nothing() -> None:
     values = torch.randn(4, 3)
-    for given in (ONE_RANK.share, ONE_RANK.own_rows, ONE_RANK.all_rows, ONE_RANK.sum, ONE_RANK.smallest):
+    for given in (
+        ONE_RANK.share,
+        ONE_RANK.own_rows,
+        ONE_RANK.all_rows,
+        ONE_RANK.own_rows_of_sum,
+        ONE_RANK.sum,
+        ONE_RANK.smallest,
+    ):
         assert torch.equal(given(values.clone()), values)
 
 
@@ -49,6 +56,7 @@ def gradients(ranks: Ranks) -> dict[str, Tensor]:
         own.left.copy_(ranks.own_rows(size))
     rounding = own if ranks.size == 1 else ShardedRounding(own, ranks)
     (rounding() * ranks.share(parts).sum(dim=0)).sum().backward()
+    finish_backward(rounding)
     return {name: parameter.grad for name, parameter in own.named_parameters() if parameter.grad is not None}
 
 

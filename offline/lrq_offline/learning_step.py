@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lrq_offline.compute import block_output
 from lrq_offline.hidden_states import BatchFeeder
 from lrq_offline.ranks import ONE_RANK, Ranks
-from lrq_offline.sharded_rounding import finish_sums, start_weights
+from lrq_offline.sharded_rounding import finish_backward, start_weights
 
 __all__ = ["LearningStep", "block_loss"]
 
@@ -89,7 +89,7 @@ class LearningStep:
         start_weights(self._block)
         loss = block_loss(self._block, self._feeder.inputs, self._feeder.targets, self._arguments, self._dtype) / self._scale
         loss.backward()
-        finish_sums(self._block)
+        finish_backward(self._block)
         self._optimizer.step()
         self._loss.copy_(loss.detach())
 

@@ -1,9 +1,7 @@
 """The processes of one run, one for each GPU. Each holds its share of the calibration windows and of every weight's rows."""
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,11 +28,20 @@ class Ranks:
         return tensor.chunk(self.size)[self.rank].contiguous()
 
     def all_rows(self, own: Tensor) -> Tensor:
-        """What :meth:`own_rows` of every process make together: the same tensor everywhere. Differentiable."""
+        """What :meth:`own_rows` of every process make together: the same tensor everywhere."""
         if self.size == 1:
             return own
-        result: Tensor = _AllRows.apply(own, self.size)  # type: ignore[no-untyped-call]
-        return result
+        gathered = own.new_empty((self.size * len(own), *own.shape[1:]))
+        _all_gather(gathered, own)
+        return gathered
+
+    def own_rows_of_sum(self, tensor: Tensor) -> Tensor:
+        """:meth:`own_rows` of the sum over all processes."""
+        if self.size == 1:
+            return tensor
+        own = tensor.new_empty((len(tensor) // self.size, *tensor.shape[1:]))
+        _reduce_scatter(own, tensor.contiguous())
+        return own
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place: the same bits everywhere."""
@@ -50,21 +57,3 @@ class Ranks:
 
 
 ONE_RANK = Ranks()
-
-
-class _AllRows(torch.autograd.Function):
-    """All-gather; backwards each process receives the sum of all gradients of its own rows."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, size: int) -> Tensor:
-        ctx.size = size
-        gathered = own.new_empty((size * len(own), *own.shape[1:]))
-        _all_gather(gathered, own)
-        return gathered
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        gradient = gradients[0].contiguous()
-        own = gradient.new_empty((len(gradient) // ctx.size, *gradient.shape[1:]))
-        _reduce_scatter(own, gradient)
-        return own, None
