@@ -90,25 +90,46 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 
 FAILING = """
+import sys
 import threading
 import torch
 from lrq_offline.rank_processes import started_ranks
+from lrq_vllm.errors import LrqError, ModelFolderError
 
 def fail(ranks):
-    raise RuntimeError("out of memory")
+    raise {error}
 
 if __name__ == "__main__":
-    with started_ranks(2, torch.device("cpu"), fail):
-        threading.Event().wait()  # as a sum waits whose other half will never come
+    try:
+        with started_ranks(2, torch.device("cpu"), fail) as ranks:
+            {meanwhile}
+    except LrqError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 """
 
 
+# What rank 0 does: a sum waits for its other half, which will never come, or fails because that is gone.
+WAITING, SUMMING = "threading.Event().wait()", "ranks.sum(torch.zeros(1))"
+
+
+def run_failing(folder: Path, error: str, meanwhile: str) -> subprocess.CompletedProcess[str]:
+    script = folder / "run.py"
+    script.write_text(FAILING.format(error=error, meanwhile=meanwhile))
+    return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+
+
 def test_a_process_that_fails_ends_the_run_and_says_why(tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(FAILING)
-    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    ended = run_failing(tmp_path, 'RuntimeError("out of memory")', WAITING)
     assert ended.returncode == 1
     assert "RuntimeError: out of memory" in ended.stderr and "a GPU's process failed" in ended.stderr
+
+
+@pytest.mark.parametrize("meanwhile", [WAITING, SUMMING])
+def test_bad_input_that_another_process_meets_first_is_one_paragraph_and_exit_code_2(tmp_path: Path, meanwhile: str) -> None:
+    ended = run_failing(tmp_path, 'ModelFolderError("model.safetensors: truncated.")', meanwhile)
+    assert ended.returncode == 2
+    assert "model.safetensors: truncated." in ended.stderr and "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(

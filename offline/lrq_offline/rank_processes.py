@@ -10,21 +10,26 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from lrq_offline.ranks import Ranks
+from lrq_vllm.errors import LrqError
 
 __all__ = ["started_ranks"]
+
+_FIXABLE = 2  # the exit code of a command whose user can put it right
 
 
 @contextmanager
 def started_ranks(count: int, device: torch.device, work: Callable[[Ranks], None]) -> Iterator[Ranks]:
     """This process as rank 0 of ``count``; meanwhile the others do ``work``, which must be picklable. One rank starts nothing.
 
-    If one of the others fails, it prints why, and this process ends too (exit code 1): its next sum would never return.
+    If one of the others fails, this process ends too, and it is said why: its next sum would never return. The exit code is 2
+    where the reason is an LrqError, else 1.
     """
     if count == 1:
         yield Ranks()
@@ -32,12 +37,15 @@ def started_ranks(count: int, device: torch.device, work: Callable[[Ranks], None
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder, "ranks").as_uri()
-        others = [context.Process(target=_other, args=(Ranks(n, count), device, meeting, work)) for n in range(1, count)]
+        reasons = context.SimpleQueue()
+        others = [
+            context.Process(target=_other, args=(Ranks(n, count), device, meeting, work, reasons)) for n in range(1, count)
+        ]
         ending = threading.Event()
         for process in others:
             process.daemon = True
             process.start()
-        threading.Thread(target=_watch, args=(others, ending), daemon=True).start()
+        threading.Thread(target=_watch, args=(others, reasons, ending), daemon=True).start()
         try:
             _join(Ranks(0, count), device, meeting)
             yield Ranks(0, count)
@@ -46,6 +54,12 @@ def started_ranks(count: int, device: torch.device, work: Callable[[Ranks], None
             dist.destroy_process_group()
             for process in others:
                 process.join()
+        except Exception as error:
+            ending.set()
+            # A sum also fails when its other half is gone; that half has said why.
+            if isinstance(error, LrqError) or reasons.empty():
+                raise
+            raise LrqError(reasons.get()) from error
         finally:
             ending.set()
             for process in others:
@@ -63,15 +77,21 @@ def _join(ranks: Ranks, device: torch.device, meeting: str) -> None:
     dist.init_process_group(backend, init_method=meeting, rank=ranks.rank, world_size=ranks.size, device_id=place)
 
 
-def _other(ranks: Ranks, device: torch.device, meeting: str, work: Callable[[Ranks], None]) -> None:
+def _other(
+    ranks: Ranks, device: torch.device, meeting: str, work: Callable[[Ranks], None], reasons: "SimpleQueue[str]"
+) -> None:
     # Ctrl-C reaches every process; rank 0 says what it means and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _join(ranks, device, meeting)
-    work(ranks)
+    try:
+        work(ranks)
+    except LrqError as error:
+        reasons.put(str(error))
+        sys.exit(_FIXABLE)
     dist.destroy_process_group()
 
 
-def _watch(others: list[BaseProcess], ending: threading.Event) -> None:
+def _watch(others: list[BaseProcess], reasons: "SimpleQueue[str]", ending: threading.Event) -> None:
     running = list(others)
     while running:
         done = multiprocessing.connection.wait([process.sentinel for process in running])
@@ -79,6 +99,8 @@ def _watch(others: list[BaseProcess], ending: threading.Event) -> None:
             running.remove(process)
             process.join()
             if process.exitcode and not ending.is_set():
-                print("lrq-offline: a GPU's process failed, see above; the same command goes on from here.", file=sys.stderr)
+                fixable = process.exitcode == _FIXABLE
+                said = reasons.get() if fixable else "a GPU's process failed, see above; the same command goes on from here."
+                print(f"lrq-offline: {said}", file=sys.stderr)
                 sys.stderr.flush()
-                os._exit(1)
+                os._exit(_FIXABLE if fixable else 1)
