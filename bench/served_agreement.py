@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lrq_vllm.golden_replay import kernels_of, prompt_log_probabilities
+from lrq_vllm.golden_replay import kernels_in_use, prompt_log_probabilities
 from lrq_vllm.vllm_environment import serving_environment
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 32
@@ -46,7 +46,9 @@ def main() -> None:
     for folder, mode in itertools.product(arguments.folders, arguments.modes):
         of_folder = [measure_in_child(folder, arguments.text, mode, ranks) for ranks in arguments.ranks]
         first = of_folder[0]["tokens"]
-        rows += [row | {"as_first": as_first(row.pop("tokens"), first)} for row in of_folder]
+        for row in of_folder:
+            row["as_first"] = as_first(row.pop("tokens"), first)
+        rows += of_folder
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"]
     result = {
         "date": datetime.date.today().isoformat(),
@@ -73,11 +75,9 @@ def as_first(tokens: list[list[int]], first: list[list[int]]) -> dict[str, float
 
 
 def measure_in_child(folder: Path, text: Path, mode: str, ranks: int) -> dict[str, Any]:
-    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-    environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is sent to the ranks, which may be processes
-    if ranks > 1:  # on a CPU "auto" wants a NUMA node for each
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    environment = serving_environment() | environment
+    environment = serving_environment(ranks) | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_LOGGING_LEVEL": "WARNING",
+    }  # fmt: skip
     command = [sys.executable, __file__, str(folder), "--text", str(text), "--modes", mode, "--ranks", str(ranks), "--child"]
     ended = subprocess.run(command, env=environment, text=True, capture_output=True)
     results = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
@@ -112,7 +112,7 @@ def measure(folder: Path, text: Path, mode: str, ranks: int) -> dict[str, Any]:
         "mode": mode,
         "ranks": ranks,
         **asdict(agreement_with_reference(folder, prompts, served, continuations)),
-        "kernels": sorted(set().union(*llm.apply_model(kernels_of)) or {"vLLM's own"}),
+        "kernels": sorted(kernels_in_use(llm) or {"vLLM's own"}),
         "tokens": continuations.tolist(),
     }
 

@@ -10,7 +10,7 @@ import torch
 from lrq_vllm.checkpoint.golden import TOLERANCE, GoldenText, mean_difference, read_golden
 from lrq_vllm.errors import CheckpointError
 
-__all__ = ["Replayed", "kernels_of", "prompt_log_probabilities", "replay", "replay_through"]
+__all__ = ["Replayed", "kernels_in_use", "kernels_of", "prompt_log_probabilities", "replay", "replay_through"]
 
 _KV_CACHE_BYTES = 1 << 28  # more than the texts need; vLLM's default would be most of the GPU
 
@@ -40,7 +40,7 @@ def replay(folder: Path, ranks: int = 1) -> Replayed:
     )  # fmt: skip
     prompts = [TokensPrompt(prompt_token_ids=text.tokens) for text in texts]
     answers = llm.generate(prompts, _sampling(), use_tqdm=False)
-    return _judged(folder, texts, answers, tuple(sorted(set().union(*llm.apply_model(kernels_of)))))
+    return _judged(folder, texts, answers, tuple(sorted(kernels_in_use(llm))))
 
 
 async def replay_through(engine: Any, folder: Path) -> Replayed:
@@ -55,6 +55,13 @@ async def replay_through(engine: Any, folder: Path) -> Replayed:
             if answer.finished:
                 answers.append(answer)
     return _judged(folder, texts, answers)
+
+
+def kernels_in_use(llm: Any) -> set[str]:
+    """:func:`kernels_of` the models of all ranks of vLLM's LLM. Ranks of their own processes must accept functions
+    (VLLM_ALLOW_INSECURE_SERIALIZATION=1).
+    """
+    return set().union(*llm.apply_model(kernels_of))
 
 
 def kernels_of(model: torch.nn.Module) -> set[str]:

@@ -21,8 +21,6 @@ from lrq_vllm.errors import LrqError
 
 __all__ = ["started_ranks"]
 
-_FIXABLE = 2  # the exit code of a command whose user can put it right
-
 
 @contextmanager
 def started_ranks(count: int, device: torch.device, work: Callable[[Ranks], None]) -> Iterator[Ranks]:
@@ -87,7 +85,7 @@ def _other(
         work(ranks)
     except LrqError as error:
         reasons.put(str(error))
-        sys.exit(_FIXABLE)
+        sys.exit(1)
     dist.destroy_process_group()
 
 
@@ -99,8 +97,8 @@ def _watch(others: list[BaseProcess], reasons: "SimpleQueue[str]", ending: threa
             running.remove(process)
             process.join()
             if process.exitcode and not ending.is_set():
-                fixable = process.exitcode == _FIXABLE
+                fixable = not reasons.empty()
                 said = reasons.get() if fixable else "a GPU's process failed, see above; the same command goes on from here."
                 print(f"lrq-offline: {said}", file=sys.stderr)
                 sys.stderr.flush()
-                os._exit(_FIXABLE if fixable else 1)
+                os._exit(2 if fixable else 1)

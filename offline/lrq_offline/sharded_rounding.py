@@ -35,10 +35,11 @@ class ShardedRounding(Rounding):
 
     def start(self) -> None:
         """Begin to compute W_hat; the next call waits for it."""
-        self._own_weight = self.own()
-        with _beside(self._own_weight):
-            self._started = _OnItsWay(self.ranks.all_rows(self._own_weight.detach()))
-        if self._own_weight.requires_grad:
+        own = self.own()
+        with _beside(own):
+            self._started = _OnItsWay(self.ranks.all_rows(own.detach()))
+        if own.requires_grad:
+            self._own_weight = own
             self._started.tensor.requires_grad_()
             self._started.tensor.register_post_accumulate_grad_hook(self._send_gradient)
 

@@ -78,9 +78,7 @@ def _in_process(work: Callable[[Path], Result], folder: Path, ranks: int = 1) ->
 def _prepare(log: str, ranks: int) -> None:
     """What vLLM prints goes to a file: the command has a result of its own."""
     os.environ.pop("TRITON_INTERPRET", None)
-    if ranks > 1:  # on a CPU "auto" wants a NUMA node for each
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ |= serving_environment() | _ENVIRONMENT
+    os.environ |= serving_environment(ranks) | _ENVIRONMENT
     sys.stdout.flush()
     with Path(log).open("ab") as file:
         os.dup2(file.fileno(), 1)
