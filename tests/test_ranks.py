@@ -50,7 +50,12 @@ def gradients(ranks: Ranks) -> dict[str, Tensor]:
     weight, size, parts = torch.randn(8, 16), 0.1 * torch.randn(8, 4), torch.randn(2, 8, 16)
     steps = search_steps(weight, 3)
     own = LrqScale(
-        ranks.own_rows(weight), StepAndZeroPoint(*map(ranks.own_rows, steps)), 3, 4, torch.Generator().manual_seed(0)
+        ranks.own_rows(weight),
+        StepAndZeroPoint(*map(ranks.own_rows, steps)),
+        3,
+        4,
+        torch.Generator().manual_seed(0),
+        ranks=ranks,
     )
     with torch.no_grad():
         own.left.copy_(ranks.own_rows(size))
@@ -64,7 +69,7 @@ def check_gradients(ranks: Ranks) -> None:
     one, own = gradients(ONE_RANK), gradients(ranks)
     assert set(own) == set(one) == {"log_step", "left", "right", "row", "column"}
     for name, gradient in own.items():
-        expected = one[name] if name in ("right", "column") else ranks.own_rows(one[name])
+        expected = one[name] if name == "column" else ranks.own_rows(one[name])
         torch.testing.assert_close(gradient, expected, msg=lambda text, name=name: f"{name}: {text}")
 
 

@@ -25,7 +25,7 @@ from lrq_offline.quantized_block import (
     replace_linears,
 )
 from lrq_offline.ranks import ONE_RANK, Ranks
-from lrq_offline.sharded_rounding import ShardedRounding
+from lrq_offline.sharded_rounding import ShardedRounding, begin_block
 from lrq_offline.smoothquant import SharedHeads, divide_output, multiply_input, smoothing_scale
 from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, quantize
@@ -175,6 +175,8 @@ class BlockQuantizer:
     def _learned_roundings(
         self, weights: Mapping[str, Tensor], steps: Mapping[str, StepAndZeroPoint], generator: torch.Generator
     ) -> Mapping[str, Rounding]:
+        if self.ranks.size > 1:
+            begin_block(self.ranks, next(iter(weights.values())).device)
         return {name: self._learned(weight, steps[name], generator) for name, weight in weights.items()}
 
     def _learned(self, weight: Tensor, steps: StepAndZeroPoint, generator: torch.Generator) -> Rounding:
@@ -185,7 +187,7 @@ class BlockQuantizer:
             learned = FlexRoundScale(own, own_steps, bits, self.dtype)
         else:
             rank, renews = min(rank, *weight.shape), self.settings.renews
-            learned = LrqScale(own, own_steps, bits, rank, generator, self.dtype, renews=renews)
+            learned = LrqScale(own, own_steps, bits, rank, generator, self.dtype, renews=renews, ranks=self.ranks)
         return learned if self.ranks.size == 1 else ShardedRounding(learned, self.ranks)
 
     def _round_by_gptq(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lrq_offline.fake_quant_weight import LogScale, fake_quant_weight, integers
+from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize
 
 __all__ = ["FixedRounding", "FlexRoundScale", "LearnedRounding", "LrqScale", "Rounding"]
@@ -56,6 +57,8 @@ class LearnedRounding(Rounding):
 
     weight: Tensor
     zero_point: Tensor
+    whole_factor: Tensor | None = None
+    """All rows of :meth:`factor` in ``dtype``, where somebody has brought them together already."""
 
     def __init__(self, weight: Tensor, initial: StepAndZeroPoint, bits: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -73,8 +76,12 @@ class LearnedRounding(Rounding):
         """What S2's matrix is made of. Methods define this."""
         raise NotImplementedError
 
+    def factor(self) -> nn.Parameter | None:
+        """This process's rows of a factor of S2 that every row of W needs whole."""
+        return None
+
     def shared_parameters(self) -> list[nn.Parameter]:
-        """Those that have no rows of their own: they serve every row of W."""
+        """Those that every process has whole, although it has only some rows of W."""
         return []
 
     def forward(self) -> Tensor:
@@ -115,7 +122,7 @@ class LrqScale(LearnedRounding):
     """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5).
 
     renews: whether :meth:`renew` will be called. Then ``weight`` is a copy, W / exp(M) in W's dtype, which is all that the
-    arithmetic needs of W and M.
+    arithmetic needs of W and M. ranks: the processes that learn W together; each has its rows of W, L and r, and its rows of U.
     """
 
     def __init__(
@@ -128,40 +135,49 @@ class LrqScale(LearnedRounding):
         dtype: torch.dtype = torch.float32,
         *,
         renews: bool = False,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         super().__init__(weight.clone() if renews else weight, initial, bits, dtype)
         self.renews = renews
+        self.ranks = ranks
         out_features, in_features = weight.shape
         self.left = self._zeros(out_features, rank)
-        self.right = self._zeros(rank, in_features)
-        _kaiming_(self.right, generator)
+        self.right = nn.Parameter(self._first_right(generator))
         self.row = self._zeros(out_features, 1)
         self.column = self._zeros(1, in_features)
 
     def log_scale(self) -> LogScale:
         """L U + r + c, relative to ``weight``."""
-        return LogScale(self.left.to(self.dtype) @ self.right.to(self.dtype), self.row, self.column)
+        right = self.whole_factor
+        if right is None:
+            right = self.ranks.all_rows(self.right.to(self.dtype))
+        return LogScale(self.left.to(self.dtype) @ right, self.row, self.column)
 
     @torch.no_grad()
     def renew(self, generator: torch.Generator) -> None:
         """Add L U to M and begin with new factors: S2 stays what it is (up to rounding), its rank can go on to grow."""
         assert self.renews
-        self.weight.copy_(self.weight * torch.exp(-(self.left @ self.right)))
+        self.weight.copy_(self.weight * torch.exp(-(self.left @ self.ranks.all_rows(self.right))))
         self.left.zero_()
-        _kaiming_(self.right, generator)
+        self.right.copy_(self._first_right(generator))
 
     def matrix_parameters(self) -> list[nn.Parameter]:
         """L and U."""
         return [self.left, self.right]
 
+    def factor(self) -> nn.Parameter:
+        """U."""
+        return self.right
+
     def shared_parameters(self) -> list[nn.Parameter]:
-        """U and c."""
-        return [self.right, self.column]
+        """c."""
+        return [self.column]
 
-
-def _kaiming_(factor: Tensor, generator: torch.Generator) -> None:
-    """Fill U with what it holds at a start. ``generator`` is on the CPU; on a GPU it gives the seed of one there."""
-    if factor.device != generator.device:
-        seed = torch.randint(2**62, (), generator=generator).item()
-        generator = torch.Generator(factor.device).manual_seed(int(seed))
-    nn.init.kaiming_uniform_(factor, a=math.sqrt(5), generator=generator)
+    def _first_right(self, generator: torch.Generator) -> Tensor:
+        """This process's rows of a new U. ``generator`` is on the CPU; on a GPU it gives the seed of one there."""
+        device = self.weight.device
+        if device != generator.device:
+            seed = torch.randint(2**62, (), generator=generator).item()
+            generator = torch.Generator(device).manual_seed(int(seed))
+        right = torch.empty((self.left.shape[1], self.weight.shape[1]), device=device)
+        return self.ranks.own_rows(nn.init.kaiming_uniform_(right, a=math.sqrt(5), generator=generator))

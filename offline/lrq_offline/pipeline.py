@@ -77,7 +77,7 @@ def quantize_model(
     manifest = manifest_of(source.config, settings)
     machine = machine or Machine()
     device = choose_device(machine.device)
-    _check_ranks(machine.gpus, device, settings, manifest)
+    _check_ranks(machine.gpus, device, settings, source.config.hidden_size, manifest)
     tokenizer = load_tokenizer(model_dir)
     texts = read_texts(settings.calibration or shipped_calibration(), tokenizer)
     windows = token_windows(tokenizer, texts, settings.samples, settings.seq_len)
@@ -124,9 +124,9 @@ def manifest_of(config: PreTrainedConfig, settings: QuantizeSettings) -> Manifes
     return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"), settings.kv_bits, sizes)
 
 
-def _check_ranks(count: int, device: torch.device, settings: QuantizeSettings, manifest: Manifest) -> None:
+def _check_ranks(count: int, device: torch.device, settings: QuantizeSettings, width: int, manifest: Manifest) -> None:
     """Raises SettingsError if so many GPUs are not there, or the work cannot be divided among them."""
-    problems = []
+    problems, rank = [], settings.matrix_rank(width)
     if count < 1:
         problems.append(f"gpus is {count}, but must be at least 1")
     elif device.type == "cuda" and count > torch.cuda.device_count():
@@ -134,6 +134,8 @@ def _check_ranks(count: int, device: torch.device, settings: QuantizeSettings, m
     else:
         divided = {"samples": settings.samples, "batch-size": settings.batch_size}
         divided |= {f"the outputs of {name}": out_features for name, (out_features, _) in manifest.quantized.items()}
+        if settings.learns and rank is not None:
+            divided |= {f"the rank of {name}": min(rank, *shape) for name, shape in manifest.quantized.items()}
         problems += [f"{name} ({value}) cannot be divided by {count} GPUs" for name, value in divided.items() if value % count]
     if problems:
         raise SettingsError("The work does not fit the GPUs: " + one_paragraph(problems, "Change --gpus or these options."))
