@@ -29,7 +29,8 @@ from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, Weig
 from lrq_vllm.kernels.hopper_table import STREAM, Tile
 
 TABLE = Path(__file__).parents[1] / "lrq_vllm" / "kernels" / "hopper_table.json"
-SCHEMES = {"w8a8": (8, True), "w4a8": (4, True), "w4a16": (4, False), "w3a16": (3, False)}
+FORMS = ((8, True, False), (4, True, False), (4, False, False), (3, False, False), (4, False, True), (3, False, True))
+SCHEMES = {WeightShape(bits, integer, 0, 0, grouped).scheme: (bits, integer, grouped) for bits, integer, grouped in FORMS}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 TILES = [
     *(Tile(tokens, split, blocks) for tokens in (16, 32, 64) for blocks in (1, 2) for split in (1, 2, 4, 8)),
@@ -37,6 +38,9 @@ TILES = [
     *(Tile(tokens, share=2) for tokens in (128, 192, 256)),
 ]
 WORTH = 1.015
+GROUP_WORD = torch.tensor(
+    [8, 0, 0x80, 0x3F], dtype=torch.uint8
+)  # zero-point 8, relative step 1.0 as bfloat16 (arranged_weight.py)
 
 
 def main() -> None:
@@ -48,7 +52,8 @@ def main() -> None:
     about = {"device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
     for scheme in arguments.schemes:
         for outputs, inputs in arguments.layers:
-            weights = random_weights(WeightShape(*SCHEMES[scheme], outputs, inputs), device)
+            bits, integer, grouped = SCHEMES[scheme]
+            weights = random_weights(WeightShape(bits, integer, outputs, inputs, grouped), device)
             found = []
             for tokens in arguments.tokens:
                 times = measured(weights, tokens)
@@ -61,7 +66,9 @@ def main() -> None:
             layers.append({"scheme": scheme, "out_features": outputs, "in_features": inputs, "choices": choices})
             print(scheme, f"{outputs}x{inputs}", *(f"{most}:{tile}" for most, tile in choices), flush=True)
             arguments.timings.write_text(json.dumps({**about, "unit": "microseconds, median", "rows": timings}) + "\n")
-    arguments.table.write_text(table_text(about, layers))
+    known = json.loads(arguments.table.read_text())["layers"] if arguments.table.exists() else []
+    tuned = [place_of(layer) for layer in layers]
+    arguments.table.write_text(table_text(about, [layer for layer in known if place_of(layer) not in tuned] + layers))
 
 
 def parsed() -> argparse.Namespace:
@@ -75,7 +82,12 @@ def parsed() -> argparse.Namespace:
         "--layers", nargs="+", type=layer, default=list(SHAPES.values()), metavar="OUTxIN", help="default: Llama-3-8B's"
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--table", type=Path, default=TABLE, help="JSON file to write; default: the package's own")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        default=TABLE,
+        help="JSON file to write; what it says of other layers stays; default: the package's own",
+    )
     parser.add_argument("--timings", type=Path, required=True, help="JSON file for everything that was measured")
     return parser.parse_args()
 
@@ -83,7 +95,9 @@ def parsed() -> argparse.Namespace:
 def compile_all(schemes: list[str], device: torch.device) -> None:
     torch.zeros(1, device=device)
     plans = [
-        tile_linear.plan(bits, *tile, integer=integer) for bits, integer in map(SCHEMES.__getitem__, schemes) for tile in TILES
+        tile_linear.plan(bits, *tile, integer=integer, grouped=grouped)
+        for bits, integer, grouped in map(SCHEMES.__getitem__, schemes)
+        for tile in TILES
     ]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda plan: cuda_kernel.compiled(plan.source(), device), plans))
@@ -97,6 +111,8 @@ def random_weights(shape: WeightShape, device: torch.device) -> list[ArrangedWei
         facts = torch.randint(0, 9, (stripes, 3, STRIPE), dtype=torch.int32, device=device)
         facts[:, 0] = torch.rand(stripes, STRIPE, device=device).view(torch.int32)
         q = torch.randint(0, 256, (stripes, chunks, width), dtype=torch.uint8, device=device)
+        if shape.grouped:
+            q[..., -4 * STRIPE :] = GROUP_WORD.to(device).repeat(STRIPE)
         weights.append(ArrangedWeight(q, facts, shape))
     return weights
 
@@ -109,7 +125,7 @@ def measured(weights: list[ArrangedWeight], tokens: int) -> dict[Tile | None, fl
     def layer(weight: ArrangedWeight, tile: Tile | None) -> Any:
         if tile is STREAM:
             return lambda x: stream_linear.stream_linear(x, weight, None)
-        plan = tile_linear.plan(shape.bits, *tile, integer=shape.integer)
+        plan = tile_linear.plan(shape.bits, *tile, integer=shape.integer, grouped=shape.grouped)
         if shape.integer:
             return lambda x: tile_linear.tile_linear(arrange_tokens(x, tile.tokens), weight, None, plan)
         return lambda x: tile_linear.tile_linear(x, weight, None, plan)
@@ -138,6 +154,10 @@ def chosen(found: list[tuple[int, dict[Tile | None, float]]]) -> list[tuple[int 
             continue
         choices.append((tokens if choices else None, best))
     return [(most, "stream" if tile is STREAM else list(tile)) for most, tile in reversed(choices)]
+
+
+def place_of(layer: dict[str, Any]) -> tuple[Any, ...]:
+    return layer["scheme"], layer["out_features"], layer["in_features"]
 
 
 def name_of(tile: Tile | None) -> str:

@@ -155,10 +155,12 @@ def test_more_tokens_than_a_kernel_takes_have_no_plan() -> None:
 # --- which kernel ---
 
 
-@pytest.mark.parametrize(("bits", "integer"), KINDS)
-def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "integer", "grouped"), [*((*kind, False) for kind in KINDS), (4, False, True), (3, False, True)]
+)
+def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: bool, grouped: bool) -> None:
     for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336), (512, 512), (8192, 28672)):
-        shape = WeightShape(bits, integer, rows, columns)
+        shape = WeightShape(bits, integer, rows, columns, grouped)
         limits = [most for most, _ in hopper_table.choices(shape)]
         assert limits[-1] is None and limits[:-1] == sorted(set(limits[:-1]))
         for tokens in (1, 2, 17, 33, 100, 1000, 100_000):
@@ -166,7 +168,7 @@ def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: b
             if tile is STREAM:
                 assert tokens <= stream_linear.MOST_TOKENS
             else:
-                found = tile_linear.plan(bits, *tile, integer=integer)
+                found = tile_linear.plan(bits, *tile, integer=integer, grouped=grouped)
                 assert found.stages >= 2 and found.shared_bytes <= (227 * 1024) // tile.blocks
 
 

@@ -34,6 +34,11 @@ class WeightShape(NamedTuple):
     grouped: bool = False  # whether there are steps for groups of inputs, which are whole chunks
 
     @property
+    def scheme(self) -> str:
+        """Its name, without the size."""
+        return f"w{self.bits}a{8 if self.integer else 16}" + ("-groups" if self.grouped else "")
+
+    @property
     def chunk_bytes(self) -> int:
         """Of a chunk and what belongs to it."""
         return 128 * self.bits + (4 * STRIPE if self.grouped else 0)

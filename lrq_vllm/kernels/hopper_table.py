@@ -35,8 +35,7 @@ def chosen(tokens: int, weight: WeightShape) -> Tile | None:
 @cache
 def choices(weight: WeightShape) -> list[tuple[int | None, Tile | None]]:
     """Up to how many tokens (None: any number) which kernel is the fastest; the numbers rise."""
-    scheme = f"w{weight.bits}a{8 if weight.integer else 16}"
-    measured = [layer for layer in _table() if layer["scheme"] == scheme]
+    measured = [layer for layer in _table() if layer["scheme"] == weight.scheme]
     nearest = min(measured, key=lambda layer: _distance(weight, layer["out_features"], layer["in_features"]))
     return [(most, STREAM if tile == "stream" else Tile(*tile)) for most, tile in nearest["choices"]]
 
