@@ -99,6 +99,17 @@ def test_the_next_block_uses_the_same_memory(on_all_ranks: Callable[..., list[An
     assert all(on_all_ranks(work))
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_gpus_that_cannot_share_memory_are_found_out(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shared_buffer(*_: Any) -> None:
+        if not works:
+            raise RuntimeError("pidfd_getfd: Operation not permitted")
+
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: True)
+    monkeypatch.setattr(weight_transfers, "_SharedBuffer", shared_buffer)
+    assert weight_transfers._peers_reach_each_other(Ranks(0, 1), torch.device("cpu")) is works
+
+
 def check_on_gpus(ranks: Ranks) -> None:
     device = torch.device("cuda", ranks.rank)
     transfers = transfers_between(ranks, device)

@@ -38,14 +38,22 @@ class Transfers(Protocol):
 @cache
 def transfers_between(ranks: Ranks, device: torch.device) -> Transfers:
     """The fastest that these processes have; all of them get the same."""
-    if device.type == "cuda" and _peers_reach_each_other(ranks):
+    if device.type == "cuda" and _peers_reach_each_other(ranks, device):
         return PeerTransfers(ranks, device)
     return _Collectives(ranks)
 
 
-def _peers_reach_each_other(ranks: Ranks) -> bool:
+def _peers_reach_each_other(ranks: Ranks, device: torch.device) -> bool:
     pairs = ((one, other) for one in range(ranks.size) for other in range(ranks.size) if one != other)
-    return all(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
+    if not all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
+        return False
+    reached = torch.ones((), device=device)
+    try:  # containers may forbid it
+        _SharedBuffer((ranks.size,), torch.float32, device)
+    except (ImportError, RuntimeError) as error:
+        logger.warning("The GPUs cannot share memory (%s): NCCL carries what they tell each other, more slowly.", error)
+        reached.zero_()
+    return ranks.smallest(reached).item() == 1
 
 
 @dataclass(frozen=True)
