@@ -29,8 +29,11 @@ from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, Weig
 from lrq_vllm.kernels.hopper_table import STREAM, Tile
 
 TABLE = Path(__file__).parents[1] / "lrq_vllm" / "kernels" / "hopper_table.json"
-FORMS = ((8, True, False), (4, True, False), (4, False, False), (3, False, False), (4, False, True), (3, False, True))
-SCHEMES = {WeightShape(bits, integer, 0, 0, grouped).scheme: (bits, integer, grouped) for bits, integer, grouped in FORMS}
+FORMS = [
+    *(WeightShape(bits, integer, 0, 0) for bits, integer in ((8, True), (4, True), (4, False), (3, False))),
+    *(WeightShape(bits, False, 0, 0, grouped=True) for bits in (4, 3)),
+]
+SCHEMES = {form.scheme: form for form in FORMS}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 TILES = [
     *(Tile(tokens, split, blocks) for tokens in (16, 32, 64) for blocks in (1, 2) for split in (1, 2, 4, 8)),
@@ -38,9 +41,8 @@ TILES = [
     *(Tile(tokens, share=2) for tokens in (128, 192, 256)),
 ]
 WORTH = 1.015
-GROUP_WORD = torch.tensor(
-    [8, 0, 0x80, 0x3F], dtype=torch.uint8
-)  # zero-point 8, relative step 1.0 as bfloat16 (arranged_weight.py)
+# Of a group (arranged_weight.py): zero-point 8, and 1.0 as bfloat16 for its step.
+GROUP_WORD = torch.tensor([8, 0, 0x80, 0x3F], dtype=torch.uint8)
 
 
 def main() -> None:
@@ -52,8 +54,7 @@ def main() -> None:
     about = {"device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
     for scheme in arguments.schemes:
         for outputs, inputs in arguments.layers:
-            bits, integer, grouped = SCHEMES[scheme]
-            weights = random_weights(WeightShape(bits, integer, outputs, inputs, grouped), device)
+            weights = random_weights(SCHEMES[scheme]._replace(out_features=outputs, in_features=inputs), device)
             found = []
             for tokens in arguments.tokens:
                 times = measured(weights, tokens)
@@ -83,10 +84,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument(
-        "--table",
-        type=Path,
-        default=TABLE,
-        help="JSON file to write; what it says of other layers stays; default: the package's own",
+        "--table", type=Path, default=TABLE, help="JSON file to write; other layers in it stay; default: the package's own"
     )
     parser.add_argument("--timings", type=Path, required=True, help="JSON file for everything that was measured")
     return parser.parse_args()
@@ -94,13 +92,14 @@ def parsed() -> argparse.Namespace:
 
 def compile_all(schemes: list[str], device: torch.device) -> None:
     torch.zeros(1, device=device)
-    plans = [
-        tile_linear.plan(bits, *tile, integer=integer, grouped=grouped)
-        for bits, integer, grouped in map(SCHEMES.__getitem__, schemes)
-        for tile in TILES
-    ]
+    plans = [plan_of(SCHEMES[scheme], tile) for scheme in schemes for tile in TILES]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda plan: cuda_kernel.compiled(plan.source(), device), plans))
+
+
+def plan_of(shape: WeightShape, tile: Tile) -> tile_linear.Plan:
+    """The kernel with such a tile for 16-bit activations in bfloat16, or for integers."""
+    return tile_linear.plan(shape.bits, *tile, integer=shape.integer, grouped=shape.grouped)
 
 
 def random_weights(shape: WeightShape, device: torch.device) -> list[ArrangedWeight]:
@@ -125,7 +124,7 @@ def measured(weights: list[ArrangedWeight], tokens: int) -> dict[Tile | None, fl
     def layer(weight: ArrangedWeight, tile: Tile | None) -> Any:
         if tile is STREAM:
             return lambda x: stream_linear.stream_linear(x, weight, None)
-        plan = tile_linear.plan(shape.bits, *tile, integer=shape.integer, grouped=shape.grouped)
+        plan = plan_of(shape, tile)
         if shape.integer:
             return lambda x: tile_linear.tile_linear(arrange_tokens(x, tile.tokens), weight, None, plan)
         return lambda x: tile_linear.tile_linear(x, weight, None, plan)

@@ -17,6 +17,7 @@ from lrq_offline.rank_processes import started_ranks
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.sharded_rounding import ShardedRounding, finish_backward
 from lrq_offline.step_search import search_steps
+from lrq_offline.weight_transfers import transfers_between
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 from lrq_vllm.checkpoint.packing import unpack
 from lrq_vllm.checkpoint.store import TensorFolder, read_manifest
@@ -76,6 +77,13 @@ def check_gradients(ranks: Ranks) -> None:
 def test_each_of_two_processes_gets_the_gradients_of_its_rows_and_of_what_is_shared() -> None:
     with started_ranks(2, torch.device("cpu"), check_gradients) as ranks:
         check_gradients(ranks)
+
+
+def test_nothing_of_ended_processes_is_used_again() -> None:
+    with started_ranks(2, torch.device("cpu"), check_gradients) as ranks:
+        check_gradients(ranks)
+        assert transfers_between.cache_info().currsize == 1
+    assert transfers_between.cache_info().currsize == 0
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
@@ -144,12 +152,13 @@ def test_bad_input_that_another_process_meets_first_is_one_paragraph_and_exit_co
         (3, {}, "the outputs of model.layers.0.self_attn.q_proj"),
         (2, {"samples": 3}, "samples \\(3\\) cannot be divided by 2 GPUs"),
         (4, {"samples": 4}, "batch-size \\(2\\) cannot be divided by 4 GPUs"),
+        (2, {"method": "lrq", "rank": 5}, "the rank of model.layers.0.self_attn.q_proj \\(5\\)"),
     ],
 )
 def test_work_that_cannot_be_divided_is_refused_before_it_starts(
     tmp_path: Path, gpus: int, changes: dict[str, Any], said: str
 ) -> None:
-    settings = QuantizeSettings("w4a16", "rtn", **{**QUICK, **changes})
+    settings = QuantizeSettings("w4a16", **{"method": "rtn", **QUICK, **changes})
     with pytest.raises(SettingsError, match=said):
         quantize_model(TINY, tmp_path / "out", settings, machine=Machine("cpu", gpus=gpus))
     assert list(tmp_path.iterdir()) == []

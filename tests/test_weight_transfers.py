@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,15 +35,10 @@ class OneMemory:
         return FakeBuffer(memory[rank], memory, self.barrier)
 
 
-class FakeBuffer:
+class FakeBuffer(weight_transfers._SharedBuffer):
     def __init__(self, own: Tensor, of_ranks: list[Tensor], barrier: threading.Barrier) -> None:
-        self.own, self.of_ranks, self._barrier = own, of_ranks, barrier
-
-    def exchange(self) -> Any:
-        return weight_transfers._Exchange(self)
-
-    def barrier(self) -> None:
-        self._barrier.wait(timeout=20)
+        self.own, self.of_ranks = own, of_ranks
+        self._handle = SimpleNamespace(barrier=lambda: barrier.wait(timeout=20))
 
 
 @pytest.fixture(params=[2, 3])

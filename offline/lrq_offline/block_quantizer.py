@@ -25,9 +25,10 @@ from lrq_offline.quantized_block import (
     replace_linears,
 )
 from lrq_offline.ranks import ONE_RANK, Ranks
-from lrq_offline.sharded_rounding import ShardedRounding, begin_block
+from lrq_offline.sharded_rounding import ShardedRounding
 from lrq_offline.smoothquant import SharedHeads, divide_output, multiply_input, smoothing_scale
 from lrq_offline.step_search import search_steps
+from lrq_offline.weight_transfers import transfers_between
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, quantize
 
 __all__ = ["BlockQuantizer", "LayerReport", "QuantizedBlock"]
@@ -176,7 +177,7 @@ class BlockQuantizer:
         self, weights: Mapping[str, Tensor], steps: Mapping[str, StepAndZeroPoint], generator: torch.Generator
     ) -> Mapping[str, Rounding]:
         if self.ranks.size > 1:
-            begin_block(self.ranks, next(iter(weights.values())).device)
+            transfers_between(self.ranks, next(iter(weights.values())).device).begin_block()
         return {name: self._learned(weight, steps[name], generator) for name, weight in weights.items()}
 
     def _learned(self, weight: Tensor, steps: StepAndZeroPoint, generator: torch.Generator) -> Rounding:

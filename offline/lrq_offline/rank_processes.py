@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from lrq_offline.ranks import Ranks
+from lrq_offline.weight_transfers import transfers_between
 from lrq_vllm.errors import LrqError
 
 __all__ = ["started_ranks"]
@@ -64,6 +65,7 @@ def started_ranks(count: int, device: torch.device, work: Callable[[Ranks], None
                 process.terminate()
             if dist.is_initialized():
                 dist.destroy_process_group()
+            transfers_between.cache_clear()
 
 
 def _join(ranks: Ranks, device: torch.device, meeting: str) -> None:

@@ -19,7 +19,7 @@ from lrq_offline.ranks import Ranks
 from lrq_offline.weight_transfers import transfers_between
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 
-__all__ = ["ShardedRounding", "begin_block", "finish_backward", "start_weights"]
+__all__ = ["ShardedRounding", "finish_backward", "start_weights"]
 
 
 class ShardedRounding(Rounding):
@@ -108,11 +108,6 @@ class ShardedRounding(Rounding):
         assert gradient is not None
         with _beside(gradient):
             return _OnItsWay(self._transfers.own_rows_of_sum(gradient))
-
-
-def begin_block(ranks: Ranks, device: torch.device) -> None:
-    """Before the first :class:`ShardedRounding` of a block: those of the block before it are not used any more."""
-    transfers_between(ranks, device).begin_block()
 
 
 def start_weights(block: nn.Module) -> None:

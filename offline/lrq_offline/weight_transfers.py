@@ -6,7 +6,8 @@ computation beside it and, measured between two H100s, half the time of NCCL's k
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -37,7 +38,9 @@ class Transfers(Protocol):
 
 @cache
 def transfers_between(ranks: Ranks, device: torch.device) -> Transfers:
-    """The fastest that these processes have; all of them get the same."""
+    """The fastest that these processes have; all of them get the same. Their memory is that of these processes: once they have
+    ended, ``transfers_between.cache_clear()`` gives it back.
+    """
     if device.type == "cuda" and _peers_reach_each_other(ranks, device):
         return PeerTransfers(ranks, device)
     return _Collectives(ranks)
@@ -85,9 +88,11 @@ class PeerTransfers:
         self._given_out: Counter[tuple[Any, ...]] = Counter()
 
     def begin_block(self) -> None:
+        """The next :meth:`gatherer` takes memory that the block before has used."""
         self._given_out.clear()
 
     def gatherer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        """A function from this process's rows to all rows, in memory of its own within a block."""
         key = (shape, dtype)
         self._given_out[key] += 1
         buffer = self._buffer("all rows", *key, self._given_out[key])
@@ -101,6 +106,7 @@ class PeerTransfers:
         return all_rows
 
     def own_rows_of_sum(self, tensor: Tensor) -> Tensor:
+        """This process's rows of the sum, added in the order of the ranks."""
         rank, parts = self._ranks.rank, tensor.chunk(self._ranks.size)
         buffer = self._buffer("parts of a sum", (self._ranks.size, *parts[0].shape), tensor.dtype)
         with buffer.exchange():
@@ -132,18 +138,9 @@ class _SharedBuffer:
         self._handle: Any = symmetric_memory.rendezvous(self.own, world)
         self.of_ranks = [self._handle.get_buffer(rank, shape, dtype) for rank in range(dist.get_world_size())]
 
-    def exchange(self) -> "_Exchange":
-        return _Exchange(self._handle)
-
-
-class _Exchange:
-    """What the processes write into each other's memory inside of it waits for all to come, and all wait for it."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """What the processes write into each other's memory inside of it waits for all to come, and all wait for it."""
         self._handle.barrier()
-
-    def __exit__(self, *_: object) -> None:
+        yield
         self._handle.barrier()
