@@ -93,10 +93,10 @@ def test_the_number_of_blocks_is_the_most_that_so_many_slots_can_need(case: tupl
     routes = routes_of(*case)
     assert routes.experts.shape == worst.experts.shape and routes.slots.shape == (len(routes.experts) * block,)
     needed = sum(-(-expert_of.count(expert) // block) for expert in range(experts))
-    assert needed <= len(routes.experts) == most_blocks(count, experts, block)
+    assert needed <= len(routes.experts) == blocks_needed_at_most(count, experts, block)
 
 
-def most_blocks(slots: int, experts: int, block: int) -> int:
+def blocks_needed_at_most(slots: int, experts: int, block: int) -> int:
     """By trying: how many experts have a block that is not full."""
     return max((1 + (slots - begun) // block) + begun - 1 for begun in range(1, min(experts, slots) + 1)) if slots else 0
 

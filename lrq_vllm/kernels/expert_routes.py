@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Routes", "expert_routes"]
+__all__ = ["Routes", "expert_routes", "most_blocks"]
 
 
 class Routes(NamedTuple):
@@ -20,24 +20,28 @@ class Routes(NamedTuple):
 
 
 def expert_routes(expert_of: Tensor, experts: int, block: int) -> Routes:
-    """The routes of ``expert_of``, int [S]: the expert of each slot; one outside 0 to ``experts`` - 1 leaves its slot out.
+    """The routes of ``expert_of``, int32 or int64 [S]: the expert of each slot; one outside 0 to ``experts`` - 1 leaves it out.
 
     block: 16, 32 or 64. An expert's slots keep their order. Shapes depend on S and ``experts`` alone, and nothing waits for the
     device: a CUDA graph can record it.
     """
-    count = len(expert_of)
-    # Most blocks are needed if every expert has one slot more than it has full blocks, and never more than there are slots.
-    blocks = min(count, (count + experts * (block - 1)) // block)
-    expert_of, order = torch.sort(expert_of.to(torch.int32).clamp(-1, experts), stable=True)
-    borders = torch.arange(max(experts + 1, blocks), dtype=torch.int32, device=expert_of.device)
-    first = torch.searchsorted(expert_of, borders[: experts + 1], out_int32=True)  # [E + 1]: where an expert's slots begin
+    count, dtype = len(expert_of), expert_of.dtype
+    blocks = most_blocks(count, experts, block)
+    ordered, order = torch.sort(expert_of, stable=True)
+    numbers = torch.arange(max(experts + 1, blocks * block), dtype=dtype, device=expert_of.device)
+    first = torch.searchsorted(ordered, numbers[: experts + 1], out_int32=dtype == torch.int32)  # where an expert's slots begin
     blocks_of = (first.diff() + (block - 1)) // block
-    end = blocks_of.cumsum(0, dtype=torch.int32)
-    owner = torch.searchsorted(end, borders[:blocks], right=True, out_int32=True)  # experts: nobody
-    taken = owner.clamp(max=experts - 1)
-    # The block begins so many slots after its expert's first one.
-    begin = first[taken] + (borders[:blocks] - (end - blocks_of)[taken]) * block
-    place = begin.unsqueeze(1) + torch.arange(block, dtype=torch.int32, device=expert_of.device)
-    empty = (place >= first[taken + 1].unsqueeze(1)) | (owner == experts).unsqueeze(1)
-    slots = order.to(torch.int32)[place.clamp(max=max(count - 1, 0))].masked_fill(empty, count)
-    return Routes(slots.flatten(), owner.masked_fill(owner == experts, -1), block)
+    end = blocks_of.cumsum(0, dtype=dtype)
+    owner = torch.searchsorted(end, numbers[:blocks], right=True, out_int32=True)
+    owner = owner.masked_fill(owner == experts, -1)
+    # From a place to a place in ``order``. -1 takes the last expert's, and lies beyond its slots.
+    shift = (first[:-1] - (end - blocks_of) * block)[owner]
+    place = numbers[: blocks * block].view(blocks, block) + shift.unsqueeze(1)
+    empty = place >= first[1:][owner].unsqueeze(1)
+    slots = order[place.clamp(max=count - 1)].masked_fill(empty, count)
+    return Routes(slots.flatten().to(torch.int32), owner, block)
+
+
+def most_blocks(slots: int, experts: int, block: int) -> int:
+    """So many are needed if each expert has one slot more than it has full blocks, and never more than there are slots."""
+    return min(slots, (slots + experts * (block - 1)) // block)

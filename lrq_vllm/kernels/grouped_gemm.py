@@ -95,7 +95,7 @@ def _grid(routes: Routes, out_features: int, launch: Launch) -> tuple[int, int]:
     return len(routes.experts), triton.cdiv(out_features, launch.outputs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "slots_per_row"])
 def _grouped_weight_only_kernel(
     x_ptr, wq_ptr, step_ptr, zero_ptr, y_ptr, slots_ptr, experts_ptr,
     S, N, K, slots_per_row, x_stride_t, x_stride_k, width, group_size, groups,
@@ -103,16 +103,16 @@ def _grouped_weight_only_kernel(
 ):  # fmt: skip
     expert = tl.load(experts_ptr + tl.program_id(0)).to(tl.int64)
     if expert >= 0:
-        slot, n = _slots_and_outputs(slots_ptr, BLOCK_T, BLOCK_N)
+        row, slot, n = _rows_and_outputs(slots_ptr, slots_per_row, BLOCK_T, BLOCK_N)
         slot_ok, n_ok = slot < S, n < N
         y = weight_only_tile(
-            x_ptr, slot // slots_per_row, slot_ok, x_stride_t, x_stride_k, wq_ptr, step_ptr, zero_ptr, expert * N + n, n_ok,
+            x_ptr, row, slot_ok, x_stride_t, x_stride_k, wq_ptr, step_ptr, zero_ptr, expert * N + n, n_ok,
             K, width, group_size, groups, BITS, GROUPED, BLOCK_K,
         )  # fmt: skip
         _store(y_ptr, y, slot, slot_ok, n, n_ok, N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "slots_per_row"])
 def _grouped_integer_kernel(
     xq_ptr, xstep_ptr, xzero_ptr, xtotal_ptr, wq_ptr, wstep_ptr, wzero_ptr, wtotal_ptr, y_ptr, slots_ptr, experts_ptr,
     S, N, K, slots_per_row, width,
@@ -120,20 +120,21 @@ def _grouped_integer_kernel(
 ):  # fmt: skip
     expert = tl.load(experts_ptr + tl.program_id(0)).to(tl.int64)
     if expert >= 0:
-        slot, n = _slots_and_outputs(slots_ptr, BLOCK_T, BLOCK_N)
+        row, slot, n = _rows_and_outputs(slots_ptr, slots_per_row, BLOCK_T, BLOCK_N)
         slot_ok, n_ok = slot < S, n < N
         y = integer_tile(
-            xq_ptr, xstep_ptr, xzero_ptr, xtotal_ptr, slot // slots_per_row, slot_ok,
+            xq_ptr, xstep_ptr, xzero_ptr, xtotal_ptr, row, slot_ok,
             wq_ptr, wstep_ptr, wzero_ptr, wtotal_ptr, expert * N + n, n_ok, K, width, BITS, BLOCK_K,
         )  # fmt: skip
         _store(y_ptr, y, slot, slot_ok, n, n_ok, N)
 
 
 @triton.jit
-def _slots_and_outputs(slots_ptr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
-    """int64 [BLOCK_T] and [BLOCK_N] of this program."""
-    slot = tl.load(slots_ptr + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    return slot, (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+def _rows_and_outputs(slots_ptr, slots_per_row, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's rows of x and of y, int64 [BLOCK_T], and its outputs, int64 [BLOCK_N]."""
+    slot = tl.load(slots_ptr + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T))
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return (slot // slots_per_row).to(tl.int64), slot.to(tl.int64), n.to(tl.int64)
 
 
 @triton.jit
