@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrq_vllm.checkpoint.packing import pack, unpack
 from lrq_vllm.kernels import reference
-from lrq_vllm.kernels.expert_routes import Routes, expert_routes
+from lrq_vllm.kernels.expert_routes import Routes, expert_routes, routes_in_torch
+from lrq_vllm.kernels.expert_routes_kernel import routes_in_one_launch
 from lrq_vllm.kernels.grouped_gemm import Launch, grouped_integer_linear, grouped_weight_only_linear
 from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
 from lrq_vllm.kernels.reference_experts import experts_integer_linear, experts_weight_only_linear
@@ -106,6 +107,18 @@ def test_routes_take_any_integers_and_look_at_no_values() -> None:
         for dtype in (torch.int32, torch.int64):
             routes = expert_routes(torch.empty(40, dtype=dtype), 4, 16)
             assert routes.experts.shape == (6,) and routes.slots.shape == (96,)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("slots", "experts"), [(0, 3), (1, 1), (18, 3), (64, 40), (1500, 4)])
+def test_the_kernel_of_routes_equals_its_twin(
+    device: torch.device, slots: int, experts: int, dtype: torch.dtype, block: int
+) -> None:
+    expert_of = torch.randint(-1, experts + 1, (slots,), dtype=dtype)
+    actual, expected = routes_in_one_launch(expert_of.to(device), experts, block), routes_in_torch(expert_of, experts, block)
+    assert torch.equal(actual.slots.cpu(), expected.slots) and torch.equal(actual.experts.cpu(), expected.experts)
+    assert (actual.slots.dtype, actual.experts.dtype, actual.block) == (torch.int32, torch.int32, block)
 
 
 @pytest.mark.gpu
@@ -201,7 +214,7 @@ def test_weights_beyond_2_to_the_31_elements_are_found(device: torch.device) -> 
     zero_point, total = torch.empty(2, experts, outputs, dtype=torch.int32, device=device)
     q[-1], step[-1], zero_point[-1], total[-1] = 3, 0.5, 0, 3 * inputs
     x = reference.quantize_per_token(torch.arange(32.0).unsqueeze(0))
-    routes = expert_routes(torch.tensor([experts - 1], device=device), experts, 16)
+    routes = routes_in_torch(torch.tensor([experts - 1], device=device), experts, 16)
     y = grouped_integer_linear(tokens_on(device, x), 1, IntegerWeight(q, step, zero_point, total, 8), routes, torch.float32)
     torch.testing.assert_close(y.cpu(), torch.full((1, outputs), 1.5 * sum(range(32))), rtol=1e-3, atol=0)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Routes", "expert_routes", "most_blocks"]
+__all__ = ["Routes", "expert_routes", "most_blocks", "routes_in_torch"]
 
 
 class Routes(NamedTuple):
@@ -23,8 +23,17 @@ def expert_routes(expert_of: Tensor, experts: int, block: int) -> Routes:
     """The routes of ``expert_of``, int32 or int64 [S]: the expert of each slot; one outside 0 to ``experts`` - 1 leaves it out.
 
     block: 16, 32 or 64. An expert's slots keep their order. Shapes depend on S and ``experts`` alone, and nothing waits for the
-    device: a CUDA graph can record it.
+    device: a CUDA graph can record it. On a GPU it is one launch (expert_routes_kernel.py), elsewhere plain torch.
     """
+    if not expert_of.is_cuda:
+        return routes_in_torch(expert_of, experts, block)
+    from lrq_vllm.kernels.expert_routes_kernel import routes_in_one_launch
+
+    return routes_in_one_launch(expert_of, experts, block)
+
+
+def routes_in_torch(expert_of: Tensor, experts: int, block: int) -> Routes:
+    """:func:`expert_routes`, in plain torch: the definition."""
     count, dtype = len(expert_of), expert_of.dtype
     blocks = most_blocks(count, experts, block)
     ordered, order = torch.sort(expert_of, stable=True)
