@@ -22,6 +22,8 @@ def loaded_by(module: str) -> set[str]:
         ("lrq_vllm.errors", (*HEAVY, "torch")),
         ("lrq_vllm.checkpoint", HEAVY),
         ("lrq_vllm.kernels.reference", HEAVY),
+        ("lrq_vllm.kernels.reference_experts", HEAVY),
+        ("lrq_vllm.kernels.expert_routes", HEAVY),
         ("lrq_vllm.kernels.ops", tuple(name for name in HEAVY if name != "triton")),
         ("lrq_offline.pipeline", ("vllm", "lrq_server")),
         ("lrq_offline.reference_model", ("vllm", "lrq_server")),

@@ -4,8 +4,6 @@ Without a GPU the kernels run under Triton's interpreter (tests/conftest.py). Th
 CPU. Letters as in reference.py: T tokens, N outputs, K inputs, G groups.
 """
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,37 +13,27 @@ from lrq_vllm.checkpoint.affine import dequantize, quantize, token_step_and_zero
 from lrq_vllm.checkpoint.packing import pack, unpack
 from lrq_vllm.kernels import activation_quant, integer_gemm, ops, reference, weight_only_gemm
 from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
+from tests.kernel_inputs import (
+    DOT_DTYPES,
+    assert_close_products,
+    assert_equal_products,
+    random_groups,
+    random_weight,
+    tokens_on,
+    weight_on,
+)
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 # T and K. Rows of several blocks of inputs, of one and a bit, and of less than one.
 TOKEN_SHAPES = [(1, 257), (7, 33), (16, 96), (129, 33)]
 # T, N and K.
 GEMM_SHAPES = [(1, 33, 257), (7, 96, 33), (16, 65, 96), (129, 33, 65)]
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def tokens_on(device: torch.device, tokens: QuantizedTokens) -> QuantizedTokens:
-    return QuantizedTokens(*(tensor.to(device) for tensor in tokens))
-
-
-def weight_on(device: torch.device, weight: IntegerWeight) -> IntegerWeight:
-    *tensors, bits = weight
-    return IntegerWeight(*(tensor.to(device) for tensor in tensors), bits)
 
 
 def assert_equal_tokens(actual: QuantizedTokens, expected: QuantizedTokens) -> None:
     for name, ours, theirs in zip(QuantizedTokens._fields, actual, expected, strict=True):
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
         assert torch.equal(ours.cpu(), theirs), name
-
-
-def random_weight(bits: int, out_features: int, in_features: int) -> IntegerWeight:
-    """Integers over the whole grid, steps of several sizes, zero-points that include both ends."""
-    q = torch.randint(0, 2**bits, (out_features, in_features))
-    zero_point = torch.randint(0, 2**bits, (out_features, 1)).to(torch.uint8)
-    zero_point[0], zero_point[-1] = 0, 2**bits - 1
-    step = torch.rand(out_features, 1) * 0.1 + 1e-3
-    return reference.integer_weight(pack(q, bits), step, zero_point, bits, in_features)
 
 
 def uniform_weight(bits: int, value: int, zero_point: int, in_features: int) -> IntegerWeight:
@@ -66,13 +54,8 @@ def assert_same_product(
 ) -> None:
     on_device = None if bias is None else bias.to(device)
     actual = integer_gemm.integer_linear(tokens_on(device, x), weight_on(device, w), on_device, dtype).cpu()
-    accepted = [reference.integer_linear(x, w, bias, dtype)]
-    assert (actual.dtype, actual.shape) == (accepted[0].dtype, accepted[0].shape)
-    if INTERPRETED and dtype == torch.bfloat16:
-        # The interpreter drops the last bits of a float32 where a GPU rounds it to bfloat16.
-        exact = reference.integer_linear(x, w, bias, torch.float32)
-        accepted.append((exact.view(torch.int32) & -(1 << 16)).view(torch.float32).bfloat16())
-    assert any(torch.equal(actual, expected) for expected in accepted)
+    expected = reference.integer_linear(x, w, bias, dtype)
+    assert_equal_products(actual, expected, reference.integer_linear(x, w, bias, torch.float32))
 
 
 # --- quantizing activations ---
@@ -215,9 +198,6 @@ def test_integer_kernel_gives_the_bias_for_a_token_of_zeros(device: torch.device
 
 # --- the weight-only product ---
 
-# Twice the sum of the roundings that separate kernel and reference, of W_hat once and of y twice, in units of
-# sum_k |x| |W_hat|: float16 rounds to 2^-11, bfloat16 to 2^-8.
-WEIGHT_ONLY_TOLERANCE = {torch.float16: 6 * 2**-11, torch.bfloat16: 6 * 2**-8}
 WEIGHT_ONLY_SHAPES = [  # T, N, K, G
     (1, 33, 257, 1),
     (7, 96, 33, 1),
@@ -237,31 +217,10 @@ def assert_close_weight_only(
     ).cpu()
     expected = reference.weight_only_linear(x, *weight, bits, bias)
     size = x.float().abs() @ reference.dequantize_weight(*weight, bits, x.shape[1]).abs().t()
-    if bias is not None:
-        size += bias.float().abs()
-    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-    excess = (actual.float() - expected.float()).abs() - WEIGHT_ONLY_TOLERANCE[x.dtype] * size
-    assert excess.max() <= 0
+    assert_close_products(actual, expected, size if bias is None else size + bias.float().abs())
 
 
-def random_groups(bits: int, out_features: int, in_features: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    zero_point = torch.randint(0, 2**bits, (out_features, groups)).to(torch.uint8)
-    zero_point[0], zero_point[-1] = 0, 2**bits - 1
-    return (
-        torch.randint(0, 2**bits, (out_features, in_features)),
-        torch.rand(out_features, groups) * 0.1 + 0.01,
-        zero_point,
-    )
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.float16,
-        # The interpreter multiplies the bit patterns of bfloat16 numbers.
-        pytest.param(torch.bfloat16, marks=pytest.mark.gpu),
-    ],
-)
+@pytest.mark.parametrize("dtype", DOT_DTYPES)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @pytest.mark.parametrize(("tokens", "out_features", "in_features", "groups"), WEIGHT_ONLY_SHAPES)

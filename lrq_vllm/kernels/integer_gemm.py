@@ -11,7 +11,7 @@ from torch import Tensor
 from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
 from lrq_vllm.kernels.triton_tiles import load_weight_tile
 
-__all__ = ["integer_linear"]
+__all__ = ["integer_linear", "integer_tile"]
 
 
 def integer_linear(x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -24,7 +24,7 @@ def integer_linear(x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | Non
         grid = (triton.cdiv(tokens, block_t), triton.cdiv(out_features, 64))
         _integer_gemm_kernel[grid](
             x.q, x.step, x.zero_point, x.total, weight.q, weight.step, weight.zero_point, weight.total, bias, y,
-            tokens, out_features, in_features, weight.q.stride(0),
+            tokens, out_features, in_features, weight.q.shape[1],
             BITS=weight.bits, HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_N=64, BLOCK_K=64,
             enable_fp_fusion=False,  # step and bias are rounded one after the other, as in the reference
         )  # fmt: skip
@@ -34,32 +34,47 @@ def integer_linear(x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | Non
 @triton.jit
 def _integer_gemm_kernel(
     xq_ptr, xstep_ptr, xzero_ptr, xtotal_ptr, wq_ptr, wstep_ptr, wzero_ptr, wtotal_ptr, bias_ptr, y_ptr,
-    T, N, K, w_stride,
+    T, N, K, width,
     BITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     t_ok, n_ok = t < T, n < N
-    w_zero = tl.load(wzero_ptr + n, mask=n_ok, other=0)
-    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.int32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        k_ok = k < K
-        x = tl.load(xq_ptr + t[:, None] * K + k[None, :], mask=t_ok[:, None] & k_ok[None, :], other=0)
-        # x is 0 wherever k is out of range, so what w holds there does not count.
-        w = load_weight_tile(wq_ptr, n[None, :], k[:, None], n_ok[None, :] & k_ok[:, None], w_stride, BITS)
-        if BITS != 8:
-            w = w - w_zero[None, :]
-        acc += tl.dot(x, w.to(tl.int8), out_dtype=tl.int32)
-    x_zero = tl.load(xzero_ptr + t, mask=t_ok, other=0)
-    w_total = tl.load(wtotal_ptr + n, mask=n_ok, other=0)
-    acc -= x_zero[:, None] * w_total[None, :]
-    if BITS == 8:
-        x_total = tl.load(xtotal_ptr + t, mask=t_ok, other=0)
-        acc -= x_total[:, None] * w_zero[None, :]
-    x_step = tl.load(xstep_ptr + t, mask=t_ok, other=0.0)
-    w_step = tl.load(wstep_ptr + n, mask=n_ok, other=0.0)
-    y = acc.to(tl.float32) * x_step[:, None] * w_step[None, :]
+    y = integer_tile(
+        xq_ptr, xstep_ptr, xzero_ptr, xtotal_ptr, t, t_ok,
+        wq_ptr, wstep_ptr, wzero_ptr, wtotal_ptr, n, n_ok, K, width, BITS, BLOCK_K,
+    )  # fmt: skip
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + t[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=t_ok[:, None] & n_ok[None, :])
+
+
+@triton.jit
+def integer_tile(
+    xq_ptr, xstep_ptr, xzero_ptr, xtotal_ptr, row, row_ok, wq_ptr, wstep_ptr, wzero_ptr, wtotal_ptr, channel, channel_ok,
+    K, width, BITS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """float32 [rows, channels]: rows of x times channels of the weight, both int64 [..]; those that are not ok count as 0.
+
+    Its two products with steps are rounded one by one if the kernel is started with enable_fp_fusion=False.
+    """
+    x_rows, w_rows = xq_ptr + row * K, wq_ptr + channel * width
+    w_zero = tl.load(wzero_ptr + channel, mask=channel_ok, other=0)
+    acc = tl.zeros((row.shape[0], channel.shape[0]), dtype=tl.int32)
+    for block in range(0, tl.cdiv(K, BLOCK_K)):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows[:, None] + k[None, :], mask=row_ok[:, None] & (k < K)[None, :], other=0)
+        # x is 0 wherever k is out of range, so what w holds there does not count.
+        w = load_weight_tile(w_rows, channel_ok, block, width, BITS, BLOCK_K)
+        if BITS != 8:
+            w = w - w_zero[:, None]
+        acc = tl.dot(x, tl.trans(w.to(tl.int8)), acc, out_dtype=tl.int32)
+    x_zero = tl.load(xzero_ptr + row, mask=row_ok, other=0)
+    w_total = tl.load(wtotal_ptr + channel, mask=channel_ok, other=0)
+    acc -= x_zero[:, None] * w_total[None, :]
+    if BITS == 8:
+        x_total = tl.load(xtotal_ptr + row, mask=row_ok, other=0)
+        acc -= x_total[:, None] * w_zero[None, :]
+    x_step = tl.load(xstep_ptr + row, mask=row_ok, other=0.0)
+    w_step = tl.load(wstep_ptr + channel, mask=channel_ok, other=0.0)
+    return acc.to(tl.float32) * x_step[:, None] * w_step[None, :]

@@ -11,47 +11,83 @@ from torch import Tensor
 
 from lrq_vllm.kernels.triton_tiles import load_weight_tile
 
-__all__ = ["weight_only_linear"]
+__all__ = ["block_of_inputs", "weight_only_linear", "weight_only_tile"]
 
 
 def weight_only_linear(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None) -> Tensor:
-    """As reference.weight_only_linear. x [T, K] bfloat16 or float16, any strides; groups of 32 inputs or more."""
+    """As reference.weight_only_linear. x [T, K] bfloat16 or float16, any strides; the weight contiguous, in groups of a
+    multiple of 32 inputs.
+    """
     tokens, in_features = x.shape
     out_features, groups = step.shape
-    group_size = in_features // groups if groups > 1 else triton.cdiv(in_features, 64) * 64
     y = torch.empty((tokens, out_features), dtype=x.dtype, device=x.device)
     if tokens:
         block_t = min(64, max(16, triton.next_power_of_2(tokens)))
-        # A block of inputs lies within one group: the largest power of two up to 64 that divides the group.
-        block_k = min(64, group_size & -group_size)
         grid = (triton.cdiv(tokens, block_t), triton.cdiv(out_features, 64))
         _weight_only_kernel[grid](
             x, qweight, step, zero_point, bias, y,
-            tokens, out_features, in_features, x.stride(0), x.stride(1), qweight.stride(0), group_size, groups,
-            BITS=bits, HAS_BIAS=bias is not None, BLOCK_T=block_t, BLOCK_N=64, BLOCK_K=block_k,
+            tokens, out_features, in_features, x.stride(0), x.stride(1), qweight.shape[1], in_features // groups, groups,
+            BITS=bits, HAS_BIAS=bias is not None, GROUPED=groups > 1,
+            BLOCK_T=block_t, BLOCK_N=64, BLOCK_K=block_of_inputs(in_features, groups, 64),
         )  # fmt: skip
     return y
 
 
+def block_of_inputs(in_features: int, groups: int, most: int) -> int:
+    """The largest power of two up to ``most`` inputs that lie within one group."""
+    group_size = in_features // groups
+    return most if groups == 1 else min(most, group_size & -group_size)
+
+
 @triton.jit
 def _weight_only_kernel(
-    x_ptr, wq_ptr, step_ptr, zero_ptr, bias_ptr, y_ptr, T, N, K, x_stride_t, x_stride_k, w_stride, group_size, groups,
-    BITS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, wq_ptr, step_ptr, zero_ptr, bias_ptr, y_ptr, T, N, K, x_stride_t, x_stride_k, width, group_size, groups,
+    BITS: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     t_ok, n_ok = t < T, n < N
-    acc = tl.zeros((BLOCK_T, BLOCK_N), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        k_ok = k < K
-        x = tl.load(x_ptr + t[:, None] * x_stride_t + k[None, :] * x_stride_k, mask=t_ok[:, None] & k_ok[None, :], other=0.0)
-        group = start // group_size
-        zero = tl.load(zero_ptr + n * groups + group, mask=n_ok, other=0).to(tl.int32)
-        step = tl.load(step_ptr + n * groups + group, mask=n_ok, other=0.0)
-        w = load_weight_tile(wq_ptr, n[None, :], k[:, None], n_ok[None, :] & k_ok[:, None], w_stride, BITS)
-        product = tl.dot(x, (w - zero[None, :]).to(x.dtype), out_dtype=tl.float32)
-        acc += product * step[None, :]
+    y = weight_only_tile(
+        x_ptr, t, t_ok, x_stride_t, x_stride_k, wq_ptr, step_ptr, zero_ptr, n, n_ok, K, width, group_size, groups,
+        BITS, GROUPED, BLOCK_K,
+    )  # fmt: skip
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + t[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=t_ok[:, None] & n_ok[None, :])
+        y += tl.load(bias_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + t[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=t_ok[:, None] & n_ok[None, :])
+
+
+@triton.jit
+def weight_only_tile(
+    x_ptr, row, row_ok, x_stride_t, x_stride_k, wq_ptr, step_ptr, zero_ptr, channel, channel_ok,
+    K, width, group_size, groups, BITS: tl.constexpr, GROUPED: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """float32 [rows, channels]: rows of x times channels of the weight, both int64 [..]; those that are not ok count as 0."""
+    x_rows, w_rows = x_ptr + row * x_stride_t, wq_ptr + channel * width
+    steps, zeros = step_ptr + channel * groups, zero_ptr + channel * groups
+    # Those of a whole channel, else of the first group.
+    step = tl.load(steps, mask=channel_ok, other=0.0)
+    zero = tl.load(zeros, mask=channel_ok, other=0)
+    acc = tl.zeros((row.shape[0], channel.shape[0]), dtype=tl.float32)
+    for block in range(0, tl.cdiv(K, BLOCK_K)):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        x = tl.load(x_rows[:, None] + k[None, :] * x_stride_k, mask=row_ok[:, None] & (k < K)[None, :], other=0.0)
+        q = load_weight_tile(w_rows, channel_ok, block, width, BITS, BLOCK_K)
+        if GROUPED:
+            group = block * BLOCK_K // group_size
+            step = tl.load(steps + group, mask=channel_ok, other=0.0)
+            zero = tl.load(zeros + group, mask=channel_ok, other=0)
+            w = _centred(q, zero, BITS).to(x.dtype)
+            acc += tl.dot(x, tl.trans(w), out_dtype=tl.float32) * step[None, :]
+        else:
+            w = _centred(q, zero, BITS).to(x.dtype)
+            acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.float32)
+    return acc if GROUPED else acc * step[None, :]
+
+
+@triton.jit
+def _centred(q, zero, BITS: tl.constexpr):
+    """q - zero as float32. A whole number below 2^23 in the lowest bits of 2^23 is their sum: cheaper than a conversion."""
+    if BITS == 8:
+        q += 128  # stored as int8
+    return (q | 0x4B000000).to(tl.float32, bitcast=True) - (zero.to(tl.float32) + 8388608.0)[:, None]
