@@ -1,8 +1,7 @@
 """The parameters of a quantized vLLM layer, and the loader that lets nothing wrong or missing slip through.
 
-vLLM checks neither that every tensor of a quantized model arrives, nor (under tensor parallelism) that it has the full
-size: a wrong one can be sliced without an error. So each parameter's loader is wrapped: it compares what comes from the
-file with the manifest, and remembers what has come.
+Each parameter's loader is wrapped: it compares what comes from the file with the manifest, and remembers what has come
+(stored_checks.py says why).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +17,11 @@ from vllm.model_executor.parameter import (
     PerTensorScaleParameter,
 )
 
-from lrq_vllm.checkpoint.packing import packed_width, storage_dtype, values_per_group
+from lrq_vllm.checkpoint.packing import packed_width, storage_dtype
 from lrq_vllm.checkpoint.schema import Manifest
-from lrq_vllm.errors import CheckpointError, one_paragraph
+from lrq_vllm.errors import CheckpointError
 from lrq_vllm.fused_parts import part_of
+from lrq_vllm.stored_checks import check_arrived, check_cut, check_stored
 
 __all__ = ["LayerWeights"]
 
@@ -44,7 +44,7 @@ class LayerWeights:
         Raises CheckpointError if this rank's share of the inputs cuts through packed words or groups.
         """
         weight, out_features = self._manifest.weight, sum(output_partition_sizes)
-        self._check_cut(input_size_per_partition, input_size)
+        check_cut(self._manifest, self._modules[0], input_size_per_partition, input_size)
         self._nothing_will_arrive = get_current_vllm_config().load_config.load_format == "dummy"
         groups = weight.groups(input_size_per_partition)
 
@@ -70,7 +70,8 @@ class LayerWeights:
 
         Raises CheckpointError if a tensor of the layer has not been loaded (unless vLLM was told to load none).
         """
-        self._check_complete()
+        if not self._nothing_will_arrive:
+            check_arrived(self._manifest, self._modules, self._arrived)
         names = ("qweight", "weight_step", "weight_zero_point")
         qweight, step, zero_point = (getattr(layer, name).data for name in names)
         for name in names:
@@ -86,32 +87,10 @@ class LayerWeights:
             )
         return parameter[:1]
 
-    def _check_complete(self) -> None:
-        wanted = [f"{module}.{suffix}" for module in self._modules for suffix in self._manifest.tensors_of(module)]
-        missing = [f"tensor {name} was not loaded" for name in wanted if name not in self._arrived]
-        if missing and not self._nothing_will_arrive:
-            raise CheckpointError("The checkpoint is incomplete: " + one_paragraph(missing, "Quantize or copy it again."))
-
-    def _check_cut(self, per_partition: int, input_size: int) -> None:
-        weight = self._manifest.weight
-        unit = weight.group_size or values_per_group(weight.bits)
-        if per_partition != input_size and per_partition % unit:
-            parts = input_size // per_partition
-            raise CheckpointError(
-                f"{self._modules[0]}: {input_size} inputs on {parts} GPUs give {per_partition} each, which is no multiple of "
-                f"{unit} ({weight.bits}-bit weights{f', groups of {weight.group_size}' if weight.group_size else ''}). "
-                "Use a smaller --tensor-parallel-size, or quantize with a scheme or group size that divides."
-            )
-
     def _checked(self, suffix: str, load: Callable[..., None]) -> Callable[..., None]:
         def checked_load(parameter: Tensor, loaded: Tensor, *shard: Any, **keywords: Any) -> None:
             module = self._modules[part_of(shard, keywords)]
-            expected = self._manifest.tensors_of(module)[suffix]
-            if (loaded.dtype, tuple(loaded.shape)) != (expected.dtype, expected.shape):
-                raise CheckpointError(
-                    f"Tensor {module}.{suffix} is {loaded.dtype} {list(loaded.shape)} in the checkpoint, its config.json "
-                    f"implies {expected.dtype} {list(expected.shape)}. Quantize or copy the model again."
-                )
+            check_stored(self._manifest, module, suffix, loaded)
             load(parameter, loaded, *shard, **keywords)
             self._arrived.add(f"{module}.{suffix}")
 

@@ -85,9 +85,10 @@ def _loaded(model: Any, tensors: TensorFolder) -> dict[str, list[Arrival]]:
     owners: dict[int, str] = {}  # of memory, by where it begins
 
     def watched(name: str, load: Callable[..., Any]) -> Callable[..., Any]:
-        def watched_load(parameter: Tensor, loaded: Tensor, *shard: Any, **keywords: Any) -> Any:
+        def watched_load(*given: Any, **keywords: Any) -> Any:
+            loaded, shard = (given[1], given[2:]) if len(given) > 1 else (keywords["loaded_weight"], ())
             arrivals[name].append((owners[loaded.untyped_storage().data_ptr()], part_of(shard, keywords)))
-            return load(parameter, loaded, *shard, **keywords)
+            return load(*given, **keywords)
 
         return watched_load
 
@@ -105,13 +106,15 @@ def _loaded(model: Any, tensors: TensorFolder) -> dict[str, list[Arrival]]:
 
 
 def _equal(parameter: Tensor, parts: list[Arrival], tensors: TensorFolder) -> bool:
-    """Whether a parameter is its parts, one below the other; a vocabulary may be padded, one value fill several places."""
+    """Whether a parameter is its parts, one below the other; a vocabulary may be padded, one value fill several places, and
+    experts have a dimension of their own.
+    """
     ordered = sorted(parts, key=itemgetter(1))
     stored = torch.cat([tensors.get(name) if tensors.spec(name).shape else tensors.get(name)[None] for name, _ in ordered])
     stored = stored.to(parameter.dtype)
     if stored.numel() == 1:
         return bool((parameter == stored).all())
-    return torch.equal(parameter[: len(stored)], stored)
+    return torch.equal(parameter.reshape(-1, *stored.shape[1:])[: len(stored)], stored)
 
 
 def _may_be_ignored(tensor: str, model: Any) -> bool:

@@ -101,6 +101,8 @@ class LrqConfig(QuantizationConfig):
         if current_platform.is_cpu():
             round_where_operations_do(config.compilation_config)
         check_ranks(self.manifest, config.parallel_config.tensor_parallel_size)
+        if hasattr(layer, "moe_config"):
+            return self._experts_method(prefix, layer.moe_config)
         if not isinstance(layer, LinearBase):
             check_cache_dtype(config.cache_config.cache_dtype, self.manifest, on_cpu=current_platform.is_cpu())
             return None
@@ -128,6 +130,11 @@ class LrqConfig(QuantizationConfig):
         if prefix in self.manifest.quantized or prefix in self.manifest.skipped:
             shards = [name]  # fused in the checkpoint already
         return [f"{parent}.{shard}" if parent else shard for shard in shards]
+
+    def _experts_method(self, prefix: str, moe_config: Any) -> QuantizeMethodBase:
+        from lrq_vllm.experts_method import LrqExpertsMethod
+
+        return LrqExpertsMethod(self.manifest, prefix, moe_config)
 
     def _method(self, modules: list[str]) -> QuantizeMethodBase:
         from lrq_vllm.linear_integer import LrqW4A8LinearMethod, LrqW8A8LinearMethod

@@ -28,6 +28,14 @@ FAMILIES = {
     "phi3": {},  # fused queries, keys and values, and gate and up projection
     "qwen2": {},  # biases of queries, keys and values
     "qwen3": {"head_dim": 32},  # norms of queries and keys
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+    },
 }
 
 Checkpoints = Callable[[str, str], Path]

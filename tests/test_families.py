@@ -12,7 +12,7 @@ from lrq_offline.evaluate import evaluate_folder
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.pipeline import quantize_model
 from lrq_offline.reference_model import load_model
-from lrq_offline.source_model import model_config
+from lrq_offline.source_model import SourceModel, model_config
 from lrq_vllm.checkpoint.store import read_manifest
 from lrq_vllm.errors import ModelFolderError
 from tests.checkpoints import FAMILIES, HELDOUT, QUICK, write_random_model
@@ -36,7 +36,7 @@ def test_a_family_is_quantized_whole_and_keeps_its_function(
 ) -> None:
     output = tmp_path / "out"
     quantize_model(models[model_type], output, QuantizeSettings("w8a8", method, **QUICK))
-    assert len(read_manifest(output).quantized) == 2 * len(KNOWN[model_type].linears)
+    assert len(read_manifest(output).quantized) == 2 * len(SourceModel.open(models[model_type]).family.linears)
     kl = evaluate_folder(output, HELDOUT, reference=models[model_type], windows=2, seq_len=64).kl
     assert kl is not None and kl < 0.02
 

@@ -28,6 +28,7 @@ __all__ = [
     "integer_linear",
     "integer_weight",
     "quantize_per_token",
+    "quantize_rows",
     "quantize_static",
     "weight_only_linear",
 ]
@@ -66,8 +67,13 @@ def quantize_per_token(x: Tensor) -> QuantizedTokens:
 def quantize_static(x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
     """Quantize x [T, K] with one calibrated step (float32 [1]) and zero-point (uint8 [1], unsigned grid) for the tensor."""
     rows = (x.shape[0], 1)
+    return quantize_rows(x, step.repeat(rows), zero_point.repeat(rows))
+
+
+def quantize_rows(x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
+    """Quantize x [T, K] with a calibrated step (float32 [T, 1]) and zero-point (uint8 [T, 1], unsigned grid) for each row."""
     zero_point = zero_point.float()
-    return _shifted(quantize(x, step, zero_point, bits=8), step.repeat(rows), zero_point.repeat(rows))
+    return _shifted(quantize(x, step, zero_point, bits=8), step, zero_point)
 
 
 def _shifted(q: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:

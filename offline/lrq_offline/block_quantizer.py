@@ -1,7 +1,7 @@
 """One decoder block from float weights to integers: smooth, find ranges and steps, round or learn."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from lrq_offline.activation_ranges import best_range
 from lrq_offline.block_learning import LearningResult, learn_block
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import Family
+from lrq_offline.expert_tokens import TOO_FEW, lend_samples, short_of_tokens
 from lrq_offline.gptq import HessianSum, gptq
 from lrq_offline.hidden_states import HiddenStates
 from lrq_offline.layer_inputs import InputSample, sample_inputs, watch_inputs
@@ -82,25 +83,27 @@ class BlockQuantizer:
         inputs: X_q, what the quantized blocks before it produce. targets: block_fp(X), what it should put out. Both of this
         rank's windows; the outcome is the same in every rank.
         """
-        samples = sample_inputs(
-            block, inputs, arguments, [group[0] for group in self.family.linear_groups], _SAMPLED_TOKENS,
-            generator, self.settings.batch_size // self.ranks.size, self.dtype, self.ranks,
-        )  # fmt: skip
+        samples = self._samples(block, inputs, arguments, generator)
+        short = short_of_tokens(self.family, samples)
+        lend_samples(self.family, samples, short)
         usable = all(sample.finite for sample in samples.values())
         if usable and self.settings.smooths:
-            self._smooth(block, samples)
+            self._smooth(block, samples, short)
         ranges = self._ranges(block, samples)
         linears = {name: _linear(block, name) for name in self.family.linears}
         weights = {name: linear.weight.detach() for name, linear in linears.items()}
         steps = {name: self._steps(weight) for name, weight in weights.items()}
         nearest = {name: self._nearest(weights[name], steps[name]) for name in weights}
         replace_linears(block, nearest, self._activations(ranges))
-        fallbacks = dict.fromkeys(weights, None if usable else "its inputs hold NaN or infinite values")
+        fallbacks = {name: TOO_FEW if name in short else None for name in weights}
+        if not usable:
+            fallbacks = dict.fromkeys(weights, "its inputs hold NaN or infinite values")
         if usable:
             if self.settings.method == "gptq":
-                fallbacks = self._round_by_gptq(block, weights, steps, inputs, arguments)
+                fallbacks |= self._round_by_gptq(block, weights, steps, inputs, arguments, short)
             if self.settings.learns:
-                for name, rounding in self._learned_roundings(weights, steps, generator).items():
+                learned = {name: weight for name, weight in weights.items() if name not in short}
+                for name, rounding in self._learned_roundings(learned, steps, generator).items():
                     _quantized_linear(block, name).rounding = rounding
         learning = learn_block(
             block,
@@ -128,20 +131,36 @@ class BlockQuantizer:
                 )
         return QuantizedBlock(ranges, learning, layers)
 
-    def _smooth(self, block: nn.Module, samples: dict[str, InputSample]) -> None:
+    def _samples(
+        self, block: nn.Module, inputs: HiddenStates, arguments: dict[str, Any], generator: torch.Generator
+    ) -> dict[str, InputSample]:
+        """By the first layer of each group, of the input that the group reads."""
+        places = {group[0]: self.family.seen_at(group) for group in self.family.linear_groups}
+        samples = sample_inputs(
+            block, inputs, arguments, list(places.values()), _SAMPLED_TOKENS,
+            generator, self.settings.batch_size // self.ranks.size, self.dtype, self.ranks,
+        )  # fmt: skip
+        return {first: samples[place] for first, place in places.items()}
+
+    def _smooth(self, block: nn.Module, samples: dict[str, InputSample], short: frozenset[str]) -> None:
         """SmoothQuant on every group in turn; the samples become those of the smoothed block."""
         activation = self.settings.bits.activation
         activation_bits = 8 if activation is None else activation.bits
+        stored = self.config.dtype or torch.bfloat16
         # From the last to the first: smoothing what a layer puts out changes the weights by which its own input is smoothed.
         for group, producer_name in reversed(list(zip(self.family.linear_groups, self.family.producers, strict=True))):
             sample, producer = samples[group[0]], block.get_submodule(producer_name)
+            if short.issuperset(group):
+                continue
             linears = [_linear(block, name) for name in group]
             stacked = torch.cat([linear.weight.float() for linear in linears])
             heads = self._shared_heads if group[0] == self.family.attention_output else SharedHeads()
             scale = smoothing_scale(sample, stacked, heads, self.settings.bits.weight_bits, activation_bits)
-            scale = heads.repeated(divide_output(producer, heads.once(scale), self.config.dtype or torch.bfloat16))
+            scale = heads.repeated(divide_output(producer, heads.once(scale), stored))
             for linear in linears:
                 multiply_input(linear, scale)
+            for name in self.family.also_reads(group):
+                multiply_input(block.get_submodule(name), scale, stored)
             sample.divide(scale)
 
     @property
@@ -198,21 +217,25 @@ class BlockQuantizer:
         steps: Mapping[str, StepAndZeroPoint],
         inputs: HiddenStates,
         arguments: dict[str, Any],
+        short: frozenset[str],
     ) -> dict[str, str | None]:
-        """GPTQ group by group, each on the inputs that the groups before it, already rounded, produce.
+        """GPTQ stage by stage, each on the inputs that the layers before it, already rounded, produce.
 
-        By layer: why it was rounded to nearest instead (None: it was not).
+        By layer that is not ``short`` of tokens: why it was rounded to nearest instead (None: it was not).
         """
         fallbacks: dict[str, str | None] = {}
-        for group in self.family.linear_groups:
-            first, total = _quantized_linear(block, group[0]), HessianSum()
-            observer = {group[0]: lambda x, layer=first, total=total: total(layer.quantized_input(x))}
-            watch_inputs(block, inputs, arguments, observer, self.settings.batch_size // self.ranks.size, self.dtype)
-            for name in group:
-                result = gptq(weights[name], total.value(self.ranks), steps[name], self.settings.bits.weight_bits)
-                logger.info("%s: GPTQ with damping %s", name, result.damping)
-                _quantized_linear(block, name).rounding = FixedRounding(result.q, steps[name], self.dtype)
-                fallbacks[name] = None if result.damping is not None else "its inputs' Hessian could not be inverted"
+        for stage in self.family.stages:
+            groups = [group for group in stage if not short.issuperset(group)]
+            totals = {group[0]: HessianSum() for group in groups}
+            observers = {name: _of_quantized(_quantized_linear(block, name), total) for name, total in totals.items()}
+            watch_inputs(block, inputs, arguments, observers, self.settings.batch_size // self.ranks.size, self.dtype)
+            for group in groups:
+                hessian = totals[group[0]].value(self.ranks)
+                for name in group:
+                    result = gptq(weights[name], hessian, steps[name], self.settings.bits.weight_bits)
+                    logger.info("%s: GPTQ with damping %s", name, result.damping)
+                    _quantized_linear(block, name).rounding = FixedRounding(result.q, steps[name], self.dtype)
+                    fallbacks[name] = None if result.damping is not None else "its inputs' Hessian could not be inverted"
         return fallbacks
 
 
@@ -226,6 +249,11 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     return linear
+
+
+def _of_quantized(layer: FakeQuantizedLinear, observer: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Shows the observer what the layer multiplies with."""
+    return lambda x: observer(layer.quantized_input(x))
 
 
 def _output_error(tokens: Tensor, weight: Tensor, rounding: Rounding) -> float:

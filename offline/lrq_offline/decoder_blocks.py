@@ -6,12 +6,25 @@ Modelling code is transformers' own. A family is declared, not coded: add an ent
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Family", "block_names", "blocks_of", "empty_model", "load_block", "restore_rotary"]
+from lrq_offline.experts import ExpertNames, Experts
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "block_names",
+    "blocks_of",
+    "empty_model",
+    "family_of",
+    "load_block",
+    "restore_rotary",
+    "with_names_of_files",
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,9 @@ class Family:
     producers: for each linear group, the norm or linear layer whose output, channel by channel, scales the group's input. If
     such a layer puts out more than that, what the group reads comes last.
     attention_output: the layer that reads the values, each head's shared by several heads of queries.
+    renamed: modules of a block that transformers calls differently than checkpoint files do: its name, and the files'. All
+    other names here are the files'.
+    experts, expert_count: of a mixture of experts. :func:`family_of` adds their linear layers, as many as a model has.
     """
 
     blocks: str
@@ -39,11 +55,37 @@ class Family:
     linear_groups: tuple[tuple[str, ...], ...]
     producers: tuple[str, ...]
     attention_output: str
+    renamed: tuple[tuple[str, str], ...] = ()
+    experts: ExpertNames | None = None
+    expert_count: int = 0
 
     @property
     def linears(self) -> tuple[str, ...]:
         """All linear layers of a block, by their names within the block."""
         return tuple(name for group in self.linear_groups for name in group)
+
+    def seen_at(self, group: tuple[str, ...]) -> str:
+        """The module that receives the input of a group: one of its layers, or the experts, each of which sees some tokens."""
+        if self.experts is not None and group[0] == self.experts.inputs_of(0)[0]:
+            return self.experts.module
+        return group[0]
+
+    def also_reads(self, group: tuple[str, ...]) -> tuple[str, ...]:
+        """Modules with a weight [..., in] that is not quantized and reads what the group reads."""
+        return () if self.experts is None or self.seen_at(group) != self.experts.module else (self.experts.router,)
+
+    @property
+    def stages(self) -> tuple[tuple[tuple[str, ...], ...], ...]:
+        """Layers that receive the same tokens, together with others that do not depend on them; the stages in order."""
+        if self.experts is None:
+            return tuple((group,) for group in self.linear_groups)
+        names, experts = self.experts, range(self.expert_count)
+        outside = tuple((group,) for group in self.linear_groups if not group[0].startswith(f"{names.module}."))
+        return (
+            *outside,
+            tuple(names.inputs_of(expert) for expert in experts),
+            tuple((names.output_of(expert),) for expert in experts),
+        )
 
     @property
     def cut_along_inputs(self) -> tuple[str, ...]:
@@ -71,6 +113,11 @@ _LLAMA = Family(
     attention_output="self_attn.o_proj",
 )
 
+_QWEN3 = replace(_LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
+
+# Of a family with experts: what stands here is outside of them.
+_ATTENTION_ALONE: dict[str, Any] = {"linear_groups": _LLAMA.linear_groups[:2], "producers": _LLAMA.producers[:2]}
+
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -81,15 +128,73 @@ FAMILIES = {
         producers=("input_layernorm", "self_attn.qkv_proj", "post_attention_layernorm", "mlp.gate_up_proj"),
     ),
     "qwen2": _LLAMA,
-    "qwen3": replace(_LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "qwen3": _QWEN3,
+    "mixtral": replace(
+        _LLAMA,
+        **_ATTENTION_ALONE,
+        norms=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "block_sparse_moe")),
+        activation_functions=".act_fn",
+        renamed=(("mlp", "block_sparse_moe"),),
+        experts=ExpertNames(
+            "block_sparse_moe.experts", "block_sparse_moe.gate", "w1", "w3", "w2", "num_local_experts", "intermediate_size"
+        ),
+    ),
+    "qwen3_moe": replace(
+        _QWEN3,
+        **_ATTENTION_ALONE,
+        activation_functions=".act_fn",
+        experts=ExpertNames(
+            "mlp.experts", "mlp.gate", "gate_proj", "up_proj", "down_proj", "num_experts", "moe_intermediate_size"
+        ),
+    ),
 }
 """By config.json's model_type."""
 
 
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model that :data:`FAMILIES` has, with the layers of all its experts."""
+    family = FAMILIES[config.model_type]
+    if family.experts is None:
+        return family
+    names, count = family.experts, int(getattr(config, family.experts.count))
+    experts = range(count)
+    norm = next(norm for norm, reader in family.norms if names.module.startswith(f"{reader}."))
+    return replace(
+        family,
+        expert_count=count,
+        linear_groups=(
+            *family.linear_groups,
+            tuple(name for expert in experts for name in names.inputs_of(expert)),
+            *((names.output_of(expert),) for expert in experts),
+        ),
+        producers=(*family.producers, norm, *(names.inputs_of(expert)[1] for expert in experts)),
+    )
+
+
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """transformers' model for ``config`` with every parameter on the meta device: shapes and no memory."""
+    """transformers' model for ``config`` with every parameter on the meta device: shapes and no memory.
+
+    Modules are called as in checkpoint files.
+    """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    return with_names_of_files(model)
+
+
+def with_names_of_files(model: PreTrainedModel) -> PreTrainedModel:
+    """``model`` with its blocks' modules called as in checkpoint files; experts are apart, and their weights undefined."""
+    family = FAMILIES[model.config.model_type]
+    for block in blocks_of(model, family):
+        for own, in_files in family.renamed:
+            module = block.get_submodule(own)
+            delattr(block, own)
+            block.add_module(in_files, module)
+            # Where transformers looks for it: no submodule, so that its parameters have one name.
+            block.__dict__[own] = module
+        if family.experts is not None:
+            name = family.experts.module
+            block.set_submodule(name, Experts(block.get_submodule(name), family.experts))
+    return model
 
 
 def block_names(config: PreTrainedConfig, family: Family) -> list[str]:

@@ -1,6 +1,7 @@
 """Look at what linear layers receive while a block runs over the calibration windows."""
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -43,8 +44,8 @@ def watch_inputs(
 class InputSample:
     """Of one layer's input over all windows: the extremes of every channel, and an even share of random tokens.
 
-    low, high: [in] (widened to hold 0). tokens: [about ``wanted``, in]. NaN and infinite values count as 0; ``finite`` says
-    whether there were none.
+    low, high: [in] (widened to hold 0). tokens: [about ``wanted``, in], of the ``seen`` ones. NaN and infinite values count as
+    0; ``finite`` says whether there were none.
     """
 
     def __init__(self, calls: int, wanted: int, generator: torch.Generator) -> None:
@@ -53,9 +54,11 @@ class InputSample:
         self._tokens: list[Tensor] = []
         self._low = self._high = torch.zeros(())
         self.finite = True
+        self.seen = 0
 
     def __call__(self, x: Tensor) -> None:
         self.finite = self.finite and bool(torch.isfinite(x).all())
+        self.seen += len(x)
         x = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         low, high = x.aminmax(dim=0)
         self._low, self._high = torch.minimum(self._low.to(x.device), low), torch.maximum(self._high.to(x.device), high)
@@ -67,6 +70,17 @@ class InputSample:
         self._low, self._high = ranks.smallest(self._low), -ranks.smallest(-self._high)
         self._tokens = [ranks.all_rows(self.tokens)]
         self.finite = ranks.sum(torch.tensor(0.0 if self.finite else 1.0, device=self._low.device)).item() == 0
+
+    @classmethod
+    def of_any(cls, samples: Iterable["InputSample"]) -> "InputSample":
+        """What several layers with as many inputs receive, as if they were one."""
+        given = [sample for sample in samples if sample.seen]
+        joined = copy.copy(given[0])
+        joined._tokens = [sample.tokens for sample in given]
+        joined._low = torch.stack([sample.low for sample in given]).amin(dim=0)
+        joined._high = torch.stack([sample.high for sample in given]).amax(dim=0)
+        joined.seen, joined.finite = sum(sample.seen for sample in given), all(sample.finite for sample in given)
+        return joined
 
     def divide(self, scale: Tensor) -> None:
         """Make this the sample of inputs divided by ``scale`` [in], channel by channel."""

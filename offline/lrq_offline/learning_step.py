@@ -1,4 +1,5 @@
-"""One step of learning a block: forward, backward, AdamW; on a GPU replayed as one CUDA graph, with no host in the loop."""
+"""One step of learning a block: forward, backward, AdamW; on a GPU replayed as one CUDA graph, with no host in the loop,
+unless the block has experts."""
 
 import math
 from typing import Any
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrq_offline.compute import block_output
+from lrq_offline.experts import Experts
 from lrq_offline.hidden_states import BatchFeeder
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.sharded_rounding import finish_backward, start_weights
@@ -61,7 +63,9 @@ class LearningStep:
         self._optimizer = torch.optim.AdamW(groups, lr=self._rate, fused=True, capturable=device.type == "cuda")
         self.losses = torch.zeros(steps, dtype=torch.float32, device=device)
         self._loss = torch.zeros((), device=device)
-        self._graph = self._captured() if device.type == "cuda" else None
+        # How many tokens an expert gets, the host has to know.
+        fixed = not any(isinstance(module, Experts) for module in block.modules())
+        self._graph = self._captured() if device.type == "cuda" and fixed else None
 
     def run(self, step: int) -> None:
         """Take one step. Its loss (this rank's part, relative to ``scale``) lands in ``losses[step]``, on the device."""
@@ -81,7 +85,7 @@ class LearningStep:
 
     def wait(self) -> None:
         """Return when the steps so far have been computed."""
-        if self._graph is not None:
+        if self.losses.is_cuda:
             torch.cuda.synchronize()
 
     def _step(self) -> None:

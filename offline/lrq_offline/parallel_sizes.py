@@ -24,10 +24,11 @@ def tensor_parallel_sizes(
     heads = config.num_attention_heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     unit = weight.group_size or values_per_group(weight.bits)
+    inner = config.intermediate_size if family.experts is None else getattr(config, family.experts.width)
     cut = [inputs for name, (_, inputs) in quantized.items() if name.endswith(family.cut_along_inputs)]
 
     def works(size: int) -> bool:
         whole = heads % size == 0 and (key_value_heads % size == 0 or size % key_value_heads == 0)
-        return whole and config.intermediate_size % size == 0 and all(inputs % (size * unit) == 0 for inputs in cut)
+        return whole and inner % size == 0 and all(inputs % (size * unit) == 0 for inputs in cut)
 
     return tuple(size for size in range(1, _MOST + 1) if size == 1 or works(size))

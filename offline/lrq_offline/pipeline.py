@@ -21,7 +21,7 @@ from lrq_offline.calibration_lint import lint_texts
 from lrq_offline.calibration_text import read_texts, shipped_calibration
 from lrq_offline.compute import Machine, choose_device, device_name
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import FAMILIES, block_names, empty_model
+from lrq_offline.decoder_blocks import block_names, empty_model, family_of
 from lrq_offline.golden_texts import golden_texts
 from lrq_offline.output_folder import carry_over, check_output, new_folder
 from lrq_offline.parallel_sizes import tensor_parallel_sizes
@@ -77,7 +77,7 @@ def quantize_model(
     manifest = manifest_of(source.config, settings)
     machine = machine or Machine()
     device = choose_device(machine.device)
-    _check_ranks(machine.gpus, device, settings, source.config.hidden_size, manifest)
+    _check_ranks(machine.gpus, device, settings, source, manifest)
     tokenizer = load_tokenizer(model_dir)
     texts = read_texts(settings.calibration or shipped_calibration(), tokenizer)
     windows = token_windows(tokenizer, texts, settings.samples, settings.seq_len)
@@ -112,11 +112,13 @@ def quantize_model(
 
 def manifest_of(config: PreTrainedConfig, settings: QuantizeSettings) -> Manifest:
     """The manifest of the result. Raises SettingsError before any work if the group size does not divide a layer's inputs."""
-    family, model = FAMILIES[config.model_type], empty_model(config)
+    family, model = family_of(config), empty_model(config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     modules = [f"{block}.{linear}" for block in block_names(config, family) for linear in family.linears]
     quantized = {name: (linears[name].out_features, linears[name].in_features) for name in modules}
     skipped = [name for name in linears if name not in quantized]
+    if family.experts is not None:
+        skipped += [f"{block}.{family.experts.router}" for block in block_names(config, family)]
     problems = [] if settings.group_size is None else undivided_layers(settings.group_size, quantized)
     if problems:
         raise SettingsError(one_paragraph(problems, "Choose a --group-size that divides all of them, or leave it out."))
@@ -124,13 +126,15 @@ def manifest_of(config: PreTrainedConfig, settings: QuantizeSettings) -> Manifes
     return Manifest(settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"), settings.kv_bits, sizes)
 
 
-def _check_ranks(count: int, device: torch.device, settings: QuantizeSettings, width: int, manifest: Manifest) -> None:
+def _check_ranks(count: int, device: torch.device, settings: QuantizeSettings, source: SourceModel, manifest: Manifest) -> None:
     """Raises SettingsError if so many GPUs are not there, or the work cannot be divided among them."""
-    problems, rank = [], settings.matrix_rank(width)
+    problems, rank = [], settings.matrix_rank(source.config.hidden_size)
     if count < 1:
         problems.append(f"gpus is {count}, but must be at least 1")
     elif device.type == "cuda" and count > torch.cuda.device_count():
         problems.append(f"gpus is {count}, but this machine has {torch.cuda.device_count()}")
+    elif count > 1 and source.family.experts is not None:
+        problems.append(f"gpus is {count}, but a model with experts is quantized on one")
     else:
         divided = {"samples": settings.samples, "batch-size": settings.batch_size}
         divided |= {f"the outputs of {name}": out_features for name, (out_features, _) in manifest.quantized.items()}

@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from lrq_offline.decoder_blocks import FAMILIES, with_names_of_files
+
 __all__ = ["shrunk_config", "write_byte_tokenizer", "write_random_model"]
 
-_LAYERS, _KEY_VALUE_HEADS, _WIDTH, _VOCABULARY = 2, 2, 512, 512
+_LAYERS, _KEY_VALUE_HEADS, _WIDTH, _EXPERTS, _VOCABULARY = 2, 2, 512, 8, 512
 
 
 def shrunk_config(config: PreTrainedConfig) -> dict[str, Any]:
@@ -28,6 +30,9 @@ def shrunk_config(config: PreTrainedConfig) -> dict[str, Any]:
         "hidden_size": heads // of_keys * few * head, "intermediate_size": _WIDTH, "vocab_size": _VOCABULARY,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "dtype": "bfloat16",
     }  # fmt: skip
+    experts = FAMILIES[config.model_type].experts
+    if experts is not None:
+        changes |= {experts.count: min(getattr(config, experts.count), _EXPERTS), experts.width: _WIDTH}
     kinds = getattr(config, "layer_types", None)
     return changes | ({"layer_types": kinds[:_LAYERS]} if kinds else {})
 
@@ -35,7 +40,7 @@ def shrunk_config(config: PreTrainedConfig) -> dict[str, Any]:
 def write_random_model(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
     """bfloat16; weights are normal with variance 1 / inputs, so that activations keep their size."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = with_names_of_files(AutoModelForCausalLM.from_config(config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrq_offline.decoder_blocks import FAMILIES, blocks_of, empty_model, restore_rotary
+from lrq_offline.decoder_blocks import blocks_of, empty_model, family_of, restore_rotary
 from lrq_offline.served_precision import round_like_a_server
 from lrq_offline.source_model import check_model_tensors, model_config
 from lrq_vllm.checkpoint.schema import Manifest, config_without_quantization
@@ -84,7 +84,7 @@ def open_model(
         manifest = Manifest.from_dict(raw_config["quantization_config"])
         check_tensors(tensors, manifest)
         _replace_linears(model, manifest)
-    family = FAMILIES[config.model_type]
+    family = family_of(config)
     names = check_model_tensors(model, tensors, config)
     if streamed:
         names = [name for name in names if not name.startswith(f"{family.blocks}.")]

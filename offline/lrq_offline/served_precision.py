@@ -15,15 +15,17 @@ rounds to nearest on every machine.
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from lrq_offline.decoder_blocks import Family, blocks_of
+from lrq_offline.experts import Experts
 
 __all__ = ["round_like_a_server", "served_dtype"]
 
@@ -60,8 +62,12 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
             module.register_forward_hook(lambda module, inputs, output: rounded(output))
         elif name == family.rotary:
             module.register_forward_hook(lambda module, inputs, output: tuple(rounded(table) for table in output))
-        elif name.endswith(family.activation_functions):
+        elif family.experts is not None and name.endswith(f".{family.experts.router}"):
+            _round_products(module, rounded)
+        elif isinstance(module, Experts) or name.endswith(family.activation_functions):
             module.register_forward_hook(lambda module, inputs, output: rounded(output))
+            if isinstance(module, Experts) and _routes_in_16_bits():
+                module.register_forward_pre_hook(lambda module, inputs: (*inputs[:2], rounded(inputs[2])))
     _replace_norm(model, family.final_norm, dtype)
     for block in blocks_of(model, family):
         for norm_name, consumer_name in family.norms:
@@ -79,6 +85,11 @@ def _vllm_truncates() -> bool:
     if torch.cuda.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not (torch.cpu._is_avx512_supported() and torch.cpu._is_avx512_bf16_supported())
+
+
+def _routes_in_16_bits() -> bool:
+    """Whether vLLM's router computes the experts' shares in the model's dtype, as on CPUs; others have 32 bits."""
+    return not torch.cuda.is_available()
 
 
 def _upper_half(x: Tensor) -> Tensor:
@@ -110,6 +121,29 @@ class _ServedNorm(nn.Module):
         self.residual_rounding = x.to(self._dtype).float() - x
         normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._epsilon)
         return (normalized.to(self._dtype).float() * self.weight).to(self._dtype).float()
+
+
+class _RoundedProducts(TorchFunctionMode):
+    """Rounds what ``torch.nn.functional.linear`` returns."""
+
+    def __init__(self, rounded: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._rounded = rounded
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return self._rounded(result) if func is nn.functional.linear else result
+
+
+def _round_products(router: nn.Module, rounded: Callable[[Tensor], Tensor]) -> None:
+    """A router multiplies by a weight of its own, and goes on to choose: what it chooses by has 16 bits."""
+    forward = router.forward
+
+    def called(*args: Any, **keywords: Any) -> Any:
+        with _RoundedProducts(rounded):
+            return forward(*args, **keywords)
+
+    router.__dict__["forward"] = called
 
 
 def _replace_norm(parent: nn.Module, name: str, dtype: torch.dtype) -> _ServedNorm:

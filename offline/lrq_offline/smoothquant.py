@@ -111,7 +111,11 @@ def divide_output(producer: nn.Module, scale: Tensor, stored_dtype: torch.dtype)
         return scale
 
 
-def multiply_input(linear: nn.Linear, scale: Tensor) -> None:
-    """Multiply the columns of W by s [in], in place."""
+def multiply_input(reader: nn.Module, scale: Tensor, stored_dtype: torch.dtype | None = None) -> None:
+    """Multiply the columns of a module's W [out, in] by s [in], in place; rounded to ``stored_dtype`` if nothing else will."""
+    weight = reader.weight
+    assert isinstance(weight, Tensor)
     with torch.no_grad():
-        linear.weight.mul_(scale)
+        weight.mul_(scale)
+        if stored_dtype is not None:
+            weight.copy_(weight.to(stored_dtype))

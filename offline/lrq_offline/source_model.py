@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lrq_offline.decoder_blocks import FAMILIES, Family, block_names, empty_model
+from lrq_offline.decoder_blocks import FAMILIES, Family, block_names, empty_model, family_of
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
 from lrq_vllm.errors import ModelFolderError, one_paragraph
 
@@ -35,7 +35,7 @@ class SourceModel:
                 f"{folder} is already quantized (quantization_config in config.json). Give the float model it was made from."
             )
         config = model_config(raw_config, folder)
-        source = cls(folder, raw_config, config, TensorFolder(folder), FAMILIES[config.model_type])
+        source = cls(folder, raw_config, config, TensorFolder(folder), family_of(config))
         check_model_tensors(empty_model(config), source.tensors, config)
         return source
 
@@ -102,6 +102,11 @@ def model_config(raw_config: dict[str, Any], folder: Path) -> PreTrainedConfig:
         raise ModelFolderError(
             f"{folder}/config.json is not a valid {model_type} config: {reason}. Download it again."
         ) from error
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
+        raise ModelFolderError(
+            f"{folder} has blocks with experts and blocks without (mlp_only_layers or decoder_sparse_step in config.json); lrq "
+            "quantizes models whose blocks all have experts."
+        )
     kinds = sorted(set(getattr(config, "layer_types", None) or []))
     if len(kinds) > 1:
         raise ModelFolderError(

@@ -1,0 +1,170 @@
+"""Who multiplies tokens with the experts that they were sent to. The arithmetic is that of kernels/reference_experts.py."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lrq_vllm.expert_weights import ExpertStack
+from lrq_vllm.integer_backends import LayerInput, choose_integer_backend
+from lrq_vllm.kernel_choice import TRITON, first_that_can
+from lrq_vllm.kernels import reference, reference_experts
+from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens, integer_weight
+from lrq_vllm.weight_only_backends import PackedWeight, choose_weight_only_backend
+
+__all__ = ["ExpertBackend", "ExpertLinear", "choose_expert_backend", "expert_candidates", "reference_linear"]
+
+
+class ExpertLinear(Protocol):
+    """One layer of all experts, ready to multiply."""
+
+    def __call__(self, x: Tensor, slots_per_row: int, expert_of: Tensor) -> Tensor:
+        """y [S, out] in x's dtype: row s // slots_per_row of x [S / slots_per_row, in], times the weight of expert_of[s].
+
+        expert_of: int64 [S], negative where no expert of this rank takes the slot; y is 0 there.
+        """
+
+
+class ExpertBackend(Protocol):
+    """A way to multiply. integers: whether activations are quantized to 8 bits."""
+
+    name: str
+
+    def why_not(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> str | None:
+        """The reason why it cannot run with these weights and activations of ``dtype``, or None if it can."""
+
+    def linear(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> ExpertLinear:
+        """Bring the weights into this backend's layout."""
+
+
+def choose_expert_backend(stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> ExpertBackend:
+    """The first backend that can run, or the one that LRQ_KERNEL names.
+
+    Raises SettingsError with every backend's reason if none can.
+    """
+    return first_that_can(expert_candidates(stack, dtype, integers=integers), stack.q.device)
+
+
+def expert_candidates(stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> list[tuple[ExpertBackend, str | None]]:
+    """Every backend, the best first, and the reason why it cannot run, or None if it can."""
+    backends: tuple[ExpertBackend, ...] = (GroupedBackend(), OneByOneBackend())
+    return [(backend, backend.why_not(stack, dtype, integers=integers)) for backend in backends]
+
+
+def reference_linear(stack: ExpertStack, *, integers: bool) -> ExpertLinear:
+    """The definition: plain torch."""
+    if not integers:
+        return lambda x, slots_per_row, expert_of: reference_experts.experts_weight_only_linear(
+            x, slots_per_row, expert_of, stack.q, stack.step, stack.zero_point, stack.bits
+        )
+    weight = _integer_stack(stack)
+
+    def linear(x: Tensor, slots_per_row: int, expert_of: Tensor) -> Tensor:
+        tokens, slots_per_row = _quantized(x, slots_per_row, expert_of, stack.static, reference.quantize_per_token)
+        return reference_experts.experts_integer_linear(tokens, slots_per_row, expert_of, weight, x.dtype)
+
+    return linear
+
+
+class GroupedBackend:
+    """Our Triton kernels, one launch for all experts: no host in between, so it goes into CUDA graphs."""
+
+    name = TRITON
+
+    def why_not(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> str | None:
+        """Needs CUDA, and 16-bit activations."""
+        if not stack.q.is_cuda:
+            return "needs a CUDA device"
+        return None if dtype in (torch.bfloat16, torch.float16) else f"takes 16-bit activations, not {dtype}"
+
+    def linear(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> ExpertLinear:
+        """Keeps the checkpoint's words."""
+        from lrq_vllm.kernels import activation_quant, grouped_gemm
+        from lrq_vllm.kernels.expert_routes import expert_routes
+
+        experts = len(stack.q)
+
+        def weight_only(x: Tensor, slots_per_row: int, expert_of: Tensor) -> Tensor:
+            routes = expert_routes(expert_of, experts, _block(expert_of, experts))
+            return grouped_gemm.grouped_weight_only_linear(
+                x, slots_per_row, stack.q, stack.step, stack.zero_point, stack.bits, routes
+            )
+
+        if not integers:
+            return weight_only
+        weight = _integer_stack(stack)
+
+        def in_integers(x: Tensor, slots_per_row: int, expert_of: Tensor) -> Tensor:
+            routes = expert_routes(expert_of, experts, _block(expert_of, experts))
+            tokens, slots_per_row = _quantized(x, slots_per_row, expert_of, stack.static, activation_quant.quantize_per_token)
+            return grouped_gemm.grouped_integer_linear(tokens, slots_per_row, weight, routes, x.dtype)
+
+        return in_integers
+
+
+class OneByOneBackend:
+    """The CPU: each expert as a linear layer of its own, on the backends of linear layers."""
+
+    name = "one by one"
+
+    def why_not(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> str | None:
+        """Needs the CPU: the host has to know which expert got what."""
+        return None if stack.q.device.type == "cpu" else "needs the CPU"
+
+    def linear(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> ExpertLinear:
+        """A prepared layer for each expert."""
+        one = _integer_expert if integers else _weight_only_expert
+        layers = [one(stack, expert, dtype) for expert in range(len(stack.q))]
+
+        def linear(x: Tensor, slots_per_row: int, expert_of: Tensor) -> Tensor:
+            y = torch.zeros((len(expert_of), stack.step.shape[1]), dtype=x.dtype)
+            for expert, layer in enumerate(layers):
+                slots = (expert_of == expert).nonzero().flatten()
+                if len(slots):
+                    y[slots] = layer(x[slots // slots_per_row])
+            return y
+
+        return linear
+
+
+def _weight_only_expert(stack: ExpertStack, expert: int, dtype: torch.dtype) -> Any:
+    packed = PackedWeight(stack.q[expert], stack.step[expert], stack.zero_point[expert], stack.bits, stack.in_features, dtype)
+    backend, layer = choose_weight_only_backend(packed), torch.nn.Module()
+    backend.prepare(layer, packed)
+    return lambda x: backend.linear(layer, x, None)
+
+
+def _integer_expert(stack: ExpertStack, expert: int, dtype: torch.dtype) -> Any:
+    weight = integer_weight(stack.q[expert], stack.step[expert], stack.zero_point[expert], stack.bits, stack.in_features)
+    given = LayerInput(stack.in_features, dtype, static=stack.static is not None)
+    static = None if stack.static is None else (stack.static[0][expert], stack.static[1][expert])
+    backend, layer = choose_integer_backend(weight, given), torch.nn.Module()
+    backend.prepare(layer, weight, given)
+    return lambda x: backend.linear(layer, x, static, None)
+
+
+def _integer_stack(stack: ExpertStack) -> IntegerWeight:
+    """Every expert's :class:`IntegerWeight`, one above the other."""
+    parts = zip(stack.q, stack.step, stack.zero_point, strict=True)
+    weights = [integer_weight(q, step, zero_point, stack.bits, stack.in_features) for q, step, zero_point in parts]
+    step, zero_point, total = (
+        torch.stack([getattr(weight, name) for weight in weights]) for name in ("step", "zero_point", "total")
+    )
+    return IntegerWeight(stack.q, step, zero_point, total, stack.bits)
+
+
+def _quantized(
+    x: Tensor, slots_per_row: int, expert_of: Tensor, static: tuple[Tensor, Tensor] | None, per_token: Any
+) -> tuple[QuantizedTokens, int]:
+    """x in 8 bits, and how many slots share one of its rows then: where experts have ranges of their own, none do."""
+    if static is None:
+        return per_token(x), slots_per_row
+    expert = expert_of.clamp(min=0)
+    rows = x.repeat_interleave(slots_per_row, dim=0)
+    return reference.quantize_rows(rows, static[0][expert], static[1][expert]), 1
+
+
+def _block(expert_of: Tensor, experts: int) -> int:
+    """Places of a block of routes: as many as an expert gets on average, within what the kernels take."""
+    average = len(expert_of) / experts
+    return 16 if average <= 16 else 32 if average <= 32 else 64

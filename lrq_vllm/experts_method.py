@@ -1,0 +1,80 @@
+"""Mixtures of experts in every scheme: gate and up projection, activation, down projection, and the weighted sum."""
+
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.errors import SettingsError
+from lrq_vllm.expert_backends import ExpertLinear, choose_expert_backend, reference_linear
+from lrq_vllm.expert_weights import ExpertShape, ExpertWeights
+from lrq_vllm.layer_self_test import check_layer
+
+__all__ = ["LrqExpertsMethod"]
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+
+class LrqExpertsMethod(FusedMoEMethodBase):
+    """Experts whose three layers are quantized like linear ones; routing, and what joins the ranks, are vLLM's."""
+
+    def __init__(self, manifest: Manifest, prefix: str, moe: Any) -> None:
+        super().__init__(moe)
+        self._manifest = manifest
+        self._name = f"{manifest.scheme} {prefix}"
+        self._weights = ExpertWeights(manifest, prefix)
+        self._inner: ExpertLinear | None = None
+        self._outer: ExpertLinear | None = None
+
+    def create_weights(
+        self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
+        params_dtype: torch.dtype, **extra: Any,
+    ) -> None:  # fmt: skip
+        """Register the parameters that the loader fills. Raises SettingsError for what these experts do not do."""
+        activation = getattr(layer.activation, "value", layer.activation)
+        if activation != "silu" or layer.apply_router_weight_on_input:
+            raise SettingsError(
+                f"{self._name}: vLLM builds experts with activation {activation}, or that weigh their input; lrq serves "
+                "experts that multiply silu(gate) by up and weigh what comes out. Serve the float model instead."
+            )
+        shape = ExpertShape(num_experts, hidden_size, intermediate_size_per_partition, self.moe.tp_rank, self.moe.tp_size)
+        self._weights.create(layer, shape, layer._map_global_expert_id_to_local_expert_id)
+        layer.lrq_dtype = params_dtype
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that everything came, and bring the weights into the layout of the kernel that will run."""
+        stacks, dtype = self._weights.take(layer), layer.lrq_dtype
+        integers = self._manifest.activation is not None
+        backend = choose_expert_backend(stacks[0], dtype, integers=integers)
+        self._inner, self._outer = (backend.linear(stack, dtype, integers=integers) for stack in stacks)
+        layer.lrq_kernel = backend.name
+        logger.debug("%s runs on %s", self._name, backend.name)
+        for linear, stack in zip((self._inner, self._outer), stacks, strict=True):
+            wanted = reference_linear(stack, integers=integers)
+            check_layer(
+                f"{self._name} on {backend.name}", partial(_each_in_turn, linear, len(stack.q)),
+                partial(_each_in_turn, wanted, len(stack.q)), stack.q, stack.in_features, dtype,
+            )  # fmt: skip
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """None: no kernel of vLLM's multiplies here."""
+        return None
+
+    def apply(
+        self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [tokens, hidden] to [tokens, hidden], in x's dtype; this rank's part of the sum."""
+        assert self._inner is not None and self._outer is not None
+        ids = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()].long()
+        gate, up = self._inner(x, ids.shape[1], ids.flatten()).chunk(2, dim=1)
+        y = self._outer(torch.nn.functional.silu(gate) * up, 1, ids.flatten())
+        return (y.view(*ids.shape, -1).float() * topk_weights.float().unsqueeze(2)).sum(dim=1).to(x.dtype)
+
+
+def _each_in_turn(linear: ExpertLinear, experts: int, x: Tensor) -> Tensor:
+    return linear(x, 1, torch.arange(len(x), device=x.device) % experts)

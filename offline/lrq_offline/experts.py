@@ -1,0 +1,75 @@
+"""Mixtures of experts as modules: each expert with linear layers of its own, named as in the checkpoints of the family.
+
+transformers keeps the weights of all experts of a block in two tensors, in which no layer can be replaced.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ExpertNames", "Experts"]
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Names within a block, as in checkpoint files. count, width: of the experts and of their inside, in config.json.
+
+    router: what chooses the experts of a token; it reads what they read, and stays in 16 bits.
+    """
+
+    module: str
+    router: str
+    gate: str
+    up: str
+    down: str
+    count: str
+    width: str
+
+    def inputs_of(self, expert: int) -> tuple[str, str]:
+        """The two layers of an expert that read the block's normalized tokens."""
+        return f"{self.module}.{expert}.{self.gate}", f"{self.module}.{expert}.{self.up}"
+
+    def output_of(self, expert: int) -> str:
+        """The layer that reads what these two make."""
+        return f"{self.module}.{expert}.{self.down}"
+
+
+class Experts(nn.ModuleList):
+    """In place of transformers' fused experts, with weights yet to be filled."""
+
+    def __init__(self, fused: Any, names: ExpertNames) -> None:
+        weight = fused.down_proj
+        with torch.device(weight.device):
+            experts = [_Expert(fused.hidden_dim, fused.intermediate_dim, fused.act_fn, names) for _ in range(fused.num_experts)]
+        super().__init__(expert.to(weight.dtype) for expert in experts)
+
+    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """The sum [tokens, width] of what the chosen experts make of x [tokens, width], in float32 until it is whole.
+
+        chosen: int64 [tokens, choices]. shares: by which factor each choice counts, [tokens, choices].
+        """
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for index, expert in enumerate(self):
+            token, choice = torch.where(chosen == index)
+            if len(token):
+                share = shares[token, choice].unsqueeze(1)
+                total = total.index_add(0, token, expert(x[token]).float() * share.float())
+        return total.to(x.dtype)
+
+
+class _Expert(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, inner: int, act_fn: nn.Module, names: ExpertNames) -> None:
+        super().__init__()
+        self._names = (names.gate, names.up, names.down)
+        for name, shape in zip(self._names, ((width, inner), (width, inner), (inner, width)), strict=True):
+            self.add_module(name, nn.Linear(*shape, bias=False))
+        self.act_fn = act_fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up, down = (self.get_submodule(name) for name in self._names)
+        out: Tensor = down(self.act_fn(gate(x)) * up(x))
+        return out
