@@ -5,11 +5,14 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from lrq_offline import random_model
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
+from lrq_vllm.checkpoint.seal import write_seal
+from lrq_vllm.checkpoint.store import read_config
 
 TINY = Path(__file__).parent / "models" / "tiny"
 HELDOUT = Path(__file__).parent / "data" / "heldout.jsonl"
@@ -64,3 +67,14 @@ def checkpoint_maker(folder: Path) -> Checkpoints:
         return output
 
     return make
+
+
+def with_16_bit_steps(folder: Path, factor: float = 1) -> None:
+    """Change a checkpoint in place: its steps are multiplied and then rounded to bfloat16; sealed again."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if name.endswith(".weight_step"):
+                tensors[name] = (tensor * factor).bfloat16().float()
+        save_file(tensors, path, metadata={"format": "pt"})
+    write_seal(folder, read_config(folder))

@@ -15,12 +15,14 @@ import torch
 from lrq_offline.agreement import agreement_with_reference
 from lrq_offline.calibration import token_windows
 from lrq_offline.calibration_text import read_texts
+from lrq_offline.compressed_tensors_export import export_compressed_tensors
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
 from lrq_offline.source_model import load_tokenizer
 from lrq_server.vllm_process import VllmServer, start_vllm, vllm_command
 from lrq_vllm.vllm_environment import serving_environment
-from tests.checkpoints import FAMILIES, HELDOUT, QUICK, SCHEMES, TINY, Checkpoints, write_random_model
+from tests.checkpoints import FAMILIES, HELDOUT, QUICK, SCHEMES, TINY, Checkpoints, with_16_bit_steps, write_random_model
+from tests.vllm_layers import EXACT_BYTES
 
 pytestmark = [
     pytest.mark.server,
@@ -32,6 +34,7 @@ PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 32
 OPTIONS = ("--max-model-len", "512")
 # Where no number is compared: without compilation a server starts sooner.
 EAGER = (*OPTIONS, "--enforce-eager")
+PLUGIN = ("--quantization", "lrq")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ def served(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -
 
     Two servers at a time: imports and compilation, which take long, keep one core busy.
     """
-    return answers({scheme: checkpoints(scheme, "lrq") for scheme in SCHEMES}, tmp_path_factory.mktemp("logs"), OPTIONS)
+    return answers(
+        {scheme: checkpoints(scheme, "lrq") for scheme in SCHEMES}, tmp_path_factory.mktemp("logs"), (*PLUGIN, *OPTIONS)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,31 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def served_families(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     """By model type, what a server answered."""
-    return answers(families, tmp_path_factory.mktemp("logs"), EAGER)
+    return answers(families, tmp_path_factory.mktemp("logs"), (*PLUGIN, *EAGER))
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """By scheme, a checkpoint and its export as compressed-tensors, which changes nothing."""
+    folder = tmp_path_factory.mktemp("exported")
+    with_16_bit_steps(shutil.copytree(checkpoints("w4a16", "lrq"), folder / "w4a16"))
+    quantize_model(TINY, folder / "w8a8", QuantizeSettings("w8a8", "smoothquant-rtn", symmetric=True, **QUICK))
+    pairs = {scheme: (folder / scheme, folder / f"{scheme}-exported") for scheme in ("w4a16", "w8a8")}
+    for checkpoint, export in pairs.values():
+        assert export_compressed_tensors(checkpoint, export).step_change == 0
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def served_exports(exported: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    """By scheme, what vLLM answered without the plugin."""
+    logs = tmp_path_factory.mktemp("logs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_PLUGINS", "")
+        found = answers({scheme: export for scheme, (_, export) in exported.items()}, logs, EAGER)
+    for log in logs.iterdir():
+        assert "for CompressedTensorsW" in log.read_text() and "lrq_vllm" not in log.read_text()
+    return found
 
 
 def answers(folders: dict[str, Path], logs: Path, options: tuple[str, ...]) -> dict[str, Served]:
@@ -82,10 +111,7 @@ def answers(folders: dict[str, Path], logs: Path, options: tuple[str, ...]) -> d
         for pair in (names[at : at + 2] for at in range(0, len(names), 2)):
             with ExitStack() as running:
                 servers = {
-                    name: running.enter_context(
-                        start_vllm(folders[name], logs / f"{name}.log", ("--quantization", "lrq", *options))
-                    )
-                    for name in pair
+                    name: running.enter_context(start_vllm(folders[name], logs / f"{name}.log", options)) for name in pair
                 }
                 for name, server in servers.items():
                     server.wait_until_ready()
@@ -126,6 +152,13 @@ def test_families_are_served_as_the_reference_path_computes(
     model_type: str, families: dict[str, Path], served_families: dict[str, Served]
 ) -> None:
     assert_agreement(families[model_type], served_families[model_type])
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", pytest.param("w8a8", marks=EXACT_BYTES)])
+def test_an_export_is_served_without_the_plugin_as_the_reference_path_computes(
+    scheme: str, exported: dict[str, tuple[Path, Path]], served_exports: dict[str, Served]
+) -> None:
+    assert_agreement(exported[scheme][0], served_exports[scheme])
 
 
 def assert_agreement(folder: Path, answer: Served) -> None:

@@ -5,13 +5,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from lrq_offline.reference_model import ReferenceLinear
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, WeightFormat
+from lrq_vllm.integer_backends import _multiplies_bytes_exactly
 from lrq_vllm.vllm_world import vllm_world
+
+# Where vLLM's own product of bytes is wrong, which the plugin avoids (integer_backends.OneDnnBackend).
+EXACT_BYTES = pytest.mark.skipif(not _multiplies_bytes_exactly(), reason="oneDNN's sums saturate on this CPU, without VNNI")
 
 Tensors = dict[str, dict[str, Tensor]]
 """By module of the checkpoint, its tensors by suffix."""

@@ -33,6 +33,7 @@ _EXAMPLES = """examples:
   lrq-offline inspect ./Llama-3-8B-lrq-w4a16
   lrq-offline report ./Llama-3-8B-lrq-w4a16
   lrq-offline export ./Llama-3-8B-lrq-w4a16 --to dense
+  lrq-offline export ./Llama-3-8B-lrq-w4a16 --to compressed-tensors --round-steps
   lrq-offline doctor
 """
 
@@ -137,12 +138,18 @@ def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argu
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: DIR/lrq_report.html")
     export = add(
         "export", _export,
-        help="write a checkpoint as an ordinary 16-bit model, for runtimes that do not know the format",
-        description="dense: the quantized weights as 16-bit numbers, which take the float model's memory and give this "
-        "checkpoint's answers anywhere. For schemes with 16-bit activations.",
+        help="write a checkpoint in a form that serves without the plugin",
+        description="dense: an ordinary 16-bit model, which takes the float model's memory and gives this checkpoint's answers "
+        "anywhere; for schemes with 16-bit activations. compressed-tensors: quantized, for vLLM without the plugin; weights of "
+        "w8a8 must be symmetric, those of w3a16 and w2a16 take 4 bits there, and those of w4a8 take 8.",
     )  # fmt: skip
-    export.add_argument("--to", choices=["dense"], required=True)
-    export.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<checkpoint>-dense")
+    export.add_argument("--to", choices=["dense", "compressed-tensors"], required=True)
+    export.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<checkpoint>-<form>")
+    export.add_argument(
+        "--round-steps",
+        action="store_true",
+        help="compressed-tensors with 16-bit activations keeps steps in 16 bits: round those that need more",
+    )
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -343,12 +350,21 @@ def _report(parsed: argparse.Namespace, console: Console) -> None:
 
 
 def _export(parsed: argparse.Namespace, console: Console) -> None:
+    from lrq_offline.compressed_tensors_export import export_compressed_tensors
     from lrq_offline.dense_export import export_dense
 
     output: Path = parsed.output or Path(f"{parsed.model_dir.resolve().name}-{parsed.to}")
+    if parsed.to == "dense":
+        if parsed.round_steps:
+            raise SettingsError("--round-steps is for --to compressed-tensors: a dense model has no steps. Leave it out.")
+        with console.status("writing"):
+            total_bytes = export_dense(parsed.model_dir, output)
+        console.print(f"{output}: {total_bytes:,} bytes")
+        return
     with console.status("writing"):
-        total_bytes = export_dense(parsed.model_dir, output)
-    console.print(f"{output}: {total_bytes:,} bytes")
+        written = export_compressed_tensors(parsed.model_dir, output, round_steps=parsed.round_steps)
+    steps = f"steps changed by up to {written.step_change:.2%}" if written.step_change else "every number as it was"
+    console.print(f"{output}: {written.total_bytes:,} bytes, {steps}")
 
 
 def _doctor(parsed: argparse.Namespace, console: Console) -> None:
