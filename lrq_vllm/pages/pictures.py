@@ -5,14 +5,17 @@ Units are CSS pixels. The same data gives the same bytes.
 """
 
 import io
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from html import escape
 
 import matplotlib.style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-__all__ = ["AFTER", "BEFORE", "INK", "LEVELS", "PAPER", "RAMPS", "REST", "WARN", "svg"]
+__all__ = ["AFTER", "BEFORE", "INK", "LEVELS", "PAPER", "RAMPS", "REST", "WARN", "logarithmic", "span", "svg"]
 
 # BEFORE and AFTER are also a baseline and what is compared with it.
 INK, MUTED, LINE, PAPER, BEFORE, AFTER, REST, WARN = (f"#0101{index:02x}" for index in range(8))
@@ -75,6 +78,30 @@ def svg(draw: Callable[[Figure], None], width: float, height: float, name: str, 
         written = io.StringIO()
         figure.savefig(written, format="svg", metadata={"Date": None}, transparent=True)
     return _embedded(written.getvalue(), width, height, name, label)
+
+
+def logarithmic(axes: Axes, values: Iterable[float], show: Callable[[float], str]) -> None:
+    """A logarithmic y axis around the values, whose labels are enough also within one power of ten. show: writes a label."""
+    low, high = span(values)
+    axes.set_yscale("log")
+    room = max((high / low) ** 0.08, 1.05)
+    low, high = low / room, high * room
+    axes.set_ylim(low, high)
+    decades = math.log10(high / low)
+    subs = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.3 else (1.0, 2.0, 5.0)
+    if decades > 0.7:
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+    axes.tick_params(axis="y", length=0)
+
+
+def span(values: Iterable[float]) -> tuple[float, float]:
+    """Least and greatest of the positive, finite values; never equal."""
+    seen = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
+    return min(seen), max(max(seen), min(seen) * 1.01)
 
 
 def _embedded(picture: str, width: float, height: float, name: str, label: str) -> str:

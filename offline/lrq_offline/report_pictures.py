@@ -8,10 +8,10 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lrq_offline.report_data import BlockResult, Curve, LayerResult, RunReport
-from lrq_vllm.pages.pictures import AFTER, BEFORE, INK, LEVELS, PAPER, RAMPS, REST, WARN, svg
+from lrq_vllm.pages.pictures import AFTER, BEFORE, INK, LEVELS, PAPER, RAMPS, REST, WARN, logarithmic, span, svg
 
 __all__ = ["amount", "change_map", "curves_of_blocks", "error_chart", "error_map", "learning_curve", "scientific", "size_chart"]
 
@@ -45,7 +45,7 @@ def error_chart(report: RunReport, width: int) -> str:
         before = [_visible(block.error_before) for block in report.blocks]
         after = [_visible(block.error_after) for block in report.blocks]
         size = max(3.0, min(7.0, 0.35 * width / len(x)))
-        _logarithmic(axes, [*before, *after])
+        logarithmic(axes, [*before, *after], _short)
         axes.grid(axis="y")
         if before != after:
             axes.vlines(x, before, after, color=BEFORE, linewidth=size / 3.5, alpha=0.7)
@@ -67,7 +67,7 @@ def learning_curve(block: BlockResult) -> str:
         axes = figure.add_subplot()
         curve = block.curve
         train, held_out = _gaps(curve.train), _gaps(curve.held_out)
-        _logarithmic(axes, [*train, *held_out])
+        logarithmic(axes, [*train, *held_out], _short)
         axes.grid(axis="y")
         axes.plot(curve.step, train, color=BEFORE, linewidth=1.5)
         axes.plot(curve.step, held_out, color=AFTER, linewidth=2)
@@ -83,7 +83,7 @@ def curves_of_blocks(blocks: Sequence[BlockResult], loss: Callable[[Curve], tupl
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         # Held-out and training pictures stand side by side: one scale for both.
-        _logarithmic(axes, [value for block in blocks for value in _gaps([*block.curve.train, *block.curve.held_out])])
+        logarithmic(axes, [value for block in blocks for value in _gaps([*block.curve.train, *block.curve.held_out])], _short)
         axes.grid(axis="y")
         for index, block in enumerate(blocks):
             colour = RAMPS["depth"][index * LEVELS // len(blocks)]
@@ -101,7 +101,7 @@ def curves_of_blocks(blocks: Sequence[BlockResult], loss: Callable[[Curve], tupl
 def error_map(report: RunReport, width: int) -> str:
     """The error of every layer after learning: layer names by blocks. A dot marks what fell back to rounding to nearest."""
     errors = _by_layer(report, lambda layer: layer.error_after)
-    low, high = _span(value for row in errors for value in row)
+    low, high = span(value for row in errors for value in row)
     bounds = [low * (high / low) ** (level / LEVELS) for level in range(LEVELS + 1)]
     return _map(report, width, errors, "heat", bounds, "relative error", lambda error: scientific(error, 1))
 
@@ -109,7 +109,7 @@ def error_map(report: RunReport, width: int) -> str:
 def change_map(report: RunReport, width: int) -> str:
     """How many times smaller or larger learning made the error of every layer: layer names by blocks."""
     factors = _by_layer(report, lambda layer: layer.error_after / layer.error_before if layer.error_before else math.nan)
-    low, high = _span(value for row in factors for value in row)
+    low, high = span(value for row in factors for value in row)
     # At least ten per cent either way, so that noise about 1 is not painted in full colour.
     most = max(high, 1 / low, 1.1)
     bounds = [most ** (2 * level / LEVELS - 1) for level in range(LEVELS + 1)]
@@ -219,24 +219,6 @@ def _colour_bar(
     labels[-1].set_horizontalalignment("right")
 
 
-def _logarithmic(axes: Axes, values: Iterable[float]) -> None:
-    """A logarithmic y axis around the values, whose labels are enough also within one power of ten."""
-    low, high = _span(values)
-    axes.set_yscale("log")
-    room = max((high / low) ** 0.08, 1.05)
-    low, high = low / room, high * room
-    axes.set_ylim(low, high)
-    decades = math.log10(high / low)
-    subs = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.3 else (1.0, 2.0, 5.0)
-    if decades > 0.7:
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axes.tick_params(axis="y", length=0)
-
-
 def _short(value: float) -> str:
     """A tick's label: scientific with no more digits than it has."""
     digits = next((digits for digits in range(4) if math.isclose(float(f"{value:.{digits}e}"), value, rel_tol=1e-6)), 2)
@@ -258,9 +240,3 @@ def _gaps(values: Iterable[float | None]) -> list[float]:
 def _visible(value: float) -> float:
     """The value, or NaN, which is not drawn, if it has no place on a logarithmic axis."""
     return value if math.isfinite(value) and value > 0 else math.nan
-
-
-def _span(values: Iterable[float]) -> tuple[float, float]:
-    """Least and greatest of the positive, finite values; never equal."""
-    seen = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
-    return min(seen), max(max(seen), min(seen) * 1.01)
