@@ -189,6 +189,13 @@ def test_every_kind_of_prompts_has_the_tokens_that_were_asked_for(tmp_path: Path
         assert "--ignore-eos" in given and option(given, "--num-warmups") == "4"
 
 
+def test_every_place_is_warmed_up(tmp_path: Path) -> None:
+    endpoint, settings = Endpoint("http://a:1", "served", None, None, None), BenchSettings((1, 16))
+    for concurrency, warm_ups in ((1, "4"), (16, "16")):
+        command = load_command(endpoint, "tokenizer", settings, concurrency, None, tmp_path / "result.json")
+        assert option(command, "--num-warmups") == warm_ups
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("prompts", ["random", "shared-prefix", Path("mine.jsonl")])
 def test_the_load_generator_knows_every_option(prompts: str | Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "e2e": ("e2el", "time of a whole request"),
 }
 PERCENTILES = (50, 95, 99)
+_LEAST_WARM_UPS = 4  # a new server compiles something in more than one of its first requests
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def load_command(
 ) -> list[str]:
     """The child's command line. prompts: of this level, in the generator's form, if they come from a file.
 
-    The warm-up sends the first prompt once for each concurrent place; it is the only one that the server has seen.
+    The warm-up sends the first prompt once for each concurrent place; no other is one that the server has seen.
     """
     if settings.prompts == RANDOM:
         data = [
@@ -70,7 +71,7 @@ def load_command(
         vllm_program(), "bench", "serve", "--backend", "openai", "--base-url", endpoint.url, "--endpoint", "/v1/completions",
         "--model", endpoint.model, "--tokenizer", tokenizer, *data,
         "--num-prompts", str(settings.requests(concurrency)), "--max-concurrency", str(concurrency),
-        "--num-warmups", str(concurrency), "--ready-check-timeout-sec", "0",
+        "--num-warmups", str(max(_LEAST_WARM_UPS, concurrency)), "--ready-check-timeout-sec", "0",
         "--ignore-eos", "--temperature", "0", "--seed", str(settings.level_seed(concurrency)),
         "--percentile-metrics", ",".join(theirs for theirs, _ in METRICS.values()),
         "--metric-percentiles", ",".join(map(str, PERCENTILES)),
