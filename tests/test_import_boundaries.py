@@ -29,6 +29,8 @@ def loaded_by(module: str) -> set[str]:
         ("lrq_offline.reference_model", ("vllm", "lrq_server")),
         ("lrq_offline.verification", ("vllm", "lrq_server")),
         ("lrq_vllm.diagnosis", HEAVY),
+        ("lrq_vllm.pages.html", (*HEAVY, "matplotlib")),
+        ("lrq_vllm.pages.pictures", HEAVY),
         ("lrq_server.cli", ("vllm", "transformers", "lrq_offline")),
     ],
 )

@@ -1,65 +1,20 @@
-"""The pictures of a report: SVG to stand inside an HTML page, whose style sheet decides the colours and the font.
+"""The pictures of a report. Units are CSS pixels. The same data gives the same bytes."""
 
-A picture is drawn with stand-in colours, which become ``var(--name)`` in the SVG: it follows the page from light to dark.
-Units are CSS pixels. The same data gives the same bytes.
-"""
-
-import io
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
 
-import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from lrq_offline.report_data import BlockResult, Curve, LayerResult, RunReport
+from lrq_vllm.pages.pictures import AFTER, BEFORE, INK, LEVELS, PAPER, RAMPS, REST, WARN, logarithmic, span, svg
 
 __all__ = ["amount", "change_map", "curves_of_blocks", "error_chart", "error_map", "learning_curve", "scientific", "size_chart"]
 
-_INK, _MUTED, _LINE, _PAPER, _BEFORE, _AFTER, _REST, _WARN = (f"#0101{index:02x}" for index in range(8))
-_NAMES = dict(
-    zip(
-        (_INK, _MUTED, _LINE, _PAPER, _BEFORE, _AFTER, _REST, _WARN),
-        ("ink", "muted", "line", "paper", "before", "after", "rest", "warn"),
-        strict=True,
-    )
-)
-_LEVELS = 9
-# Three ramps of nine colours: errors, changes (the middle one means none), depth in the model.
-_RAMPS = {
-    name: tuple(f"#{row:02x}02{level:02x}" for level in range(_LEVELS)) for row, name in enumerate(("heat", "change", "depth"))
-}
-_NAMES.update({colour: f"{name}-{level}" for name, ramp in _RAMPS.items() for level, colour in enumerate(ramp)})
-
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lrq",
-    "font.family": "sans-serif",
-    "font.size": 12,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.8,
-    "text.color": _INK,
-    "text.parse_math": False,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-    "legend.frameon": False,
-    "legend.labelcolor": _INK,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _NARROWEST = 380  # a map of few blocks still has room for its scale
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -90,19 +45,19 @@ def error_chart(report: RunReport, width: int) -> str:
         before = [_visible(block.error_before) for block in report.blocks]
         after = [_visible(block.error_after) for block in report.blocks]
         size = max(3.0, min(7.0, 0.35 * width / len(x)))
-        _logarithmic(axes, [*before, *after])
+        logarithmic(axes, [*before, *after], _short)
         axes.grid(axis="y")
         if before != after:
-            axes.vlines(x, before, after, color=_BEFORE, linewidth=size / 3.5, alpha=0.7)
-            axes.plot(x, before, "o", color=_PAPER, mec=_BEFORE, mew=1.5, markersize=size, label="before")
-        axes.plot(x, after, "o", color=_AFTER, markersize=size, label="after learning")
+            axes.vlines(x, before, after, color=BEFORE, linewidth=size / 3.5, alpha=0.7)
+            axes.plot(x, before, "o", color=PAPER, mec=BEFORE, mew=1.5, markersize=size, label="before")
+        axes.plot(x, after, "o", color=AFTER, markersize=size, label="after learning")
         if before != after:
             axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, handletextpad=0.2, borderaxespad=0)
         _block_axis(axes, x, width)
         axes.margins(x=min(0.05, 0.4 / len(x)) if len(x) > 1 else 0.5)
         axes.set_ylabel("relative error")
 
-    return _svg(draw, width, 300 if width > 600 else 240, f"errors-{width}", "Relative error of each block")
+    return svg(draw, width, 300 if width > 600 else 240, f"errors-{width}", "Relative error of each block")
 
 
 def learning_curve(block: BlockResult) -> str:
@@ -112,14 +67,14 @@ def learning_curve(block: BlockResult) -> str:
         axes = figure.add_subplot()
         curve = block.curve
         train, held_out = _gaps(curve.train), _gaps(curve.held_out)
-        _logarithmic(axes, [*train, *held_out])
+        logarithmic(axes, [*train, *held_out], _short)
         axes.grid(axis="y")
-        axes.plot(curve.step, train, color=_BEFORE, linewidth=1.5)
-        axes.plot(curve.step, held_out, color=_AFTER, linewidth=2)
+        axes.plot(curve.step, train, color=BEFORE, linewidth=1.5)
+        axes.plot(curve.step, held_out, color=AFTER, linewidth=2)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.margins(x=0.02)
 
-    return _svg(draw, 280, 165, f"curve-{block.block}", f"Learning curve of block {block.block}")
+    return svg(draw, 280, 165, f"curve-{block.block}", f"Learning curve of block {block.block}")
 
 
 def curves_of_blocks(blocks: Sequence[BlockResult], loss: Callable[[Curve], tuple[float | None, ...]], name: str) -> str:
@@ -128,36 +83,36 @@ def curves_of_blocks(blocks: Sequence[BlockResult], loss: Callable[[Curve], tupl
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         # Held-out and training pictures stand side by side: one scale for both.
-        _logarithmic(axes, [value for block in blocks for value in _gaps([*block.curve.train, *block.curve.held_out])])
+        logarithmic(axes, [value for block in blocks for value in _gaps([*block.curve.train, *block.curve.held_out])], _short)
         axes.grid(axis="y")
         for index, block in enumerate(blocks):
-            colour = _RAMPS["depth"][index * _LEVELS // len(blocks)]
+            colour = RAMPS["depth"][index * LEVELS // len(blocks)]
             axes.plot(block.curve.step, _gaps(loss(block.curve)), color=colour, linewidth=1.3)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_xlabel("step")
         axes.set_xlim(0, 1.02 * max(1, *(block.curve.step[-1] for block in blocks)))
-        bounds = [blocks[0].block + (blocks[-1].block - blocks[0].block) * level / _LEVELS for level in range(_LEVELS + 1)]
-        mappable = ScalarMappable(BoundaryNorm(bounds, _LEVELS), ListedColormap(_RAMPS["depth"]))
+        bounds = [blocks[0].block + (blocks[-1].block - blocks[0].block) * level / LEVELS for level in range(LEVELS + 1)]
+        mappable = ScalarMappable(BoundaryNorm(bounds, LEVELS), ListedColormap(RAMPS["depth"]))
         _colour_bar(figure, mappable, "block", [bounds[0], bounds[-1]], lambda block: f"{block:.0f}", 0.5, axes)
 
-    return _svg(draw, 440, 300, f"curves-{name}", f"{name} of all blocks".capitalize())
+    return svg(draw, 440, 300, f"curves-{name}", f"{name} of all blocks".capitalize())
 
 
 def error_map(report: RunReport, width: int) -> str:
     """The error of every layer after learning: layer names by blocks. A dot marks what fell back to rounding to nearest."""
     errors = _by_layer(report, lambda layer: layer.error_after)
-    low, high = _span(value for row in errors for value in row)
-    bounds = [low * (high / low) ** (level / _LEVELS) for level in range(_LEVELS + 1)]
+    low, high = span(value for row in errors for value in row)
+    bounds = [low * (high / low) ** (level / LEVELS) for level in range(LEVELS + 1)]
     return _map(report, width, errors, "heat", bounds, "relative error", lambda error: scientific(error, 1))
 
 
 def change_map(report: RunReport, width: int) -> str:
     """How many times smaller or larger learning made the error of every layer: layer names by blocks."""
     factors = _by_layer(report, lambda layer: layer.error_after / layer.error_before if layer.error_before else math.nan)
-    low, high = _span(value for row in factors for value in row)
+    low, high = span(value for row in factors for value in row)
     # At least ten per cent either way, so that noise about 1 is not painted in full colour.
     most = max(high, 1 / low, 1.1)
-    bounds = [most ** (2 * level / _LEVELS - 1) for level in range(_LEVELS + 1)]
+    bounds = [most ** (2 * level / LEVELS - 1) for level in range(LEVELS + 1)]
     return _map(report, width, factors, "change", bounds, "error after / before", lambda factor: f"{factor:.2f}")
 
 
@@ -173,20 +128,20 @@ def size_chart(report: RunReport, width: int) -> str:
         names = [name for name, _, _ in rows]
         linears, totals = [part for _, part, _ in rows], [total for _, _, total in rows]
         rests = [total - part for part, total in zip(linears, totals, strict=True)]
-        for sizes, left, colour, label in ((linears, [0, 0], _AFTER, "quantized linears"), (rests, linears, _REST, "the rest")):
+        for sizes, left, colour, label in ((linears, [0, 0], AFTER, "quantized linears"), (rests, linears, REST, "the rest")):
             bars = axes.barh(names, sizes, left=left, height=0.56, color=colour, label=label)
             inside = [amount(size) if size > 0.16 * max(totals) * 500 / width else "" for size in sizes]
-            axes.bar_label(bars, inside, label_type="center", color=_PAPER)
+            axes.bar_label(bars, inside, label_type="center", color=PAPER)
         for row, total in enumerate(totals):
             axes.annotate(amount(total), (total, row), (8, 0), textcoords="offset points", va="center", weight="bold")
         axes.invert_yaxis()
         axes.set_xlim(0, max(totals) * (1 + 85 / width))
         axes.xaxis.set_visible(False)
         axes.spines["bottom"].set_visible(False)
-        axes.tick_params(axis="y", length=0, labelcolor=_INK, pad=6)
+        axes.tick_params(axis="y", length=0, labelcolor=INK, pad=6)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, handlelength=1, handleheight=1)
 
-    return _svg(draw, width, 150, f"sizes-{width}", "Sizes before and after")
+    return svg(draw, width, 150, f"sizes-{width}", "Sizes before and after")
 
 
 def _map(
@@ -208,32 +163,32 @@ def _map(
         axes = figure.add_subplot()
         x = [block.block for block in blocks]
         gap = min(2.0, cell / 8)
-        norm, colours = BoundaryNorm(bounds, _LEVELS, clip=True), ListedColormap(_RAMPS[ramp])
+        norm, colours = BoundaryNorm(bounds, LEVELS, clip=True), ListedColormap(RAMPS[ramp])
         edges = [*(block - 0.5 for block in x), x[-1] + 0.5], [row - 0.5 for row in range(len(names) + 1)]
         shown = np.array(values)  # NaN leaves a cell empty
-        cells = axes.pcolormesh(*edges, shown, cmap=colours, norm=norm, edgecolors=_PAPER, linewidth=gap)
+        cells = axes.pcolormesh(*edges, shown, cmap=colours, norm=norm, edgecolors=PAPER, linewidth=gap)
         for row, column in np.ndindex(shown.shape) if cell > 58 else ():
             if math.isfinite(value := values[row][column]):
                 # Cells of both ends of a ramp are far from the page's colour, and so is their text.
                 strong = norm(value) > 4 if ramp == "heat" else abs(norm(value) - 4) > 2
-                colour = _PAPER if strong else _INK
+                colour = PAPER if strong else INK
                 text = axes.text(x[column], row, show(value), color=colour, size=11, ha="center", va="center_baseline")
                 text.set_in_layout(False)  # it lies within its cell; asking takes long
         fallen = [(block.block, name) for block in blocks for name in block.layers if block.layers[name].fallback is not None]
         corner = 0.36 if cell > 30 else 0
         axes.plot(
             [block + corner for block, _ in fallen], [names.index(name) - corner * 0.75 for _, name in fallen], "o",
-            color=_WARN, markeredgecolor=_PAPER, markeredgewidth=0.8, markersize=max(4.5, min(7.0, cell / 3)),
+            color=WARN, markeredgecolor=PAPER, markeredgewidth=0.8, markersize=max(4.5, min(7.0, cell / 3)),
         )  # fmt: skip
         axes.invert_yaxis()
-        axes.set_yticks(range(len(names)), labels, color=_INK)
+        axes.set_yticks(range(len(names)), labels, color=INK)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         _block_axis(axes, x, width)
-        _colour_bar(figure, cells, label, bounds[:: _LEVELS // 3], show, min(1.0, 300 / (cell * len(blocks))))
+        _colour_bar(figure, cells, label, bounds[:: LEVELS // 3], show, min(1.0, 300 / (cell * len(blocks))))
 
     drawn = max(margin + cell * len(blocks), _NARROWEST)
-    return _svg(draw, drawn, 120 + 27 * len(names), f"{ramp}-{width}", f"{label} of every layer".capitalize())
+    return svg(draw, drawn, 120 + 27 * len(names), f"{ramp}-{width}", f"{label} of every layer".capitalize())
 
 
 def _by_layer(report: RunReport, value: Callable[[LayerResult], float]) -> list[list[float]]:
@@ -264,24 +219,6 @@ def _colour_bar(
     labels[-1].set_horizontalalignment("right")
 
 
-def _logarithmic(axes: Axes, values: Iterable[float]) -> None:
-    """A logarithmic y axis around the values, whose labels are enough also within one power of ten."""
-    low, high = _span(values)
-    axes.set_yscale("log")
-    room = max((high / low) ** 0.08, 1.05)
-    low, high = low / room, high * room
-    axes.set_ylim(low, high)
-    decades = math.log10(high / low)
-    subs = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1.3 else (1.0, 2.0, 5.0)
-    if decades > 0.7:
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axes.tick_params(axis="y", length=0)
-
-
 def _short(value: float) -> str:
     """A tick's label: scientific with no more digits than it has."""
     digits = next((digits for digits in range(4) if math.isclose(float(f"{value:.{digits}e}"), value, rel_tol=1e-6)), 2)
@@ -303,36 +240,3 @@ def _gaps(values: Iterable[float | None]) -> list[float]:
 def _visible(value: float) -> float:
     """The value, or NaN, which is not drawn, if it has no place on a logarithmic axis."""
     return value if math.isfinite(value) and value > 0 else math.nan
-
-
-def _span(values: Iterable[float]) -> tuple[float, float]:
-    """Least and greatest of the positive, finite values; never equal."""
-    seen = [value for value in values if math.isfinite(value) and value > 0] or [1.0]
-    return min(seen), max(max(seen), min(seen) * 1.01)
-
-
-def _svg(draw: Callable[[Figure], None], width: float, height: float, name: str, label: str) -> str:
-    with matplotlib.style.context(["default", _STYLE]):
-        figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
-        draw(figure)
-        written = io.StringIO()
-        figure.savefig(written, format="svg", metadata={"Date": None}, transparent=True)
-    return _embedded(written.getvalue(), width, height, name, label)
-
-
-def _embedded(svg: str, width: float, height: float, name: str, label: str) -> str:
-    """matplotlib's SVG file as an element of a page: no header, ids of its own, the page's colours and font."""
-    drawn = svg[svg.index("<g ") : svg.rindex("</svg>")]
-
-    def for_the_page(tag: re.Match[str]) -> str:
-        text = re.sub(r'<g id="[^"]*"', "<g", tag[0])
-        text = re.sub(r'(\bid="|xlink:href="#|url\(#)', rf"\g<1>{name}-", text).replace("xlink:href", "href")
-        text = re.sub(r" font-family: [^;\"]*;?| transform=\"rotate\(-?0 [^\"]*\"", "", text)
-        text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)
-        return re.sub("#[0-9a-f]{6}", lambda colour: f"var(--{_NAMES[colour[0]]})" if colour[0] in _NAMES else colour[0], text)
-
-    body = re.sub("<[^>]*>", for_the_page, drawn)
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width: {width * 1.15:g}px" role="img" '
-        f'aria-label="{escape(label)}">\n{body}</svg>'
-    )

