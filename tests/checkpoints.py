@@ -28,6 +28,7 @@ FAMILIES = {
     "phi3": {},  # fused queries, keys and values, and gate and up projection
     "qwen2": {},  # biases of queries, keys and values
     "qwen3": {"head_dim": 32},  # norms of queries and keys
+    "olmo2": {},  # norms after attention and MLP, and one of all queries and one of all keys
 }
 
 Checkpoints = Callable[[str, str], Path]

@@ -38,7 +38,8 @@ def test_a_family_is_quantized_whole_and_keeps_its_function(
     quantize_model(models[model_type], output, QuantizeSettings("w8a8", method, **QUICK))
     assert len(read_manifest(output).quantized) == 2 * len(KNOWN[model_type].linears)
     kl = evaluate_folder(output, HELDOUT, reference=models[model_type], windows=2, seq_len=64).kl
-    assert kl is not None and kl < 0.02
+    # What static ranges cost that were found on 64 tokens. A norm that is divided and a weight that is not cost whole nats.
+    assert kl is not None and kl < 0.03
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

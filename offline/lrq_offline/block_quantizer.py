@@ -129,11 +129,13 @@ class BlockQuantizer:
         return QuantizedBlock(ranges, learning, layers)
 
     def _smooth(self, block: nn.Module, samples: dict[str, InputSample]) -> None:
-        """SmoothQuant on every group in turn; the samples become those of the smoothed block."""
+        """SmoothQuant on every group that has a producer; the samples become those of the smoothed block."""
         activation = self.settings.bits.activation
         activation_bits = 8 if activation is None else activation.bits
         # From the last to the first: smoothing what a layer puts out changes the weights by which its own input is smoothed.
         for group, producer_name in reversed(list(zip(self.family.linear_groups, self.family.producers, strict=True))):
+            if producer_name is None:
+                continue  # nobody's output alone: what would be divided is the residual stream
             sample, producer = samples[group[0]], block.get_submodule(producer_name)
             linears = [_linear(block, name) for name in group]
             stacked = torch.cat([linear.weight.float() for linear in linears])

@@ -19,26 +19,30 @@ class Family:
     """Names inside a decoder model.
 
     blocks: the list of decoder blocks. embedding, rotary: modules that run before the blocks. final_norm: after them.
-    norms: per block, each norm and the module that reads it and whose output joins the residual stream. head_norms: per block,
-    norms of queries and keys.
+    residual: per block, each module that reads the residual stream and the one whose output then joins it.
+    norms: per block, all norms.
     activation_functions: how the names of the MLP's activation functions end.
     linear_groups: per block, the linear layers to quantize; those of one group read the same input, and a server
     fuses them into one layer, so they share one activation step.
     producers: for each linear group, the norm or linear layer whose output, channel by channel, scales the group's input. If
-    such a layer puts out more than that, what the group reads comes last.
+    such a layer puts out more than that, what the group reads comes last. None: the group reads the residual stream itself.
     attention_output: the layer that reads the values, each head's shared by several heads of queries.
+    joint_head_norms: whether a norm of queries or keys spans all heads.
+    float32_rotary: whether the server rotates queries and keys by tables in float32, with torch; others round the tables.
     """
 
     blocks: str
     embedding: str
     rotary: str
     final_norm: str
-    norms: tuple[tuple[str, str], ...]
-    head_norms: tuple[str, ...]
+    residual: tuple[tuple[str, str], ...]
+    norms: tuple[str, ...]
     activation_functions: str
     linear_groups: tuple[tuple[str, ...], ...]
-    producers: tuple[str, ...]
+    producers: tuple[str | None, ...]
     attention_output: str
+    joint_head_norms: bool = False
+    float32_rotary: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -48,9 +52,13 @@ class Family:
     @property
     def cut_along_inputs(self) -> tuple[str, ...]:
         """The linear layers that read what others put out, and are cut along their inputs by tensor parallelism."""
-        norms = {norm for norm, _ in self.norms}
         groups = zip(self.linear_groups, self.producers, strict=True)
-        return tuple(name for group, producer in groups if producer not in norms for name in group)
+        return tuple(name for group, producer in groups if producer in self.linears for name in group)
+
+    @property
+    def norms_read_residual(self) -> bool:
+        """Whether norms, and nothing else, read the residual stream: a server then adds and normalizes in one operation."""
+        return all(reader in self.norms for reader, _ in self.residual)
 
 
 _LLAMA = Family(
@@ -58,8 +66,8 @@ _LLAMA = Family(
     embedding="model.embed_tokens",
     rotary="model.rotary_emb",
     final_norm="model.norm",
-    norms=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
-    head_norms=(),
+    residual=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
+    norms=("input_layernorm", "post_attention_layernorm"),
     activation_functions="mlp.act_fn",
     linear_groups=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -71,6 +79,8 @@ _LLAMA = Family(
     attention_output="self_attn.o_proj",
 )
 
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -81,7 +91,15 @@ FAMILIES = {
         producers=("input_layernorm", "self_attn.qkv_proj", "post_attention_layernorm", "mlp.gate_up_proj"),
     ),
     "qwen2": _LLAMA,
-    "qwen3": replace(_LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm")),
+    "qwen3": replace(_LLAMA, norms=_LLAMA.norms + _HEAD_NORMS),
+    "olmo2": replace(
+        _LLAMA,
+        residual=(("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")),
+        norms=("post_attention_layernorm", "post_feedforward_layernorm", *_HEAD_NORMS),
+        producers=(None, "self_attn.v_proj", None, "mlp.up_proj"),
+        joint_head_norms=True,
+        float32_rotary=True,
+    ),
 }
 """By config.json's model_type."""
 

@@ -3,7 +3,8 @@
 The model keeps computing in float32; a value is rounded to the server's dtype wherever a server writes it out: after
 every linear layer, norm, activation function and attention, and in the residual stream. The one place that needs care is
 the residual addition: vLLM's fused add-and-normalize rounds the sum for the residual stream, and normalizes the sum as it
-was before. Attention weights stay in float32, as in vLLM's CPU attention.
+was before. Where no norm reads the residual stream, all that reads it reads the rounded sum. Attention weights stay in
+float32, as in vLLM's CPU attention.
 
 Integer layers depend on it: where rounding noise flips one 8-bit activation in a thousand, the difference grows block by
 block until it is as large as the quantization error itself.
@@ -45,11 +46,13 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
         """x as vLLM's C++ operations write it."""
         return _upper_half(x) if dtype == torch.bfloat16 and _vllm_truncates() else rounded(x)
 
+    rotated = rounded if family.float32_rotary else written
+
     def attention(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
     ) -> tuple[Tensor, None]:
         # q and k come from the rotary embedding. v comes from its linear layer: rounded there, it stays as it is.
-        return written(_causal_attention(written(q), written(k), written(v), mask, scaling)), None
+        return written(_causal_attention(rotated(q), rotated(k), written(v), mask, scaling)), None
 
     AttentionInterface.register(_ATTENTION, attention)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
@@ -58,17 +61,20 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
         if _is_linear(module):
             module.register_forward_pre_hook(lambda module, inputs: (_as_input(module, inputs[0].to(dtype)),))
             module.register_forward_hook(lambda module, inputs, output: rounded(output))
-        elif name == family.rotary:
+        elif name == family.rotary and not family.float32_rotary:
             module.register_forward_hook(lambda module, inputs, output: tuple(rounded(table) for table in output))
         elif name.endswith(family.activation_functions):
             module.register_forward_hook(lambda module, inputs, output: rounded(output))
     _replace_norm(model, family.final_norm, dtype)
+    if not family.norms_read_residual:
+        model.get_submodule(family.final_norm).register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]),))
     for block in blocks_of(model, family):
-        for norm_name, consumer_name in family.norms:
-            norm = _replace_norm(block, norm_name, dtype)
-            block.get_submodule(consumer_name).register_forward_hook(_residual_rounding(norm))
-        for norm_name in family.head_norms:
-            _replace_norm(block, norm_name, dtype)
+        for name in family.norms:
+            _replace_norm(block, name, dtype)
+        for reader, joiner in family.residual:
+            addition = _ResidualAddition(dtype)
+            block.get_submodule(reader).register_forward_pre_hook(addition.before, with_kwargs=True)
+            block.get_submodule(joiner).register_forward_hook(addition.after)
 
 
 def _vllm_truncates() -> bool:
@@ -103,30 +109,34 @@ class _ServedNorm(nn.Module):
         self.weight: nn.Parameter = norm.weight
         self._epsilon: float = norm.variance_epsilon
         self._dtype = dtype
-        self.residual_rounding = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width], not rounded yet, to [..., width]."""
-        self.residual_rounding = x.to(self._dtype).float() - x
         normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._epsilon)
         return (normalized.to(self._dtype).float() * self.weight).to(self._dtype).float()
 
 
-def _replace_norm(parent: nn.Module, name: str, dtype: torch.dtype) -> _ServedNorm:
-    norm = _ServedNorm(parent.get_submodule(name), dtype)
-    parent.set_submodule(name, norm)
-    return norm
+def _replace_norm(parent: nn.Module, name: str, dtype: torch.dtype) -> None:
+    parent.set_submodule(name, _ServedNorm(parent.get_submodule(name), dtype))
 
 
-def _residual_rounding(norm: _ServedNorm) -> Any:
-    """A hook on what a norm feeds: the block adds its output to the residual, which the server has rounded by now."""
+class _ResidualAddition:
+    """Hooks on what reads the residual stream and what joins it: the block adds to a sum that a server has rounded by then."""
 
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._rounding = torch.zeros(())
+
+    def before(self, module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+        """Note by how much rounding moves the sum that ``module`` is given."""
+        x = inputs[0] if inputs else keywords["hidden_states"]
+        self._rounding = x.to(self._dtype).float() - x
+
+    def after(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """The output, moved by as much."""
         if isinstance(output, tuple):  # attention also returns its weights
-            return (output[0] + norm.residual_rounding, *output[1:])
-        return output + norm.residual_rounding
-
-    return hook
+            return (output[0] + self._rounding, *output[1:])
+        return output + self._rounding
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
