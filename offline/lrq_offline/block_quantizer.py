@@ -141,7 +141,8 @@ class BlockQuantizer:
             stacked = torch.cat([linear.weight.float() for linear in linears])
             heads = self._shared_heads if group[0] == self.family.attention_output else SharedHeads()
             scale = smoothing_scale(sample, stacked, heads, self.settings.bits.weight_bits, activation_bits)
-            scale = heads.repeated(divide_output(producer, heads.once(scale), self.config.dtype or torch.bfloat16))
+            stored = self.config.dtype or torch.bfloat16
+            scale = heads.repeated(divide_output(producer, heads.once(scale), stored, self.family.gain_offset))
             for linear in linears:
                 multiply_input(linear, scale)
             sample.divide(scale)

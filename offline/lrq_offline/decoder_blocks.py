@@ -6,12 +6,15 @@ Modelling code is transformers' own. A family is declared, not coded: add an ent
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "Family", "block_names", "blocks_of", "empty_model", "load_block", "restore_rotary"]
+from lrq_offline.attention import attend, use_attention
+
+__all__ = ["FAMILIES", "Family", "block_names", "blocks_of", "empty_model", "load_block", "restore_constants"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,10 @@ class Family:
     producers: for each linear group, the norm or linear layer whose output, channel by channel, scales the group's input. If
     such a layer puts out more than that, what the group reads comes last. None: the group reads the residual stream itself.
     attention_output: the layer that reads the values, each head's shared by several heads of queries.
+    gain_offset: what norms add to the gains that are stored, and then keep in float32.
     joint_head_norms: whether a norm of queries or keys spans all heads.
     float32_rotary: whether the server rotates queries and keys by tables in float32, with torch; others round the tables.
+    mixed_attention: whether some blocks may see a window and others all tokens (config.json's layer_types).
     """
 
     blocks: str
@@ -41,8 +46,10 @@ class Family:
     linear_groups: tuple[tuple[str, ...], ...]
     producers: tuple[str | None, ...]
     attention_output: str
+    gain_offset: float = 0.0
     joint_head_norms: bool = False
     float32_rotary: bool = False
+    mixed_attention: bool = False
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -81,6 +88,18 @@ _LLAMA = Family(
 
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
+_GEMMA = replace(
+    _LLAMA,
+    residual=(
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    producers=("input_layernorm", "self_attn.v_proj", "pre_feedforward_layernorm", "mlp.up_proj"),
+    gain_offset=1.0,
+    mixed_attention=True,
+)
+
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -98,8 +117,10 @@ FAMILIES = {
         norms=("post_attention_layernorm", "post_feedforward_layernorm", *_HEAD_NORMS),
         producers=(None, "self_attn.v_proj", None, "mlp.up_proj"),
         joint_head_norms=True,
-        float32_rotary=True,
+        float32_rotary=True,  # vLLM serves it with transformers' own modelling code
     ),
+    "gemma2": _GEMMA,
+    "gemma3_text": replace(_GEMMA, norms=_GEMMA.norms + _HEAD_NORMS),
 }
 """By config.json's model_type."""
 
@@ -107,7 +128,9 @@ FAMILIES = {
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """transformers' model for ``config`` with every parameter on the meta device: shapes and no memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    use_attention(model.config, "lrq", attend)
+    return model
 
 
 def block_names(config: PreTrainedConfig, family: Family) -> list[str]:
@@ -122,10 +145,15 @@ def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
     return blocks
 
 
-def restore_rotary(model: nn.Module, family: Family, config: PreTrainedConfig) -> None:
-    """Build the rotary embedding's tables, which no checkpoint holds, for a model made by :func:`empty_model`."""
-    rotary = model.get_submodule(family.rotary)
+def restore_constants(model: nn.Module, family: Family, config: PreTrainedConfig) -> None:
+    """Build what no checkpoint holds, for a model made by :func:`empty_model`: the rotary embedding's tables, and by what
+    some families multiply the embedding.
+    """
+    rotary: nn.Module = model.get_submodule(family.rotary)
     model.set_submodule(family.rotary, type(rotary)(config=config))
+    embedding: Any = model.get_submodule(family.embedding)
+    if hasattr(embedding, "embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
 
 
 def load_block(

@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from lrq_offline.decoder_blocks import FAMILIES
+
 __all__ = ["shrunk_config", "write_byte_tokenizer", "write_random_model"]
 
 _LAYERS, _KEY_VALUE_HEADS, _WIDTH, _VOCABULARY = 2, 2, 512, 512
@@ -28,22 +30,25 @@ def shrunk_config(config: PreTrainedConfig) -> dict[str, Any]:
         "hidden_size": heads // of_keys * few * head, "intermediate_size": _WIDTH, "vocab_size": _VOCABULARY,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "dtype": "bfloat16",
     }  # fmt: skip
-    kinds = getattr(config, "layer_types", None)
-    return changes | ({"layer_types": kinds[:_LAYERS]} if kinds else {})
+    kinds = getattr(config, "layer_types", None) or []
+    each_first = [*dict.fromkeys(kinds), *kinds]
+    return changes | ({"layer_types": each_first[:_LAYERS]} if kinds else {})
 
 
 def write_random_model(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
-    """bfloat16; weights are normal with variance 1 / inputs, so that activations keep their size."""
+    """bfloat16; weights are normal with variance 1 / inputs, so that activations keep their size. Norms' gains are about 1."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
+    lowest = 0.5 - FAMILIES[config.model_type].gain_offset
+    embedded = 1 / getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
             elif parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(lowest, lowest + 1)
             else:
-                parameter.normal_(std=1 if "embed" in name else parameter.shape[1] ** -0.5)
+                parameter.normal_(std=embedded if "embed" in name else parameter.shape[1] ** -0.5)
     folder.mkdir(parents=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
