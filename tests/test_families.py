@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from lrq_offline import blockwise_run
 from lrq_offline.calibration import capture_block_inputs
 from lrq_offline.compute import block_output
 from lrq_offline.config import QuantizeSettings
@@ -72,6 +74,23 @@ def test_blocks_one_by_one_compute_what_the_whole_model_does(model_type: str, mo
         block = load_block(empty, name, source.read, torch.float32, cpu)
         hidden = block_output(block, hidden, arguments, torch.float32)
     torch.testing.assert_close(hidden, seen[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_gives_each_block_the_mask_and_the_rotary_tables_of_its_kind(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = blockwise_run.run_block, []
+
+    def watched(block: nn.Module, source: Any, target: Any, arguments: dict[str, Any], *rest: Any) -> None:
+        seen.append(arguments)
+        original(block, source, target, arguments, *rest)
+
+    monkeypatch.setattr(blockwise_run, "run_block", watched)
+    quantize_model(models["gemma3_text"], tmp_path / "out", QuantizeSettings("w4a16", "rtn", samples=2, seq_len=64))
+    window, _, full, _ = seen  # each block as it was and quantized
+    assert not window["attention_mask"][0, 0, 63, 63 - 40] and window["attention_mask"][0, 0, 63, 63 - 39]
+    assert full["attention_mask"] is None or full["attention_mask"][0, 0, 63].all()
+    assert not torch.equal(window["position_embeddings"][0], full["position_embeddings"][0])
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
