@@ -141,7 +141,8 @@ class BlockQuantizer:
             stacked = torch.cat([linear.weight.float() for linear in linears])
             heads = self._shared_heads if group[0] == self.family.attention_output else SharedHeads()
             scale = smoothing_scale(sample, stacked, heads, self.settings.bits.weight_bits, activation_bits)
-            stored = self.config.dtype or torch.bfloat16
+            # As a server holds them: a float32 model's too, which it runs in bfloat16. 1 + w of a small gain would suffer most.
+            stored = torch.float16 if self.config.dtype == torch.float16 else torch.bfloat16
             scale = heads.repeated(divide_output(producer, heads.once(scale), stored, self.family.gain_offset))
             for linear in linears:
                 multiply_input(linear, scale)
