@@ -8,11 +8,18 @@ quantization itself changes them; told to round, they are equal (tests/test_serv
 
 from typing import Any
 
+from torch._inductor import config as inductor_config
+
 __all__ = ["round_where_operations_do"]
 
 
 def round_where_operations_do(compilation_config: Any) -> None:
-    """Change vLLM's CompilationConfig in place, before the model's layers read it; what the user has chosen stays."""
+    """Change vLLM's CompilationConfig in place, before the model's layers read it; what the user has chosen stays.
+
+    A model that vLLM runs as transformers' own code has read its options for inductor by then: those are torch's defaults, in
+    this process that runs no other model.
+    """
     if compilation_config.custom_ops == ["none"]:  # vLLM's default when it compiles
         compilation_config.custom_ops[:] = ["all"]
-    compilation_config.inductor_compile_config.setdefault("emulate_precision_casts", True)
+    emulated = compilation_config.inductor_compile_config.setdefault("emulate_precision_casts", True)
+    inductor_config.emulate_precision_casts = emulated

@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
@@ -26,7 +27,7 @@ LEARNED = {"samples": 32}
 ITERS = {"w8a8": 20}
 
 # Families other than the tiny model's, each with what sets it apart.
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 32, "sliding_window": 40},
     "phi3": {},  # fused queries, keys and values, and gate and up projection
     "qwen2": {},  # biases of queries, keys and values
@@ -39,6 +40,24 @@ FAMILIES = {
         "moe_intermediate_size": 96,
         "norm_topk_prob": True,
     },
+    "olmo2": {},  # norms after attention and MLP, and one of all queries and one of all keys
+    # Gains of 1 + w, a scaled embedding, one block with a window, capped scores and logits: caps that bend what they see.
+    "gemma2": {
+        "head_dim": 32,
+        "sliding_window": 40,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+        "tie_word_embeddings": True,
+    },
+    # And rotary tables of its own for each kind of block.
+    "gemma3_text": {
+        "head_dim": 32,
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 24,
+        "tie_word_embeddings": True,
+    },
 }
 
 Checkpoints = Callable[[str, str], Path]
@@ -46,12 +65,12 @@ Checkpoints = Callable[[str, str], Path]
 
 def write_random_model(model_type: str, folder: Path) -> Path:
     """A small bfloat16 model of a family whose activations keep their size, with tiny's tokenizer."""
-    config = AutoConfig.for_model(
-        model_type, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=4096, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        tie_word_embeddings=False, dtype="bfloat16", **FAMILIES.get(model_type, {}),
-    )  # fmt: skip
-    random_model.write_random_model(config, folder)
+    shape = {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1,
+        "pad_token_id": 1, "tie_word_embeddings": False, "dtype": "bfloat16",
+    }  # fmt: skip
+    random_model.write_random_model(AutoConfig.for_model(model_type, **shape | FAMILIES.get(model_type, {})), folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)
     return folder

@@ -98,6 +98,18 @@ def with_outlier_channels(block: nn.Module, factor: float, *, after_linears: boo
     return block
 
 
+def test_smoothed_gains_of_a_float32_model_are_exact_in_bfloat16_which_serves_it(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CONFIG, "dtype", torch.float32)
+    block, _ = problem.quantize("w8a8", "smoothquant-rtn")
+    for before, after in (
+        (problem.block.input_layernorm.weight, block.input_layernorm.weight),
+        (problem.block.post_attention_layernorm.weight, block.post_attention_layernorm.weight),
+    ):
+        assert torch.equal(after.bfloat16().float(), after) and not torch.equal(after, before)
+
+
 # A row of v_proj or up_proj that is 64 times larger takes part in how the inputs of its own layer are smoothed, and costs
 # a little there.
 @pytest.mark.parametrize(("after_linears", "most"), [(False, 1.01), (True, 1.01)], ids=["norms", "norms and linears"])

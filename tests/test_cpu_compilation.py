@@ -1,10 +1,19 @@
 """Compiled CPU models are told to round where vLLM's operations do, and what a user has chosen stays."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from torch._inductor import config as inductor_config
 
 from lrq_vllm.cpu_compilation import round_where_operations_do
+
+
+@pytest.fixture(autouse=True)
+def torchs_defaults() -> Iterator[None]:
+    """As torch comes, and so again after each test."""
+    with inductor_config.patch(emulate_precision_casts=False):
+        yield
 
 
 def changed(custom_ops: list[str], **inductor: bool) -> SimpleNamespace:
@@ -26,6 +35,12 @@ def test_operations_that_the_user_has_chosen_stay(chosen: list[str]) -> None:
 
 def test_a_setting_of_inductor_that_the_user_has_chosen_stays() -> None:
     assert changed(["none"], emulate_precision_casts=False).inductor_compile_config == {"emulate_precision_casts": False}
+
+
+@pytest.mark.parametrize("chosen", [{}, {"emulate_precision_casts": False}], ids=str)
+def test_a_model_that_has_read_its_options_finds_the_same_in_torchs_defaults(chosen: dict[str, bool]) -> None:
+    wanted = changed(["none"], **chosen).inductor_compile_config["emulate_precision_casts"]
+    assert inductor_config.emulate_precision_casts is wanted
 
 
 def test_changing_it_twice_changes_nothing_more() -> None:

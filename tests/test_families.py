@@ -2,12 +2,19 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
+from lrq_offline import blockwise_run
+from lrq_offline.calibration import capture_block_inputs
+from lrq_offline.compute import block_output
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import FAMILIES as KNOWN
+from lrq_offline.decoder_blocks import empty_model, load_block, restore_constants
 from lrq_offline.evaluate import evaluate_folder
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.pipeline import quantize_model
@@ -38,7 +45,52 @@ def test_a_family_is_quantized_whole_and_keeps_its_function(
     quantize_model(models[model_type], output, QuantizeSettings("w8a8", method, **QUICK))
     assert len(read_manifest(output).quantized) == 2 * len(SourceModel.open(models[model_type]).family.linears)
     kl = evaluate_folder(output, HELDOUT, reference=models[model_type], windows=2, seq_len=64).kl
-    assert kl is not None and kl < 0.02
+    # What static ranges cost that were found on 64 tokens. A norm that is divided and a weight that is not cost whole nats.
+    assert kl is not None and kl < 0.03
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.inference_mode()
+def test_the_float_path_computes_what_transformers_does(model_type: str, models: dict[str, Path]) -> None:
+    tokens = torch.randint(0, 4096, (1, 64))
+    plain = AutoModelForCausalLM.from_pretrained(models[model_type], dtype=torch.float32, attn_implementation="eager")
+    assert torch.allclose(load_model(models[model_type])(input_ids=tokens).logits, plain(input_ids=tokens).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@torch.inference_mode()
+def test_blocks_one_by_one_compute_what_the_whole_model_does(model_type: str, models: dict[str, Path]) -> None:
+    tokens = torch.randint(0, 4096, (3, 64))
+    source, family, cpu = SourceModel.open(models[model_type]), KNOWN[model_type], torch.device("cpu")
+    whole, seen = load_model(models[model_type]), []
+    whole.get_submodule(family.final_norm).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    whole(input_ids=tokens)
+    empty = empty_model(source.config)
+    empty.set_submodule(family.embedding, load_block(empty, family.embedding, source.read, torch.float32, cpu))
+    restore_constants(empty, family, source.config)
+    inputs = capture_block_inputs(empty, family, tokens, torch.float32)
+    hidden = inputs.hidden
+    for name, arguments in zip(source.block_names, inputs.arguments, strict=True):
+        block = load_block(empty, name, source.read, torch.float32, cpu)
+        hidden = block_output(block, hidden, arguments, torch.float32)
+    torch.testing.assert_close(hidden, seen[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_gives_each_block_the_mask_and_the_rotary_tables_of_its_kind(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = blockwise_run.run_block, []
+
+    def watched(block: nn.Module, source: Any, target: Any, arguments: dict[str, Any], *rest: Any) -> None:
+        seen.append(arguments)
+        original(block, source, target, arguments, *rest)
+
+    monkeypatch.setattr(blockwise_run, "run_block", watched)
+    quantize_model(models["gemma3_text"], tmp_path / "out", QuantizeSettings("w4a16", "rtn", samples=2, seq_len=64))
+    window, _, full, _ = seen  # each block as it was and quantized
+    assert not window["attention_mask"][0, 0, 63, 63 - 40] and window["attention_mask"][0, 0, 63, 63 - 39]
+    assert full["attention_mask"] is None or full["attention_mask"][0, 0, 63].all()
+    assert not torch.equal(window["position_embeddings"][0], full["position_embeddings"][0])
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -60,8 +112,32 @@ def test_a_sliding_window_stays_with_quantized_keys_and_values(models: dict[str,
     assert torch.equal(model(input_ids=tokens).logits[0, -1], last)
 
 
-def test_blocks_of_several_kinds_are_refused(models: dict[str, Path]) -> None:
-    raw = json.loads((models["qwen2"] / "config.json").read_text())
-    raw |= {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1, "layer_types": None}
-    with pytest.raises(ModelFolderError, match="several kinds"):
-        model_config(raw, models["qwen2"])
+@torch.inference_mode()
+def test_capped_scores_stay_capped_with_quantized_keys_and_values(models: dict[str, Path]) -> None:
+    tokens = torch.randint(0, 4096, (1, 64))
+    model = load_model(models["gemma2"])
+    before = model(input_ids=tokens).logits
+    quantize_kv_cache(model, 8)
+    # Without the cap it is 3.
+    assert (model(input_ids=tokens).logits - before).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "said"),
+    [
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1, "layer_types": None},
+            "several kinds .*full_attention and sliding_attention.* does not serve for qwen2, only for gemma2, gemma3_text",
+        ),
+        ("gemma2", {"layer_types": ["full_attention", "chunked_attention"]}, "does not know .*: chunked_attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "its tokens see those after them"),
+    ],
+    ids=["mixed where vLLM does not mix", "an unknown kind", "both directions"],
+)
+def test_attention_that_is_not_served_is_refused(
+    model_type: str, changes: dict[str, Any], said: str, models: dict[str, Path]
+) -> None:
+    raw = json.loads((models[model_type] / "config.json").read_text())
+    with pytest.raises(ModelFolderError, match=said):
+        model_config(raw | changes, models[model_type])

@@ -48,3 +48,8 @@ def test_heads_groups_and_packed_words_limit_the_sizes(
     changes: dict[str, Any], scheme: str, group_size: int | None, expected: tuple[int, ...]
 ) -> None:
     assert sizes_of("llama", {**LLAMA_3_8B, **changes}, scheme, group_size) == expected
+
+
+def test_a_norm_of_all_keys_needs_a_rank_for_each_of_their_heads_at_most() -> None:
+    assert sizes_of("llama", LLAMA_3_8B, "w8a8")[-1] == 32
+    assert sizes_of("olmo2", LLAMA_3_8B, "w8a8") == (1, 2, 4, 8)

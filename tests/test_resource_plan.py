@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import Gemma2Config, LlamaConfig
 
+from lrq_offline.attention import plain_attention
 from lrq_offline.cli import main
 from lrq_offline.compute import Machine
 from lrq_offline.config import PRESETS, QuantizeSettings
@@ -66,6 +67,25 @@ def test_the_planned_peak_is_near_the_measured_one(row: dict[str, float | str]) 
     hidden_states = 2 * preset.samples * preset.seq_len * 4096 * 2
     planned = step_memory(attention + mlp, settings, config, torch.bfloat16) + hidden_states
     assert planned == pytest.approx(float(row["peak_gb"]) * 1e9, rel=0.25)
+
+
+def test_the_plan_has_room_for_capped_scores_and_their_gradients() -> None:
+    settings = QuantizeSettings("w4a16", batch_size=2, seq_len=64)
+    planned = [
+        step_memory([(128, 128)], settings, Gemma2Config(attn_logit_softcapping=cap, num_attention_heads=8), torch.float32)
+        for cap in (None, 50.0)
+    ]
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point() and tensor.shape[-2:] == (64, 64):
+            kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    q, k, v = (torch.randn(2, 8, 64, 32, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        plain_attention(q, k, v, None, 0.2, 50.0)
+    assert planned[1] - planned[0] == 2 * sum(kept.values())
 
 
 def test_methods_that_learn_nothing_need_less_memory_and_time() -> None:

@@ -76,7 +76,11 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def served_families(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
     """By model type, what a server answered."""
-    return answers(families, tmp_path_factory.mktemp("logs"), (*PLUGIN, *EAGER))
+    logs = tmp_path_factory.mktemp("logs")
+    # vLLM runs this one as transformers' own code, which it compiles in another order than its own (cpu_compilation.py).
+    compiled = {model_type: folder for model_type, folder in families.items() if model_type == "olmo2"}
+    eager = {model_type: folder for model_type, folder in families.items() if model_type not in compiled}
+    return answers(compiled, logs, (*PLUGIN, *OPTIONS)) | answers(eager, logs, (*PLUGIN, *EAGER))
 
 
 @pytest.fixture(scope="module")

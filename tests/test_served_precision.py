@@ -1,10 +1,11 @@
 """The reference path's emulation of a server's roundings, against vLLM's own operations on this machine's CPU."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lrq_offline import served_precision
@@ -43,6 +44,23 @@ def test_truncation_follows_vllms_choice_of_an_extension(
     monkeypatch.setattr("torch.cpu._is_avx512_supported", answer(avx512))
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", answer(avx512_bf16))
     assert truncates_here() is truncates
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the reference path rounds like vLLM on a CPU")
+@pytest.mark.parametrize(("kind", "offset"), [("RMSNorm", 0.0), ("GemmaRMSNorm", 1.0)])
+def test_vllms_norms_round_as_said(kind: str, offset: float) -> None:
+    pytest.importorskip("vllm")
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers import layernorm
+
+    x, gain = torch.randn(40, 256).bfloat16(), (torch.rand(256) + 0.5 - offset).bfloat16()
+    with set_current_vllm_config(VllmConfig()):
+        served = getattr(layernorm, kind)(256, eps=1e-6)
+    served.weight.data = gain
+    norm = SimpleNamespace(weight=nn.Parameter(gain.float()), variance_epsilon=1e-6)
+    ours = served_precision._ServedNorm(norm, offset, torch.bfloat16)
+    assert torch.equal(ours(x.float()), served.forward_native(x).float())
 
 
 @pytest.mark.vllm

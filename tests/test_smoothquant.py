@@ -40,21 +40,24 @@ def w8a8_error(x: Tensor, weight: Tensor) -> float:
 class Norm(nn.Module):
     """x times a gain, channel by channel: what is left of a norm once its input is normalised."""
 
-    def __init__(self, gain: Tensor) -> None:
+    def __init__(self, gain: Tensor, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(gain)
+        self.offset = offset
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
+        return x * (self.weight + self.offset)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
-def test_dividing_a_norm_and_multiplying_its_readers_leaves_their_products(stored: torch.dtype) -> None:
-    norm = Norm((torch.rand(32) + 0.1).to(stored).float())
+def test_dividing_a_norm_and_multiplying_its_readers_leaves_their_products(stored: torch.dtype, offset: float) -> None:
+    norm = Norm((torch.rand(32) + 0.1 - offset).to(stored).float(), offset)
     readers = [nn.Linear(32, 48), nn.Linear(32, 16, bias=False)]
     x = torch.randn(20, 32)
     before = [reader(norm(x)) for reader in readers]
-    scale = divide_output(norm, torch.rand(32) * 10 + 0.01, stored)
+    scale = divide_output(norm, torch.rand(32) * 10 + 0.01, stored, offset)
+    assert torch.equal(norm.weight.to(stored).float(), norm.weight) and not torch.equal(scale, torch.ones_like(scale))
     for reader in readers:
         multiply_input(reader, scale)
     for product, reader in zip(before, readers, strict=True):
@@ -107,6 +110,15 @@ def test_a_gain_that_would_be_zero_stays_as_it_was(gain: float, scale: float) ->
     used = divide_output(norm, torch.full((2,), scale), torch.float16)
     assert norm.weight[0] == weight[0] and used[0] == 1
     assert norm.weight[1] != 1
+
+
+def test_a_gain_of_one_and_a_stored_part_is_divided_as_near_to_the_scale_as_that_part_can_be_stored() -> None:
+    weight = torch.tensor([0.5, -0.25, 0.0, 0.0])
+    norm = Norm(weight.clone(), 1.0)
+    used = divide_output(norm, torch.tensor([3.0, 0.5, 1.0, 1e4]), torch.bfloat16, gain_offset=1.0)
+    # 1.5 / 3 - 1 and 0.75 / 0.5 - 1; 1 / 1e4 - 1 is -1 in bfloat16, which would leave no gain.
+    assert norm.weight.tolist() == [-0.5, 0.5, 0.0, 0.0]
+    assert used.tolist() == [3.0, 0.5, 1.0, 1.0]
 
 
 def test_a_gain_that_is_too_large_for_its_stored_dtype_when_divided_stays_finite() -> None:

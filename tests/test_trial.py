@@ -61,7 +61,10 @@ def test_a_shrunk_config_keeps_what_makes_the_family(model_type: str, tmp_path: 
     assert small.num_hidden_layers == 2 and small.hidden_size < config.hidden_size
     heads = small.num_attention_heads / small.num_key_value_heads
     assert heads == config.num_attention_heads / config.num_key_value_heads
-    assert small.rms_norm_eps == config.rms_norm_eps and small.hidden_act == config.hidden_act
+    for kept in ("rms_norm_eps", "hidden_act", "hidden_activation", "final_logit_softcapping", "sliding_window"):
+        assert getattr(small, kept, None) == getattr(config, kept, None)
+    kinds = getattr(config, "layer_types", None) or []
+    assert set(getattr(small, "layer_types", None) or []) == set(kinds)
 
 
 def test_the_byte_tokenizer_gives_back_what_it_read(tmp_path: Path) -> None:

@@ -143,12 +143,15 @@ class BlockQuantizer:
         return {first: samples[place] for first, place in places.items()}
 
     def _smooth(self, block: nn.Module, samples: dict[str, InputSample], short: frozenset[str]) -> None:
-        """SmoothQuant on every group in turn; the samples become those of the smoothed block."""
+        """SmoothQuant on every group that has a producer; the samples become those of the smoothed block."""
         activation = self.settings.bits.activation
         activation_bits = 8 if activation is None else activation.bits
-        stored = self.config.dtype or torch.bfloat16
+        # As a server holds them: a float32 model's too, which it runs in bfloat16. 1 + w of a small gain would suffer most.
+        stored = torch.float16 if self.config.dtype == torch.float16 else torch.bfloat16
         # From the last to the first: smoothing what a layer puts out changes the weights by which its own input is smoothed.
         for group, producer_name in reversed(list(zip(self.family.linear_groups, self.family.producers, strict=True))):
+            if producer_name is None:
+                continue  # nobody's output alone: what would be divided is the residual stream
             sample, producer = samples[group[0]], block.get_submodule(producer_name)
             if short.issuperset(group):
                 continue
@@ -156,7 +159,7 @@ class BlockQuantizer:
             stacked = torch.cat([linear.weight.float() for linear in linears])
             heads = self._shared_heads if group[0] == self.family.attention_output else SharedHeads()
             scale = smoothing_scale(sample, stacked, heads, self.settings.bits.weight_bits, activation_bits)
-            scale = heads.repeated(divide_output(producer, heads.once(scale), stored))
+            scale = heads.repeated(divide_output(producer, heads.once(scale), stored, self.family.gain_offset))
             for linear in linears:
                 multiply_input(linear, scale)
             for name in self.family.also_reads(group):

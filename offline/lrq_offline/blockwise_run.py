@@ -18,7 +18,7 @@ from lrq_offline.block_quantizer import BlockQuantizer, QuantizedBlock
 from lrq_offline.calibration import BlockInputs, capture_block_inputs
 from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import empty_model, load_block, restore_rotary
+from lrq_offline.decoder_blocks import empty_model, load_block, restore_constants
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.ranks import Ranks
@@ -72,9 +72,9 @@ class BlockwiseRun:
         caches = [store.like(tuple(inputs.hidden.shape), inputs.hidden.dtype) for _ in range(2)]
         for cache in caches:
             cache.put(slice(None), inputs.hidden)
-        arguments = {key: _moved(value, device) for key, value in inputs.arguments.items()}
+        arguments = _on_device(inputs.arguments, device)
         for index, name in enumerate(self.source.block_names):
-            on_block(self._block(model, name, index, caches[0], caches[1], arguments, ranks))
+            on_block(self._block(model, name, index, caches[0], caches[1], arguments[index], ranks))
 
     def _block(
         self,
@@ -111,12 +111,18 @@ class BlockwiseRun:
         model.set_submodule(
             family.embedding, load_block(model, family.embedding, self.source.read, torch.float32, torch.device("cpu"))
         )
-        restore_rotary(model, family, config)
+        restore_constants(model, family, config)
         # Hidden states are kept in the model's own precision, which is what a server hands from block to block.
         return capture_block_inputs(model, family, windows, config.dtype or torch.bfloat16)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device) for item in value)
-    return value.to(device) if isinstance(value, Tensor) else value
+def _on_device(arguments: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """Each block's arguments with their tensors on ``device``; one that several blocks share is there once."""
+    moved: dict[int, Tensor] = {}
+
+    def move(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(move(item) for item in value)
+        return moved.setdefault(id(value), value.to(device)) if isinstance(value, Tensor) else value
+
+    return [{key: move(value) for key, value in of_block.items()} for of_block in arguments]

@@ -1,15 +1,15 @@
-"""Text to windows of tokens, and the inputs that the first decoder block receives for them."""
+"""Text to windows of tokens, and what the decoder blocks receive for them."""
 
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lrq_offline.decoder_blocks import Family
+from lrq_offline.decoder_blocks import Family, blocks_of
 from lrq_vllm.errors import CalibrationDataError
 
 __all__ = ["BlockInputs", "capture_block_inputs", "token_windows"]
@@ -34,28 +34,35 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], samp
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What the first block receives: hidden states [samples, seq_len, width] and the other arguments of the call.
+    """What the first block receives, hidden states [samples, seq_len, width], and the other arguments of each block's call.
 
-    ``arguments`` come from a batch of one and broadcast over the batch (rotary tables, positions, mask).
+    ``arguments`` come from a batch of one and broadcast over the batch (rotary tables, positions, mask). Blocks that see a
+    window of tokens have other ones than blocks that see all.
     """
+
+    hidden: Tensor
+    arguments: list[dict[str, Any]]
+
+
+class _CapturedError(Exception):
+    """Leaves the model's forward as soon as the last block is reached."""
+
+
+class _Catcher(nn.Module):
+    """Stands for a block: notes its call and hands the hidden states on, or ends the pass if it is the last."""
 
     hidden: Tensor
     arguments: dict[str, Any]
 
-
-class _CapturedError(Exception):
-    """Leaves the model's forward as soon as the first block is reached."""
-
-
-class _Catcher(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, last: bool) -> None:
         super().__init__()
-        self._dtype = dtype
-        self.calls: list[tuple[Tensor, dict[str, Any]]] = []
+        self._last = last
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> NoReturn:
-        self.calls.append((hidden.to(self._dtype), arguments))
-        raise _CapturedError
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.hidden, self.arguments = hidden, arguments
+        if self._last:
+            raise _CapturedError
+        return hidden
 
 
 @torch.no_grad()
@@ -65,13 +72,15 @@ def capture_block_inputs(model: nn.Module, family: Family, windows: Tensor, dtyp
     The hidden states are kept in ``dtype``. ``model`` is an empty model whose embedding and rotary tables are real; its
     blocks are not touched.
     """
-    blocks, catcher = model.get_submodule(family.blocks), _Catcher(dtype)
-    model.set_submodule(family.blocks, nn.ModuleList([catcher]))
+    blocks = blocks_of(model, family)
+    catchers = [_Catcher(last=index == len(blocks) - 1) for index in range(len(blocks))]
+    model.set_submodule(family.blocks, nn.ModuleList(catchers))
+    hidden = []
     try:
         for window in windows:
             with suppress(_CapturedError):
                 model(input_ids=window.unsqueeze(0), use_cache=False)
+            hidden.append(catchers[0].hidden.to(dtype))
     finally:
         model.set_submodule(family.blocks, blocks)
-    hidden = torch.cat([hidden for hidden, _ in catcher.calls])
-    return BlockInputs(hidden, catcher.calls[0][1])
+    return BlockInputs(torch.cat(hidden), [catcher.arguments for catcher in catchers])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from lrq_offline.attention import attend, use_attention
 from lrq_offline.experts import ExpertNames, Experts
 
 __all__ = [
@@ -22,7 +23,7 @@ __all__ = [
     "empty_model",
     "family_of",
     "load_block",
-    "restore_rotary",
+    "restore_constants",
     "with_names_of_files",
 ]
 
@@ -32,14 +33,18 @@ class Family:
     """Names inside a decoder model.
 
     blocks: the list of decoder blocks. embedding, rotary: modules that run before the blocks. final_norm: after them.
-    norms: per block, each norm and the module that reads it and whose output joins the residual stream. head_norms: per block,
-    norms of queries and keys.
+    residual: per block, each module that reads the residual stream and the one whose output then joins it.
+    norms: per block, all norms.
     activation_functions: how the names of the MLP's activation functions end.
     linear_groups: per block, the linear layers to quantize; those of one group read the same input, and a server
     fuses them into one layer, so they share one activation step.
     producers: for each linear group, the norm or linear layer whose output, channel by channel, scales the group's input. If
-    such a layer puts out more than that, what the group reads comes last.
+    such a layer puts out more than that, what the group reads comes last. None: the group reads the residual stream itself.
     attention_output: the layer that reads the values, each head's shared by several heads of queries.
+    gain_offset: what norms add to the gains that are stored, and then keep in float32.
+    joint_head_norms: whether a norm of queries or keys spans all heads.
+    float32_rotary: whether the server rotates queries and keys by tables in float32, with torch; others round the tables.
+    mixed_attention: whether some blocks may see a window and others all tokens (config.json's layer_types).
     renamed: modules of a block that transformers calls differently than checkpoint files do: its name, and the files'. All
     other names here are the files'.
     experts, expert_count: of a mixture of experts. :func:`family_of` adds their linear layers, as many as a model has.
@@ -49,12 +54,16 @@ class Family:
     embedding: str
     rotary: str
     final_norm: str
-    norms: tuple[tuple[str, str], ...]
-    head_norms: tuple[str, ...]
+    residual: tuple[tuple[str, str], ...]
+    norms: tuple[str, ...]
     activation_functions: str
     linear_groups: tuple[tuple[str, ...], ...]
-    producers: tuple[str, ...]
+    producers: tuple[str | None, ...]
     attention_output: str
+    gain_offset: float = 0.0
+    joint_head_norms: bool = False
+    float32_rotary: bool = False
+    mixed_attention: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     experts: ExpertNames | None = None
     expert_count: int = 0
@@ -90,9 +99,13 @@ class Family:
     @property
     def cut_along_inputs(self) -> tuple[str, ...]:
         """The linear layers that read what others put out, and are cut along their inputs by tensor parallelism."""
-        norms = {norm for norm, _ in self.norms}
         groups = zip(self.linear_groups, self.producers, strict=True)
-        return tuple(name for group, producer in groups if producer not in norms for name in group)
+        return tuple(name for group, producer in groups if producer in self.linears for name in group)
+
+    @property
+    def norms_read_residual(self) -> bool:
+        """Whether norms, and nothing else, read the residual stream: a server then adds and normalizes in one operation."""
+        return all(reader in self.norms for reader, _ in self.residual)
 
 
 _LLAMA = Family(
@@ -100,8 +113,8 @@ _LLAMA = Family(
     embedding="model.embed_tokens",
     rotary="model.rotary_emb",
     final_norm="model.norm",
-    norms=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
-    head_norms=(),
+    residual=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")),
+    norms=("input_layernorm", "post_attention_layernorm"),
     activation_functions="mlp.act_fn",
     linear_groups=(
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -113,7 +126,19 @@ _LLAMA = Family(
     attention_output="self_attn.o_proj",
 )
 
-_QWEN3 = replace(_LLAMA, head_norms=("self_attn.q_norm", "self_attn.k_norm"))
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+_GEMMA = replace(
+    _LLAMA,
+    residual=(
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    norms=("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    producers=("input_layernorm", "self_attn.v_proj", "pre_feedforward_layernorm", "mlp.up_proj"),
+    gain_offset=1.0,
+    mixed_attention=True,
+)
 
 # Of a family with experts: what stands here is outside of them.
 _ATTENTION_ALONE: dict[str, Any] = {"linear_groups": _LLAMA.linear_groups[:2], "producers": _LLAMA.producers[:2]}
@@ -128,11 +153,21 @@ FAMILIES = {
         producers=("input_layernorm", "self_attn.qkv_proj", "post_attention_layernorm", "mlp.gate_up_proj"),
     ),
     "qwen2": _LLAMA,
-    "qwen3": _QWEN3,
+    "qwen3": replace(_LLAMA, norms=_LLAMA.norms + _HEAD_NORMS),
+    "olmo2": replace(
+        _LLAMA,
+        residual=(("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")),
+        norms=("post_attention_layernorm", "post_feedforward_layernorm", *_HEAD_NORMS),
+        producers=(None, "self_attn.v_proj", None, "mlp.up_proj"),
+        joint_head_norms=True,
+        float32_rotary=True,  # vLLM serves it with transformers' own modelling code
+    ),
+    "gemma2": _GEMMA,
+    "gemma3_text": replace(_GEMMA, norms=_GEMMA.norms + _HEAD_NORMS),
     "mixtral": replace(
         _LLAMA,
         **_ATTENTION_ALONE,
-        norms=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "block_sparse_moe")),
+        residual=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "block_sparse_moe")),
         activation_functions=".act_fn",
         renamed=(("mlp", "block_sparse_moe"),),
         experts=ExpertNames(
@@ -140,7 +175,8 @@ FAMILIES = {
         ),
     ),
     "qwen3_moe": replace(
-        _QWEN3,
+        _LLAMA,
+        norms=_LLAMA.norms + _HEAD_NORMS,
         **_ATTENTION_ALONE,
         activation_functions=".act_fn",
         experts=ExpertNames(
@@ -158,7 +194,7 @@ def family_of(config: PreTrainedConfig) -> Family:
         return family
     names, count = family.experts, int(getattr(config, family.experts.count))
     experts = range(count)
-    norm = next(norm for norm, reader in family.norms if names.module.startswith(f"{reader}."))
+    norm = next(reader for reader, joiner in family.residual if names.module.startswith(f"{joiner}."))
     return replace(
         family,
         expert_count=count,
@@ -177,7 +213,8 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     Modules are called as in checkpoint files.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    use_attention(model.config, "lrq", attend)
     return with_names_of_files(model)
 
 
@@ -209,10 +246,15 @@ def blocks_of(model: nn.Module, family: Family) -> nn.ModuleList:
     return blocks
 
 
-def restore_rotary(model: nn.Module, family: Family, config: PreTrainedConfig) -> None:
-    """Build the rotary embedding's tables, which no checkpoint holds, for a model made by :func:`empty_model`."""
-    rotary = model.get_submodule(family.rotary)
+def restore_constants(model: nn.Module, family: Family, config: PreTrainedConfig) -> None:
+    """Build what no checkpoint holds, for a model made by :func:`empty_model`: the rotary embedding's tables, and by what
+    some families multiply the embedding.
+    """
+    rotary: nn.Module = model.get_submodule(family.rotary)
     model.set_submodule(family.rotary, type(rotary)(config=config))
+    embedding: Any = model.get_submodule(family.embedding)
+    if hasattr(embedding, "embed_scale"):
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale)
 
 
 def load_block(

@@ -4,11 +4,9 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from lrq_offline.affine import fake_quantize_per_token
+from lrq_offline.attention import attend, use_attention
 
 __all__ = ["quantize_kv_cache"]
 
@@ -18,16 +16,13 @@ def quantize_kv_cache(model: nn.Module, bits: int) -> None:
 
     The layers get a config of their own: other blocks made from the same one stay as they are.
     """
-    name = f"lrq_kv{bits}"
 
     def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
         k, v = (fake_quantize_per_token(x, bits, v.dtype) for x in (k, v))
-        return sdpa_attention_forward(module, q.to(v.dtype), k, v, mask, **options)
+        return attend(module, q.to(v.dtype), k, v, mask, **options)
 
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
     for module in model.modules():
         if hasattr(module, "config"):
             config: Any = copy.copy(module.config)
-            config._attn_implementation = name
+            use_attention(config, f"lrq_kv{bits}", attention)
             module.config = config

@@ -19,7 +19,8 @@ def tensor_parallel_sizes(
     """All sizes up to 64 that divide the heads, the MLP's width, and the inputs of layers that are cut along them.
 
     quantized: module -> (out, in). vLLM gives each rank whole heads of queries, and whole ones of keys and values or one that
-    several ranks share. Layers that read heads or the MLP's width are cut along their inputs, between packed words and groups.
+    several ranks share. A norm of all heads' keys gathers them from the ranks, which must not share any. Layers that read heads
+    or the MLP's width are cut along their inputs, between packed words and groups.
     """
     heads = config.num_attention_heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -28,7 +29,8 @@ def tensor_parallel_sizes(
     cut = [inputs for name, (_, inputs) in quantized.items() if name.endswith(family.cut_along_inputs)]
 
     def works(size: int) -> bool:
-        whole = heads % size == 0 and (key_value_heads % size == 0 or size % key_value_heads == 0)
+        shared = size % key_value_heads == 0 and not family.joint_head_norms
+        whole = heads % size == 0 and (key_value_heads % size == 0 or shared)
         return whole and inner % size == 0 and all(inputs % (size * unit) == 0 for inputs in cut)
 
     return tuple(size for size in range(1, _MOST + 1) if size == 1 or works(size))

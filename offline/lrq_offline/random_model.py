@@ -33,22 +33,25 @@ def shrunk_config(config: PreTrainedConfig) -> dict[str, Any]:
     experts = FAMILIES[config.model_type].experts
     if experts is not None:
         changes |= {experts.count: min(getattr(config, experts.count), _EXPERTS), experts.width: _WIDTH}
-    kinds = getattr(config, "layer_types", None)
-    return changes | ({"layer_types": kinds[:_LAYERS]} if kinds else {})
+    kinds = getattr(config, "layer_types", None) or []
+    each_first = [*dict.fromkeys(kinds), *kinds]
+    return changes | ({"layer_types": each_first[:_LAYERS]} if kinds else {})
 
 
 def write_random_model(config: PreTrainedConfig, folder: Path, seed: int = 0) -> None:
-    """bfloat16; weights are normal with variance 1 / inputs, so that activations keep their size."""
+    """bfloat16; weights are normal with variance 1 / inputs, so that activations keep their size. Norms' gains are about 1."""
     torch.manual_seed(seed)
     model = with_names_of_files(AutoModelForCausalLM.from_config(config))
+    lowest = 0.5 - FAMILIES[config.model_type].gain_offset
+    embedded = 1 / getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
             elif parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(lowest, lowest + 1)
             else:
-                parameter.normal_(std=1 if "embed" in name else parameter.shape[1] ** -0.5)
+                parameter.normal_(std=embedded if "embed" in name else parameter.shape[1] ** -0.5)
     folder.mkdir(parents=True)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrq_offline.decoder_blocks import blocks_of, empty_model, family_of, restore_rotary
+from lrq_offline.decoder_blocks import blocks_of, empty_model, family_of, restore_constants
 from lrq_offline.served_precision import round_like_a_server
 from lrq_offline.source_model import check_model_tensors, model_config
 from lrq_vllm.checkpoint.schema import Manifest, config_without_quantization
@@ -90,7 +90,7 @@ def open_model(
         names = [name for name in names if not name.startswith(f"{family.blocks}.")]
     model.load_state_dict({name: _read(tensors, name, device) for name in names}, strict=False, assign=True)
     model.tie_weights()
-    restore_rotary(model, family, config)
+    restore_constants(model, family, config)
     model.get_submodule(family.rotary).to(device)
     if served_in is not None:
         round_like_a_server(model, family, served_in)

@@ -84,7 +84,11 @@ def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, confi
         total += elements * 2 * dtype.itemsize if settings.renews else 0
     # What a step keeps for its backward pass, roughly: a dozen tensors of the block's width, four of the MLP's.
     tokens = settings.batch_size * settings.seq_len
-    return int(total + tokens * 4 * (12 * config.hidden_size + 4 * config.intermediate_size))
+    total += tokens * 4 * (12 * config.hidden_size + 4 * config.intermediate_size)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        # Capped scores are computed in plain sight: their tanh and their softmax, each with its gradient.
+        total += tokens * settings.seq_len * config.num_attention_heads * 4 * 4
+    return int(total)
 
 
 def _block_seconds(shapes: list[tuple[int, int]], settings: QuantizeSettings, width: int, device: torch.device) -> float:

@@ -1,9 +1,11 @@
 """Make a reference model round where a 16-bit server rounds, so that the two can be compared to the last bit.
 
 The model keeps computing in float32; a value is rounded to the server's dtype wherever a server writes it out: after
-every linear layer, norm, activation function and attention, and in the residual stream. The one place that needs care is
+every linear layer, norm, activation function and attention, after each step of capping the logits, and in the residual
+stream. The one place that needs care is
 the residual addition: vLLM's fused add-and-normalize rounds the sum for the residual stream, and normalizes the sum as it
-was before. Attention weights stay in float32, as in vLLM's CPU attention.
+was before. Where no norm reads the residual stream, all that reads it reads the rounded sum. Attention weights stay in
+float32, as in vLLM's CPU attention.
 
 Integer layers depend on it: where rounding noise flips one 8-bit activation in a thousand, the difference grows block by
 block until it is as large as the quantization error itself.
@@ -21,15 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 
+from lrq_offline.attention import plain_attention, use_attention
 from lrq_offline.decoder_blocks import Family, blocks_of
 from lrq_offline.experts import Experts
 
 __all__ = ["round_like_a_server", "served_dtype"]
-
-_ATTENTION = "lrq_float32_weights"
 
 
 def served_dtype(raw_config: Mapping[str, Any]) -> torch.dtype:
@@ -47,20 +47,21 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
         """x as vLLM's C++ operations write it."""
         return _upper_half(x) if dtype == torch.bfloat16 and _vllm_truncates() else rounded(x)
 
-    def attention(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
-    ) -> tuple[Tensor, None]:
-        # q and k come from the rotary embedding. v comes from its linear layer: rounded there, it stays as it is.
-        return written(_causal_attention(written(q), written(k), written(v), mask, scaling)), None
+    rotated = rounded if family.float32_rotary else written
 
-    AttentionInterface.register(_ATTENTION, attention)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-    model.config._attn_implementation = _ATTENTION
+    def attention(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+        *, scaling: float, softcap: float | None = None, **_: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        # q and k come from the rotary embedding. v comes from its linear layer: rounded there, it stays as it is.
+        return written(plain_attention(rotated(q), rotated(k), written(v), mask, scaling, softcap)), None
+
+    use_attention(model.config, "lrq_served", attention)
     for name, module in model.named_modules():
         if _is_linear(module):
             module.register_forward_pre_hook(lambda module, inputs: (_as_input(module, inputs[0].to(dtype)),))
             module.register_forward_hook(lambda module, inputs, output: rounded(output))
-        elif name == family.rotary:
+        elif name == family.rotary and not family.float32_rotary:
             module.register_forward_hook(lambda module, inputs, output: tuple(rounded(table) for table in output))
         elif family.experts is not None and name.endswith(f".{family.experts.router}"):
             _round_products(module, rounded)
@@ -68,13 +69,34 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
             module.register_forward_hook(lambda module, inputs, output: rounded(output))
             if isinstance(module, Experts) and _routes_in_16_bits():
                 module.register_forward_pre_hook(lambda module, inputs: (*inputs[:2], rounded(inputs[2])))
-    _replace_norm(model, family.final_norm, dtype)
+    _round_embedding(model.get_submodule(family.embedding), rounded)
+    _round_capped_logits(model, rounded)
+    _replace_norm(model, family.final_norm, family, dtype)
+    if not family.norms_read_residual:
+        model.get_submodule(family.final_norm).register_forward_pre_hook(lambda module, inputs: (rounded(inputs[0]),))
     for block in blocks_of(model, family):
-        for norm_name, consumer_name in family.norms:
-            norm = _replace_norm(block, norm_name, dtype)
-            block.get_submodule(consumer_name).register_forward_hook(_residual_rounding(norm))
-        for norm_name in family.head_norms:
-            _replace_norm(block, norm_name, dtype)
+        for name in family.norms:
+            _replace_norm(block, name, family, dtype)
+        for reader, joiner in family.residual:
+            addition = _ResidualAddition(dtype)
+            block.get_submodule(reader).register_forward_pre_hook(addition.before, with_kwargs=True)
+            block.get_submodule(joiner).register_forward_hook(addition.after)
+
+
+def _round_embedding(embedding: Any, rounded: Callable[[Tensor], Tensor]) -> None:
+    """Where a family scales its embedding, the server rounds the scale and then the product."""
+    if hasattr(embedding, "embed_scale"):
+        embedding.embed_scale = rounded(embedding.embed_scale)
+        embedding.register_forward_hook(lambda module, inputs, output: rounded(output))
+
+
+def _round_capped_logits(model: PreTrainedModel, rounded: Callable[[Tensor], Tensor]) -> None:
+    """Cap the logits, in a family that does, where they are computed: the model itself would round nowhere on the way."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap is not None:
+        model.config.final_logit_softcapping = None
+        head: Any = model.get_output_embeddings()
+        head.register_forward_hook(lambda module, inputs, output: rounded(rounded(rounded(output / cap).tanh()) * cap))
 
 
 def _vllm_truncates() -> bool:
@@ -107,20 +129,24 @@ def _as_input(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class _ServedNorm(nn.Module):
-    """RMSNorm as a server computes it: the input as it is, the normalized value and the product with the gain rounded."""
+    """RMSNorm as a server computes it: the input as it is, the normalized value and the product with the gain rounded.
 
-    def __init__(self, norm: Any, dtype: torch.dtype) -> None:
+    A gain that is a sum stays in float32, and so does what it is multiplied with.
+    """
+
+    def __init__(self, norm: Any, gain_offset: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight: nn.Parameter = norm.weight
-        self._epsilon: float = norm.variance_epsilon
+        self._epsilon: float = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        self._offset = gain_offset
         self._dtype = dtype
-        self.residual_rounding = torch.zeros(())
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width], not rounded yet, to [..., width]."""
-        self.residual_rounding = x.to(self._dtype).float() - x
         normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self._epsilon)
-        return (normalized.to(self._dtype).float() * self.weight).to(self._dtype).float()
+        if self._offset == 0:
+            normalized = normalized.to(self._dtype).float()
+        return (normalized * (self.weight + self._offset)).to(self._dtype).float()
 
 
 class _RoundedProducts(TorchFunctionMode):
@@ -146,31 +172,24 @@ def _round_products(router: nn.Module, rounded: Callable[[Tensor], Tensor]) -> N
     router.__dict__["forward"] = called
 
 
-def _replace_norm(parent: nn.Module, name: str, dtype: torch.dtype) -> _ServedNorm:
-    norm = _ServedNorm(parent.get_submodule(name), dtype)
-    parent.set_submodule(name, norm)
-    return norm
+def _replace_norm(parent: nn.Module, name: str, family: Family, dtype: torch.dtype) -> None:
+    parent.set_submodule(name, _ServedNorm(parent.get_submodule(name), family.gain_offset, dtype))
 
 
-def _residual_rounding(norm: _ServedNorm) -> Any:
-    """A hook on what a norm feeds: the block adds its output to the residual, which the server has rounded by now."""
+class _ResidualAddition:
+    """Hooks on what reads the residual stream and what joins it: the block adds to a sum that a server has rounded by then."""
 
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._rounding = torch.zeros(())
+
+    def before(self, module: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Any]) -> None:
+        """Note by how much rounding moves the sum that ``module`` is given."""
+        x = inputs[0] if inputs else keywords["hidden_states"]
+        self._rounding = x.to(self._dtype).float() - x
+
+    def after(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        """The output, moved by as much."""
         if isinstance(output, tuple):  # attention also returns its weights
-            return (output[0] + norm.residual_rounding, *output[1:])
-        return output + norm.residual_rounding
-
-    return hook
-
-
-def _causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """q [batch, heads, tokens, dim]; k, v [batch, key-value heads, tokens, dim]; out [batch, tokens, heads, dim].
-
-    mask: bool [batch, 1, tokens, tokens], what a token sees; None: all tokens before it.
-    """
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    tokens = q.shape[2]
-    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril() if mask is None else mask
-    scores = (q @ k.transpose(-1, -2) * scaling).masked_fill(~seen, float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous()
+            return (output[0] + self._rounding, *output[1:])
+        return output + self._rounding

@@ -90,19 +90,22 @@ def _scale(largest_input: Tensor, largest_weight: Tensor, alpha: float) -> Tenso
     return torch.where((largest_input > 0) & (largest_weight > 0), scale, torch.ones_like(scale)).clamp(min=_LEAST)
 
 
-def divide_output(producer: nn.Module, scale: Tensor, stored_dtype: torch.dtype) -> Tensor:
+def divide_output(producer: nn.Module, scale: Tensor, stored_dtype: torch.dtype, gain_offset: float = 0.0) -> Tensor:
     """Divide what ``producer`` (a norm, or a linear layer) puts out last by s [n], in place; return the s really used.
 
-    A norm's gain is stored in ``stored_dtype``: it is rounded, and s is what that leaves, so that the product stays exact.
+    A norm's gain, less ``gain_offset``, is stored in ``stored_dtype``: it is rounded, and s is what that leaves, so that the
+    product stays exact.
     """
     weight = producer.weight
     assert isinstance(weight, Tensor)
     with torch.no_grad():
         if weight.dim() == 1:
             largest = torch.finfo(stored_dtype).max
-            gain = (weight / scale).clamp(-largest, largest).to(stored_dtype).float()
-            used = torch.where(gain != 0, weight / gain, torch.ones_like(gain))
-            weight.copy_(torch.where(gain != 0, gain, weight))
+            before = weight + gain_offset
+            stored = (before / scale - gain_offset).clamp(-largest, largest).to(stored_dtype).float()
+            gain = stored + gain_offset
+            used = torch.where(gain != 0, before / gain, torch.ones_like(gain))
+            weight.copy_(torch.where(gain != 0, stored, weight))
             return used
         weight[-len(scale) :].div_(scale.unsqueeze(1))
         if isinstance(producer, nn.Linear) and producer.bias is not None:

@@ -15,6 +15,8 @@ from lrq_vllm.errors import ModelFolderError, one_paragraph
 
 __all__ = ["SourceModel", "check_model_tensors", "load_tokenizer", "model_config"]
 
+_ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+
 
 @dataclass(frozen=True)
 class SourceModel:
@@ -107,13 +109,30 @@ def model_config(raw_config: dict[str, Any], folder: Path) -> PreTrainedConfig:
             f"{folder} has blocks with experts and blocks without (mlp_only_layers or decoder_sparse_step in config.json); lrq "
             "quantizes models whose blocks all have experts."
         )
-    kinds = sorted(set(getattr(config, "layer_types", None) or []))
-    if len(kinds) > 1:
-        raise ModelFolderError(
-            f"{folder} has blocks of several kinds (layer_types in config.json: {' and '.join(kinds)}); lrq quantizes models "
-            "whose blocks all see the same tokens. Use a model without use_sliding_window."
-        )
+    _check_attention(config, folder)
     return config
+
+
+def _check_attention(config: PreTrainedConfig, folder: Path) -> None:
+    """Raises ModelFolderError for attention that the model's family does not have in vLLM."""
+    kinds = sorted(set(getattr(config, "layer_types", None) or []))
+    if len(kinds) > 1 and not FAMILIES[config.model_type].mixed_attention:
+        mixing = ", ".join(sorted(name for name, family in FAMILIES.items() if family.mixed_attention))
+        raise ModelFolderError(
+            f"{folder} has blocks of several kinds (layer_types in config.json: {' and '.join(kinds)}), which vLLM does not "
+            f"serve for {config.model_type}, only for {mixing}. Use a model without use_sliding_window."
+        )
+    unknown = set(kinds) - _ATTENTION_KINDS
+    if unknown:
+        raise ModelFolderError(
+            f"{folder} has blocks of a kind that lrq does not know (layer_types in config.json: {', '.join(sorted(unknown))}); "
+            f"it knows {' and '.join(sorted(_ATTENTION_KINDS))}. Use a model that has no other."
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ModelFolderError(
+            f"{folder} makes embeddings (use_bidirectional_attention in config.json): its tokens see those after them. lrq "
+            "quantizes models that generate text. Use one of those."
+        )
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
