@@ -46,7 +46,7 @@ def grouped_weight_only_linear(
     _, out_features, groups = step.shape
     y = torch.zeros((len(x) * slots_per_row, out_features), dtype=x.dtype, device=x.device)
     if len(y):
-        launch = launch or _launch(routes, out_features)
+        launch = launch or _launch(routes, out_features, bits)
         _grouped_weight_only_kernel[_grid(routes, out_features, launch)](
             x, qweight, step, zero_point, y, routes.slots, routes.experts,
             len(y), out_features, in_features, slots_per_row, x.stride(0), x.stride(1), qweight.shape[2],
@@ -71,7 +71,7 @@ def grouped_integer_linear(
     out_features = weight.step.shape[1]
     y = torch.zeros((rows * slots_per_row, out_features), dtype=out_dtype, device=x.q.device)
     if len(y):
-        launch = launch or _launch(routes, out_features)
+        launch = launch or _launch(routes, out_features, weight.bits)
         _grouped_integer_kernel[_grid(routes, out_features, launch)](
             x.q, x.step, x.zero_point, x.total, weight.q, weight.step, weight.zero_point, weight.total, y,
             routes.slots, routes.experts, len(y), out_features, in_features, slots_per_row, weight.q.shape[2],
@@ -82,13 +82,16 @@ def grouped_integer_linear(
     return y
 
 
-def _launch(routes: Routes, out_features: int) -> Launch:
-    """Wide tiles read x less often, narrow ones are more: as wide as leaves enough of them for every multiprocessor."""
+def _launch(routes: Routes, out_features: int, bits: int) -> Launch:
+    """Wide tiles read x less often, narrow ones are more: as wide as leaves enough of them for every multiprocessor.
+
+    The rest is what bench/experts.py found the fastest in most cells on an H100.
+    """
     blocks = len(routes.experts)
     outputs = next((width for width in (128, 64) if blocks * triton.cdiv(out_features, width) >= _ENOUGH_TILES), 32)
-    return Launch(
-        outputs, inputs=64 if outputs == 128 else 128, warps=8 if outputs == 128 and routes.block == 64 else 4, stages=4
-    )
+    if outputs < 128:
+        return Launch(outputs, inputs=128, warps=4, stages=4)
+    return Launch(128, inputs=128, warps=8, stages=3) if bits == 8 else Launch(128, inputs=64, warps=4, stages=4)
 
 
 def _grid(routes: Routes, out_features: int, launch: Launch) -> tuple[int, int]:
