@@ -2,8 +2,10 @@
 """Each model family with each scheme: quantized, verified, and served on one and two ranks. Writes the table in the docs.
 
     python bench/architectures.py --out bench/results/architectures.json --table docs/architectures.md
+    python bench/architectures.py --families mixtral --out bench/results/architectures.json --table docs/architectures.md
 
 Small random models of the real classes; `lrq-offline verify` says whether vLLM loads every tensor and answers as it should.
+What --out says of families that are not tried this time stays there, if it comes from the same versions and machine.
 """
 
 import argparse
@@ -40,23 +42,34 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--table", type=Path, help="Markdown file to write")
     arguments = parser.parse_args()
-    rows = []
+    result = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"],
+        "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "transformers")},
+        "unit": "nats: mean difference of vLLM's log-probabilities from the reference path's; tp: tensor-parallel ranks",
+    }
+    rows = [row for row in earlier_rows(arguments.out, result) if row["family"] not in arguments.families]
+    today = datetime.date.today().isoformat()
     for family in arguments.families:
         with tempfile.TemporaryDirectory() as folder:
             source = write_random_model(family, Path(folder, "float"))
             for scheme in arguments.schemes:
-                rows.append({"family": family, "scheme": scheme, **tried(source, Path(folder, "quantized"), scheme)})
+                rows.append(
+                    {"family": family, "scheme": scheme, "date": today, **tried(source, Path(folder, "quantized"), scheme)}
+                )
                 print(json.dumps(rows[-1]), flush=True)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"],
-        "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "transformers")},
-        "unit": "nats: mean difference of vLLM's log-probabilities from the reference path's; tp: tensor-parallel ranks",
-        "rows": rows,
-    }
+    order = list(FAMILIES)
+    result["rows"] = sorted(rows, key=lambda row: order.index(row["family"]))
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.table is not None:
         arguments.table.write_text(table(result))
+
+
+def earlier_rows(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of an earlier run that is comparable."""
+    if not path.exists():
+        return []
+    earlier: dict[str, Any] = json.loads(path.read_text())
+    return earlier["rows"] if all(earlier[key] == now[key] for key in ("device", "versions")) else []
 
 
 def tried(source: Path, folder: Path, scheme: str) -> dict[str, Any]:
@@ -84,6 +97,7 @@ def tried(source: Path, folder: Path, scheme: str) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Markdown: families by schemes."""
     rows = result["rows"]
+    dates = [row["date"] for row in rows]
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
     lines = [
         "# Architectures",
@@ -91,7 +105,7 @@ def table(result: dict[str, Any]) -> str:
         "<!-- bench/architectures.py writes this file. -->",
         "",
         f"Small random models of each family, quantized, verified and served by vLLM {result['versions']['vllm']} "
-        f"({result['date']}, {result['device']}). A cell",
+        f"({' to '.join(dict.fromkeys((min(dates), max(dates))))}, {result['device']}). A cell",
         "says how far vLLM's log-probabilities are from the reference path's on average, in nats, on one rank / on "
         f"{RANKS} tensor-parallel",
         "ranks; `lrq-offline verify` has found every tensor where it belongs. Numbers: `bench/results/architectures.json`.",
