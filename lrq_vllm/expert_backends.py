@@ -1,11 +1,12 @@
 """Who multiplies tokens with the experts that they were sent to. The arithmetic is that of kernels/reference_experts.py."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lrq_vllm.expert_weights import ExpertStack
+from lrq_vllm.expert_stack import ExpertStack, Routing
 from lrq_vllm.integer_backends import LayerInput, choose_integer_backend
 from lrq_vllm.kernel_choice import TRITON, first_that_can
 from lrq_vllm.kernels import reference, reference_experts
@@ -18,10 +19,10 @@ __all__ = ["ExpertBackend", "ExpertLinear", "choose_expert_backend", "expert_can
 class ExpertLinear(Protocol):
     """One layer of all experts, ready to multiply."""
 
-    def __call__(self, x: Tensor, slots_per_row: int, expert_of: Tensor) -> Tensor:
-        """y [S, out] in x's dtype: row s // slots_per_row of x [S / slots_per_row, in], times the weight of expert_of[s].
+    def __call__(self, x: Tensor, slots_per_row: int, routing: Routing) -> Tensor:
+        """y [S, out] in x's dtype: row s // slots_per_row of x [S / slots_per_row, in], times the weight of slot s's expert.
 
-        expert_of: int64 [S], negative where no expert of this rank takes the slot; y is 0 there.
+        y is 0 where no expert of this rank takes the slot.
         """
 
 
@@ -54,14 +55,14 @@ def expert_candidates(stack: ExpertStack, dtype: torch.dtype, *, integers: bool)
 def reference_linear(stack: ExpertStack, *, integers: bool) -> ExpertLinear:
     """The definition: plain torch."""
     if not integers:
-        return lambda x, slots_per_row, expert_of: reference_experts.experts_weight_only_linear(
-            x, slots_per_row, expert_of, stack.q, stack.step, stack.zero_point, stack.bits
+        return lambda x, slots_per_row, routing: reference_experts.experts_weight_only_linear(
+            x, slots_per_row, routing.expert_of, stack.q, stack.step, stack.zero_point, stack.bits
         )
-    weight = _integer_stack(stack)
+    weight, quantized = _integer_stack(stack), _quantizer(stack, reference)
 
-    def linear(x: Tensor, slots_per_row: int, expert_of: Tensor) -> Tensor:
-        tokens, slots_per_row = _quantized(x, slots_per_row, expert_of, stack.static, reference.quantize_per_token)
-        return reference_experts.experts_integer_linear(tokens, slots_per_row, expert_of, weight, x.dtype)
+    def linear(x: Tensor, slots_per_row: int, routing: Routing) -> Tensor:
+        tokens, slots_per_row = quantized(x, slots_per_row, routing)
+        return reference_experts.experts_integer_linear(tokens, slots_per_row, routing.expert_of, weight, x.dtype)
 
     return linear
 
@@ -80,26 +81,18 @@ class GroupedBackend:
     def linear(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> ExpertLinear:
         """Keeps the checkpoint's words."""
         from lrq_vllm.kernels import activation_quant, grouped_gemm
-        from lrq_vllm.kernels.expert_routes import expert_routes
-
-        experts = len(stack.q)
-
-        def weight_only(x: Tensor, slots_per_row: int, expert_of: Tensor) -> Tensor:
-            routes = expert_routes(expert_of, experts, _block(expert_of, experts))
-            return grouped_gemm.grouped_weight_only_linear(
-                x, slots_per_row, stack.q, stack.step, stack.zero_point, stack.bits, routes
-            )
 
         if not integers:
-            return weight_only
-        weight = _integer_stack(stack)
+            return lambda x, slots_per_row, routing: grouped_gemm.grouped_weight_only_linear(
+                x, slots_per_row, stack.q, stack.step, stack.zero_point, stack.bits, routing.routes
+            )
+        weight, quantized = _integer_stack(stack), _quantizer(stack, activation_quant)
 
-        def in_integers(x: Tensor, slots_per_row: int, expert_of: Tensor) -> Tensor:
-            routes = expert_routes(expert_of, experts, _block(expert_of, experts))
-            tokens, slots_per_row = _quantized(x, slots_per_row, expert_of, stack.static, activation_quant.quantize_per_token)
-            return grouped_gemm.grouped_integer_linear(tokens, slots_per_row, weight, routes, x.dtype)
+        def linear(x: Tensor, slots_per_row: int, routing: Routing) -> Tensor:
+            tokens, slots_per_row = quantized(x, slots_per_row, routing)
+            return grouped_gemm.grouped_integer_linear(tokens, slots_per_row, weight, routing.routes, x.dtype)
 
-        return in_integers
+        return linear
 
 
 class OneByOneBackend:
@@ -116,7 +109,8 @@ class OneByOneBackend:
         one = _integer_expert if integers else _weight_only_expert
         layers = [one(stack, expert, dtype) for expert in range(len(stack.q))]
 
-        def linear(x: Tensor, slots_per_row: int, expert_of: Tensor) -> Tensor:
+        def linear(x: Tensor, slots_per_row: int, routing: Routing) -> Tensor:
+            expert_of = routing.expert_of
             y = torch.zeros((len(expert_of), stack.step.shape[1]), dtype=x.dtype)
             for expert, layer in enumerate(layers):
                 slots = (expert_of == expert).nonzero().flatten()
@@ -153,18 +147,18 @@ def _integer_stack(stack: ExpertStack) -> IntegerWeight:
     return IntegerWeight(stack.q, step, zero_point, total, stack.bits)
 
 
-def _quantized(
-    x: Tensor, slots_per_row: int, expert_of: Tensor, static: tuple[Tensor, Tensor] | None, per_token: Any
-) -> tuple[QuantizedTokens, int]:
-    """x in 8 bits, and how many slots share one of its rows then: where experts have ranges of their own, none do."""
-    if static is None:
-        return per_token(x), slots_per_row
-    expert = expert_of.clamp(min=0)
-    rows = x.repeat_interleave(slots_per_row, dim=0)
-    return reference.quantize_rows(rows, static[0][expert], static[1][expert]), 1
+def _quantizer(stack: ExpertStack, kernels: Any) -> Callable[[Tensor, int, Routing], tuple[QuantizedTokens, int]]:
+    """x in 8 bits, and how many slots share one of its rows then. kernels: whose quantize_per_token and so on."""
+    if stack.static is None:
+        return lambda x, slots_per_row, _: (kernels.quantize_per_token(x), slots_per_row)
+    step, zero_point = stack.static
+    if (step == step[:1]).all() and (zero_point == zero_point[:1]).all():
+        shared = step[0].clone(), zero_point[0].clone()
+        return lambda x, slots_per_row, _: (kernels.quantize_static(x, *shared), slots_per_row)
 
+    def by_expert(x: Tensor, slots_per_row: int, routing: Routing) -> tuple[QuantizedTokens, int]:
+        expert = routing.expert_of.clamp(min=0)
+        rows = x if slots_per_row == 1 else x.repeat_interleave(slots_per_row, dim=0)
+        return kernels.quantize_rows(rows, step[expert], zero_point[expert]), 1
 
-def _block(expert_of: Tensor, experts: int) -> int:
-    """Places of a block of routes: as many as an expert gets on average, within what the kernels take."""
-    average = len(expert_of) / experts
-    return 16 if average <= 16 else 32 if average <= 32 else 64
+    return by_expert

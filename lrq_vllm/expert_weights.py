@@ -7,7 +7,7 @@ under expert parallelism it has whole experts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from vllm.config import get_current_vllm_config
 from lrq_vllm.checkpoint.packing import packed_width
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import CheckpointError
+from lrq_vllm.expert_stack import ExpertStack
 from lrq_vllm.stored_checks import check_arrived, check_cut, check_stored
 
-__all__ = ["ExpertShape", "ExpertStack", "ExpertWeights"]
+__all__ = ["ExpertShape", "ExpertWeights"]
 
 _NAMES = ({"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}, {name: name for name in ("w1", "w3", "w2")})
 
@@ -33,21 +34,6 @@ class ExpertShape:
     inner: int
     rank: int
     ranks: int
-
-
-class ExpertStack(NamedTuple):
-    """One layer of all experts of this rank, as the checkpoint stores it.
-
-    q [experts, out, words], step and zero_point [experts, out, groups]; static: the calibrated step and zero-point of each
-    expert's input, float32 and uint8 [experts, 1], or None.
-    """
-
-    q: Tensor
-    step: Tensor
-    zero_point: Tensor
-    static: tuple[Tensor, Tensor] | None
-    bits: int
-    in_features: int
 
 
 class ExpertWeights:

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import SettingsError
 from lrq_vllm.expert_backends import ExpertLinear, choose_expert_backend, reference_linear
+from lrq_vllm.expert_stack import Routing
 from lrq_vllm.expert_weights import ExpertShape, ExpertWeights
 from lrq_vllm.layer_self_test import check_layer
 
@@ -71,10 +72,20 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         """x [tokens, hidden] to [tokens, hidden], in x's dtype; this rank's part of the sum."""
         assert self._inner is not None and self._outer is not None
         ids = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()].long()
-        gate, up = self._inner(x, ids.shape[1], ids.flatten()).chunk(2, dim=1)
-        y = self._outer(torch.nn.functional.silu(gate) * up, 1, ids.flatten())
+        routing = Routing(ids.flatten(), layer.local_num_experts)
+        y = self._outer(_silu_and_mul(self._inner(x, ids.shape[1], routing)), 1, routing)
         return (y.view(*ids.shape, -1).float() * topk_weights.float().unsqueeze(2)).sum(dim=1).to(x.dtype)
 
 
+def _silu_and_mul(x: Tensor) -> Tensor:
+    """silu(gate) * up of x [slots, 2 * width], gate first."""
+    gate, up = x.chunk(2, dim=1)
+    if not x.is_cuda:
+        return torch.nn.functional.silu(gate) * up
+    y = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    torch.ops._C.silu_and_mul(y, x)
+    return y
+
+
 def _each_in_turn(linear: ExpertLinear, experts: int, x: Tensor) -> Tensor:
-    return linear(x, 1, torch.arange(len(x), device=x.device) % experts)
+    return linear(x, 1, Routing(torch.arange(len(x), device=x.device) % experts, experts))

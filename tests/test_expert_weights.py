@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError
+from lrq_vllm.expert_stack import Routing
 from tests.vllm_layers import Tensors, manifest_for, random_tensors
 
 pytestmark = [
@@ -70,9 +71,10 @@ def products(stacks: Any, x: Tensor, expert_of: Tensor, *, integers: bool) -> tu
         choose_expert_backend(stack, torch.bfloat16, integers=integers).linear(stack, torch.bfloat16, integers=integers)
         for stack in stacks
     )
-    between = inner(x, CHOICES, expert_of)
+    routing = Routing(expert_of, len(stacks[0].q))
+    between = inner(x, CHOICES, routing)
     gate, up = between.chunk(2, dim=1)
-    return between, outer(torch.nn.functional.silu(gate) * up, 1, expert_of)
+    return between, outer(torch.nn.functional.silu(gate) * up, 1, routing)
 
 
 def case(scheme: str, group: int | None) -> tuple[Manifest, Tensors, Tensor, Tensor]:

@@ -13,8 +13,9 @@ from lrq_offline.compute import Machine
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import empty_model
 from lrq_offline.expert_tokens import TOO_FEW
-from lrq_offline.pipeline import quantize_model
+from lrq_offline.pipeline import manifest_of, quantize_model
 from lrq_offline.reference_model import load_model
+from lrq_offline.resource_plan import block_flops
 from lrq_offline.source_model import SourceModel, model_config
 from lrq_vllm.checkpoint.store import read_manifest
 from lrq_vllm.errors import ModelFolderError, SettingsError
@@ -128,6 +129,14 @@ def test_gptq_of_experts_loses_less_than_rounding_to_nearest(models: dict[str, P
         experts = [layer for name, layer in by_name.items() if "experts" in name and layer["fallback"] is None]
         assert experts
         assert sum(layer["error_after"] for layer in experts) < sum(layer["error_before"] for layer in experts)
+
+
+def test_a_plan_counts_a_token_at_the_experts_that_it_meets(models: dict[str, Path]) -> None:
+    source, settings = SourceModel.open(models["mixtral"]), QuantizeSettings("w4a16", "rtn", samples=1, seq_len=2)
+    # 128 x 128 for queries and the output, 64 x 128 for keys and values; 2 of 4 experts with three layers of 128 x 256.
+    # Five passes over two tokens.
+    per_token = 2 * 128 * 128 + 2 * 64 * 128 + 2 * 3 * 128 * 256
+    assert block_flops(source, manifest_of(source.config, settings), settings) == pytest.approx(5 * 2 * 2 * per_token)
 
 
 def test_blocks_with_and_without_experts_are_refused(models: dict[str, Path]) -> None:

@@ -77,6 +77,18 @@ def test_static_kernel_equals_its_reference(device: torch.device, tokens: int, i
     assert_equal_tokens(actual, reference.quantize_static(x, step, zero_point))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("tokens", "in_features"), TOKEN_SHAPES)
+def test_rows_with_a_step_each_equal_their_reference(
+    device: torch.device, tokens: int, in_features: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(tokens, in_features).to(dtype)
+    step = torch.rand(tokens, 1, dtype=torch.float32) * 0.05 + 0.001
+    zero_point = torch.randint(0, 256, (tokens, 1), dtype=torch.uint8)
+    actual = activation_quant.quantize_rows(x.to(device), step.to(device), zero_point.to(device))
+    assert_equal_tokens(actual, reference.quantize_rows(x, step, zero_point))
+
+
 # Rows of 1 and 4 values fill a power of two: nothing pads them with zeros.
 HARD_ROWS = {
     "outliers": torch.tensor([-1e5, 0.3, -0.2, 1e5, 2.0]),

@@ -1,4 +1,4 @@
-"""Triton: 8-bit activation quantization. Twins: reference.quantize_per_token and reference.quantize_static."""
+"""Triton: 8-bit activation quantization. Twins: quantize_per_token, quantize_rows and quantize_static of reference.py."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 from lrq_vllm.kernels.reference import QuantizedTokens
 from lrq_vllm.kernels.triton_tiles import round_to_even
 
-__all__ = ["quantize_per_token", "quantize_static"]
+__all__ = ["quantize_per_token", "quantize_rows", "quantize_static"]
 
 
 def quantize_per_token(x: Tensor) -> QuantizedTokens:
@@ -18,6 +18,11 @@ def quantize_per_token(x: Tensor) -> QuantizedTokens:
 
 def quantize_static(x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
     """As reference.quantize_static, one program per token. x [T, K], any strides; step and zero_point have one element."""
+    return _launch(x, step, zero_point)
+
+
+def quantize_rows(x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
+    """As reference.quantize_rows, one program per token. x [T, K], any strides; step and zero_point [T, 1], contiguous."""
     return _launch(x, step, zero_point)
 
 
@@ -33,7 +38,8 @@ def _launch(x: Tensor, step: Tensor | None, zero_point: Tensor | None) -> Quanti
         block = triton.next_power_of_2(in_features)
         _quantize_kernel[(tokens,)](
             x, step, zero_point, *out, in_features, x.stride(0), x.stride(1),
-            STATIC=step is not None, BLOCK=block, num_warps=min(16, max(4, block // 512)),
+            STATIC=step is not None, BY_ROW=step is not None and len(step) > 1, BLOCK=block,
+            num_warps=min(16, max(4, block // 512)),
         )  # fmt: skip
     return out
 
@@ -41,15 +47,16 @@ def _launch(x: Tensor, step: Tensor | None, zero_point: Tensor | None) -> Quanti
 @triton.jit
 def _quantize_kernel(
     x_ptr, in_step_ptr, in_zero_ptr, q_ptr, step_ptr, zero_ptr, total_ptr, K, stride_t, stride_k,
-    STATIC: tl.constexpr, BLOCK: tl.constexpr,
+    STATIC: tl.constexpr, BY_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     in_range = k < K
     x = tl.load(x_ptr + token * stride_t + k * stride_k, mask=in_range, other=0.0).to(tl.float32)
     if STATIC:
-        step = tl.load(in_step_ptr)
-        zero = tl.load(in_zero_ptr).to(tl.float32)
+        row = token if BY_ROW else 0
+        step = tl.load(in_step_ptr + row)
+        zero = tl.load(in_zero_ptr + row).to(tl.float32)
     else:
         # The padding zeros change nothing: the range is widened to hold 0 in any case.
         low = tl.minimum(tl.min(x, axis=0), 0.0)

@@ -14,7 +14,8 @@ __all__ = ["ExpertNames", "Experts"]
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """Names within a block, as in checkpoint files. count, width: of the experts and of their inside, in config.json.
+    """Names within a block, as in checkpoint files. In config.json: count and width, of the experts and of their inside, and
+    choices, how many of them a token meets.
 
     router: what chooses the experts of a token; it reads what they read, and stays in 16 bits.
     """
@@ -26,6 +27,7 @@ class ExpertNames:
     down: str
     count: str
     width: str
+    choices: str = "num_experts_per_tok"
 
     def inputs_of(self, expert: int) -> tuple[str, str]:
         """The two layers of an expert that read the block's normalized tokens."""

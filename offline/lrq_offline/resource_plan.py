@@ -9,11 +9,13 @@ from transformers import PreTrainedConfig
 
 from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
+from lrq_offline.decoder_blocks import FAMILIES
 from lrq_offline.hidden_states import HiddenStatesStore
 from lrq_offline.pipeline import manifest_of
 from lrq_offline.source_model import SourceModel
+from lrq_vllm.checkpoint.schema import Manifest
 
-__all__ = ["ResourcePlan", "plan_run", "step_memory"]
+__all__ = ["ResourcePlan", "block_flops", "plan_run", "step_memory"]
 
 # Passes over all calibration windows in which nothing is learned: targets, inputs of layers, error before and after, outputs.
 _PASSES = 5
@@ -65,7 +67,7 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
         host_bytes=cache * places.count("host memory") + cache + 2 * largest + (0 if device.type == "cuda" else computing),
         disk_bytes=output + cache * places.count("disk"),
         hidden_states_in=", ".join(dict.fromkeys(places)),
-        minutes=blocks * _block_seconds(shapes, settings, config.hidden_size, device) / 60,
+        minutes=blocks * block_flops(source, manifest, settings) / (_flops_per_second(device) * _EFFICIENCY) / 60,
     )
 
 
@@ -84,21 +86,27 @@ def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, confi
         total += elements * 2 * dtype.itemsize if settings.renews else 0
     # What a step keeps for its backward pass, roughly: a dozen tensors of the block's width, four of the MLP's.
     tokens = settings.batch_size * settings.seq_len
-    total += tokens * 4 * (12 * config.hidden_size + 4 * config.intermediate_size)
+    experts = FAMILIES[config.model_type].experts
+    inner = config.intermediate_size if experts is None else getattr(config, experts.width) * getattr(config, experts.choices)
+    total += tokens * 4 * (12 * config.hidden_size + 4 * inner)
     if getattr(config, "attn_logit_softcapping", None) is not None:
         # Capped scores are computed in plain sight: their tanh and their softmax, each with its gradient.
         total += tokens * settings.seq_len * config.num_attention_heads * 4 * 4
     return int(total)
 
 
-def _block_seconds(shapes: list[tuple[int, int]], settings: QuantizeSettings, width: int, device: torch.device) -> float:
-    elements = sum(rows * columns for rows, columns in shapes)
-    tokens_per_step = settings.batch_size * settings.seq_len
-    rank = settings.matrix_rank(width) or 0
-    flops_per_step = 6 * elements * (tokens_per_step + min(rank, width))
+def block_flops(source: SourceModel, manifest: Manifest, settings: QuantizeSettings) -> float:
+    """Of learning one block and of the passes over it; a token is multiplied by the experts that it meets alone."""
+    experts, config = source.family.experts, source.config
+    met = 1.0 if experts is None else getattr(config, experts.choices) / source.family.expert_count
+    elements = per_token = 0.0
+    for name, (rows, columns) in list(manifest.quantized.items())[: len(source.family.linears)]:
+        elements += rows * columns
+        per_token += rows * columns * (met if experts is not None and f".{experts.module}." in name else 1)
+    rank = min(settings.matrix_rank(config.hidden_size) or 0, config.hidden_size)
+    step = 6 * (per_token * settings.batch_size * settings.seq_len + elements * rank)
     steps = settings.iters if settings.learns else 0
-    flops = steps * flops_per_step + _PASSES * 2 * elements * settings.samples * settings.seq_len
-    return flops / (_flops_per_second(device) * _EFFICIENCY)
+    return steps * step + _PASSES * 2 * per_token * settings.samples * settings.seq_len
 
 
 def _flops_per_second(device: torch.device) -> float:
