@@ -57,9 +57,8 @@ def main() -> None:
                     {"family": family, "scheme": scheme, "date": today, **tried(source, Path(folder, "quantized"), scheme)}
                 )
                 print(json.dumps(rows[-1]), flush=True)
-    order = list(FAMILIES)
-    result["rows"] = sorted(rows, key=lambda row: order.index(row["family"]))
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        result["rows"] = sorted(rows, key=lambda row: list(FAMILIES).index(row["family"]))
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.table is not None:
         arguments.table.write_text(table(result))
 
@@ -94,6 +93,13 @@ def tried(source: Path, folder: Path, scheme: str) -> dict[str, Any]:
     return row
 
 
+def cell(row: dict[str, Any] | None) -> str:
+    """What the table says of one family and scheme; nothing of those that were not tried."""
+    if row is None:
+        return ""
+    return "fails" if "failed" in row else f"{row['nats']:.4f} / {row[f'nats_tp{RANKS}']:.4f}"
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown: families by schemes."""
     rows = result["rows"]
@@ -115,11 +121,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     for family in dict.fromkeys(row["family"] for row in rows):
         mine = {row["scheme"]: row for row in rows if row["family"] == family}
-        cells = [
-            "fails" if "failed" in row else f"{row['nats']:.4f} / {row[f'nats_tp{RANKS}']:.4f}"
-            for row in (mine[scheme] for scheme in schemes)
-        ]
-        lines.append(f"| {family} | {mine[schemes[0]].get('model', '')} | {' | '.join(cells)} |")
+        cells = [cell(mine.get(scheme)) for scheme in schemes]
+        lines.append(f"| {family} | {next(iter(mine.values())).get('model', '')} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

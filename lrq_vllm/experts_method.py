@@ -11,7 +11,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import SettingsError
 from lrq_vllm.expert_backends import ExpertLinear, choose_expert_backend, reference_linear
-from lrq_vllm.expert_stack import Routing
+from lrq_vllm.expert_stack import ExpertStack, Routing
 from lrq_vllm.expert_weights import ExpertShape, ExpertWeights
 from lrq_vllm.layer_self_test import check_layer
 
@@ -28,6 +28,7 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         self._manifest = manifest
         self._name = f"{manifest.scheme} {prefix}"
         self._weights = ExpertWeights(manifest, prefix)
+        self._experts = 0
         self._inner: ExpertLinear | None = None
         self._outer: ExpertLinear | None = None
 
@@ -49,16 +50,16 @@ class LrqExpertsMethod(FusedMoEMethodBase):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything came, and bring the weights into the layout of the kernel that will run."""
         stacks, dtype = self._weights.take(layer), layer.lrq_dtype
+        self._experts = len(stacks[0].q)
         integers = self._manifest.activation is not None
         backend = choose_expert_backend(stacks[0], dtype, integers=integers)
         self._inner, self._outer = (backend.linear(stack, dtype, integers=integers) for stack in stacks)
         layer.lrq_kernel = backend.name
         logger.debug("%s runs on %s", self._name, backend.name)
         for linear, stack in zip((self._inner, self._outer), stacks, strict=True):
-            wanted = reference_linear(stack, integers=integers)
             check_layer(
-                f"{self._name} on {backend.name}", partial(_each_in_turn, linear, len(stack.q)),
-                partial(_each_in_turn, wanted, len(stack.q)), stack.q, stack.in_features, dtype,
+                f"{self._name} on {backend.name}", partial(self._each_in_turn, linear),
+                partial(self._reference, stack), stack.q, stack.in_features, dtype,
             )  # fmt: skip
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
@@ -72,9 +73,16 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         """x [tokens, hidden] to [tokens, hidden], in x's dtype; this rank's part of the sum."""
         assert self._inner is not None and self._outer is not None
         ids = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()].long()
-        routing = Routing(ids.flatten(), layer.local_num_experts)
+        routing = Routing(ids.flatten(), self._experts)
         y = self._outer(_silu_and_mul(self._inner(x, ids.shape[1], routing)), 1, routing)
         return (y.view(*ids.shape, -1).float() * topk_weights.float().unsqueeze(2)).sum(dim=1).to(x.dtype)
+
+    def _each_in_turn(self, linear: ExpertLinear, x: Tensor) -> Tensor:
+        """Token after token goes to one expert after the other."""
+        return linear(x, 1, Routing(torch.arange(len(x), device=x.device) % self._experts, self._experts))
+
+    def _reference(self, stack: ExpertStack, x: Tensor) -> Tensor:
+        return self._each_in_turn(reference_linear(stack, integers=self._manifest.activation is not None), x)
 
 
 def _silu_and_mul(x: Tensor) -> Tensor:
@@ -85,7 +93,3 @@ def _silu_and_mul(x: Tensor) -> Tensor:
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
     torch.ops._C.silu_and_mul(y, x)
     return y
-
-
-def _each_in_turn(linear: ExpertLinear, experts: int, x: Tensor) -> Tensor:
-    return linear(x, 1, Routing(torch.arange(len(x), device=x.device) % experts, experts))

@@ -13,7 +13,7 @@ from lrq_offline.pipeline import quantize_model
 from lrq_offline.reference_model import load_model
 from lrq_offline.source_model import SourceModel
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
-from lrq_vllm.errors import LrqError
+from lrq_vllm.errors import LrqError, SettingsError
 from tests.checkpoints import QUICK, TINY, Checkpoints, write_random_model
 
 TOKENS = torch.arange(2, 66).unsqueeze(0)
@@ -33,8 +33,9 @@ def test_a_dense_export_gives_the_checkpoint_s_numbers_to_the_bit(
     assert torch.equal(logits(tmp_path / "dense"), logits(folder))
 
 
-def test_groups_and_fused_layers_are_exported(tmp_path: Path) -> None:
-    source = write_random_model("phi3", tmp_path / "float")
+@pytest.mark.parametrize("model_type", ["phi3", "mixtral"])
+def test_groups_fused_layers_and_experts_are_exported(model_type: str, tmp_path: Path) -> None:
+    source = write_random_model(model_type, tmp_path / "float")
     quantize_model(source, tmp_path / "lrq", QuantizeSettings("w4a16", "rtn", group_size=64, **QUICK))
     export_dense(tmp_path / "lrq", tmp_path / "dense")
     assert torch.equal(logits(tmp_path / "dense"), logits(tmp_path / "lrq"))
@@ -58,6 +59,13 @@ def test_a_scheme_whose_activations_are_rounded_is_refused(
     assert main(["export", str(checkpoints(scheme, "lrq")), "--to", "dense", "-o", str(tmp_path / "dense")]) == 2
     assert "round their inputs to 8 bits" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_8_bit_keys_and_values_are_refused(tmp_path: Path) -> None:
+    quantize_model(TINY, tmp_path / "lrq", QuantizeSettings("w4a16", "rtn", kv_bits=8, **QUICK))
+    with pytest.raises(SettingsError, match="asks for 8-bit keys and values"):
+        export_dense(tmp_path / "lrq", tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
 
 
 def test_an_output_that_exists_is_left_alone(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ def export_dense(folder: Path, output: Path) -> int:
     """Write the model in ``folder`` with W_hat, rounded to the model's 16-bit dtype, in place of integers; returns bytes.
 
     It computes what a server computes that multiplies 16-bit activations with the checkpoint's weights, to the bit. ``output``
-    appears whole or not at all. Raises SettingsError for a scheme with 8-bit activations, whose rounding no dense model has,
-    and CheckpointError or ModelFolderError for a checkpoint that is not whole.
+    appears whole or not at all. Raises SettingsError for 8-bit activations or keys and values, whose rounding no dense model
+    has, and CheckpointError or ModelFolderError for a checkpoint that is not whole.
     """
     source = open_checkpoint(folder, output)
     manifest, dtype = source.manifest, served_dtype(source.config)
@@ -27,6 +27,11 @@ def export_dense(folder: Path, output: Path) -> int:
         raise SettingsError(
             f"{folder} is {manifest.scheme}: its layers round their inputs to 8 bits, which a dense model would not do, so "
             "it would give other numbers. Export a scheme with 16-bit activations, or serve this one with the plugin."
+        )
+    if manifest.kv_bits is not None:
+        raise SettingsError(
+            f"{folder} asks for 8-bit keys and values (--kv-bits 8), which a dense model cannot say, so it would give other "
+            "numbers. Quantize without --kv-bits to export, or serve this one with the plugin."
         )
 
     def dense(module: str, layer: Mapping[str, Tensor]) -> dict[str, Tensor]:

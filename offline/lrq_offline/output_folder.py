@@ -24,7 +24,9 @@ def check_output(output: Path, source: Path, *, overwrite: bool) -> None:
     if not output.is_dir():
         raise SettingsError(f"The output {output} exists and is a file. Choose another folder with -o.")
     if not overwrite:
-        raise SettingsError(f"The output {output} exists and is not empty. Choose another folder with -o, or pass --overwrite.")
+        raise SettingsError(
+            f"The output {output} exists and is not empty. Choose another folder with -o, or give quantize --overwrite."
+        )
     try:
         read_manifest(output)
     except LrqError as error:
