@@ -5,7 +5,7 @@
     python bench/architectures.py --families mixtral --out bench/results/architectures.json --table docs/architectures.md
 
 Small random models of the real classes; `lrq-offline verify` says whether vLLM loads every tensor and answers as it should.
-What --out says of families that are not tried this time stays there, if it comes from the same versions and machine.
+What --out says of cells that are not tried this time stays there, if it comes from the same versions and machine.
 """
 
 import argparse
@@ -47,7 +47,11 @@ def main() -> None:
         "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "transformers")},
         "unit": "nats: mean difference of vLLM's log-probabilities from the reference path's; tp: tensor-parallel ranks",
     }
-    rows = [row for row in earlier_rows(arguments.out, result) if row["family"] not in arguments.families]
+    rows = [
+        row
+        for row in earlier_rows(arguments.out, result)
+        if row["family"] not in arguments.families or row["scheme"] not in arguments.schemes
+    ]
     today = datetime.date.today().isoformat()
     for family in arguments.families:
         with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +61,7 @@ def main() -> None:
                     {"family": family, "scheme": scheme, "date": today, **tried(source, Path(folder, "quantized"), scheme)}
                 )
                 print(json.dumps(rows[-1]), flush=True)
-        result["rows"] = sorted(rows, key=lambda row: list(FAMILIES).index(row["family"]))
+        result["rows"] = sorted(rows, key=lambda row: (list(FAMILIES).index(row["family"]), list(SCHEMES).index(row["scheme"])))
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.table is not None:
         arguments.table.write_text(table(result))
@@ -82,8 +86,9 @@ def tried(source: Path, folder: Path, scheme: str) -> dict[str, Any]:
         "tensors": lambda: check_files(folder),
         "model": lambda: check_loading(folder).model,
         "nats": lambda: round(check_serving(folder).mean_difference, 5),
-        f"nats_tp{RANKS}": lambda: round(check_serving(folder, RANKS).mean_difference, 5),
     }
+    if RANKS in row["tp_sizes"]:
+        steps[f"nats_tp{RANKS}"] = lambda: round(check_serving(folder, RANKS).mean_difference, 5)
     for name, step in steps.items():
         try:
             row[name] = step()
@@ -97,7 +102,10 @@ def cell(row: dict[str, Any] | None) -> str:
     """What the table says of one family and scheme; nothing of those that were not tried."""
     if row is None:
         return ""
-    return "fails" if "failed" in row else f"{row['nats']:.4f} / {row[f'nats_tp{RANKS}']:.4f}"
+    if "failed" in row:
+        return "fails"
+    on_ranks = row.get(f"nats_tp{RANKS}")
+    return f"{row['nats']:.4f} / {'-' if on_ranks is None else f'{on_ranks:.4f}'}"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -114,7 +122,9 @@ def table(result: dict[str, Any]) -> str:
         f"({' to '.join(dict.fromkeys((min(dates), max(dates))))}, {result['device']}). A cell",
         "says how far vLLM's log-probabilities are from the reference path's on average, in nats, on one rank / on "
         f"{RANKS} tensor-parallel",
-        "ranks; `lrq-offline verify` has found every tensor where it belongs. Numbers: `bench/results/architectures.json`.",
+        "ranks (-: its checkpoint says that so many cannot serve it); `lrq-offline verify` has found every tensor where it "
+        "belongs.",
+        "Numbers: `bench/results/architectures.json`.",
         "",
         f"| model_type | vLLM's class | {' | '.join(schemes)} |",
         f"| --- | --- | {' | '.join('---' for _ in schemes)} |",
