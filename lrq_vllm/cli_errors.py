@@ -1,14 +1,30 @@
-"""Under vLLM's own command line an LrqError is one paragraph and exit code 2, as under ours, and not a traceback."""
+"""What goes wrong is one paragraph on stderr and an exit code, not a traceback: under our command lines and under vLLM's."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from lrq_vllm.errors import LrqError
 
-__all__ = ["show_lrq_errors_plainly"]
+__all__ = ["exit_code_of", "show_lrq_errors_plainly"]
 
 _installed = False
+
+
+def exit_code_of(work: Callable[[], int], program: str, interrupted: str = "interrupted.") -> int:
+    """What ``work`` returns; 2 for a problem that the user can put right, 130 if interrupted, said in ``program``'s name."""
+    try:
+        return work()
+    except LrqError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"{program}: {error}. Check the disk's free space and the folder's permissions.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: {interrupted}", file=sys.stderr)
+        return 130
 
 
 def show_lrq_errors_plainly() -> None:

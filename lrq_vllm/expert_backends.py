@@ -58,13 +58,12 @@ def reference_linear(stack: ExpertStack, *, integers: bool) -> ExpertLinear:
         return lambda x, slots_per_row, routing: reference_experts.experts_weight_only_linear(
             x, slots_per_row, routing.expert_of, stack.q, stack.step, stack.zero_point, stack.bits
         )
-    weight, quantized = _integer_stack(stack), _quantizer(stack, reference)
-
-    def linear(x: Tensor, slots_per_row: int, routing: Routing) -> Tensor:
-        tokens, slots_per_row = quantized(x, slots_per_row, routing)
-        return reference_experts.experts_integer_linear(tokens, slots_per_row, routing.expert_of, weight, x.dtype)
-
-    return linear
+    return _in_integers(
+        stack, reference,
+        lambda tokens, slots_per_row, routing, weight, dtype: reference_experts.experts_integer_linear(
+            tokens, slots_per_row, routing.expert_of, weight, dtype
+        ),
+    )  # fmt: skip
 
 
 class GroupedBackend:
@@ -86,13 +85,12 @@ class GroupedBackend:
             return lambda x, slots_per_row, routing: grouped_gemm.grouped_weight_only_linear(
                 x, slots_per_row, stack.q, stack.step, stack.zero_point, stack.bits, routing.routes
             )
-        weight, quantized = _integer_stack(stack), _quantizer(stack, activation_quant)
-
-        def linear(x: Tensor, slots_per_row: int, routing: Routing) -> Tensor:
-            tokens, slots_per_row = quantized(x, slots_per_row, routing)
-            return grouped_gemm.grouped_integer_linear(tokens, slots_per_row, weight, routing.routes, x.dtype)
-
-        return linear
+        return _in_integers(
+            stack, activation_quant,
+            lambda tokens, slots_per_row, routing, weight, dtype: grouped_gemm.grouped_integer_linear(
+                tokens, slots_per_row, weight, routing.routes, dtype
+            ),
+        )  # fmt: skip
 
 
 class OneByOneBackend:
@@ -135,6 +133,17 @@ def _integer_expert(stack: ExpertStack, expert: int, dtype: torch.dtype) -> Any:
     backend, layer = choose_integer_backend(weight, given), torch.nn.Module()
     backend.prepare(layer, weight, given)
     return lambda x: backend.linear(layer, x, static, None)
+
+
+def _in_integers(stack: ExpertStack, kernels: Any, product: Callable[..., Tensor]) -> ExpertLinear:
+    """Quantize x by ``kernels``' quantize_per_token and so on, then multiply by ``product``."""
+    weight, quantized = _integer_stack(stack), _quantizer(stack, kernels)
+
+    def linear(x: Tensor, slots_per_row: int, routing: Routing) -> Tensor:
+        tokens, slots_per_row = quantized(x, slots_per_row, routing)
+        return product(tokens, slots_per_row, routing, weight, x.dtype)
+
+    return linear
 
 
 def _integer_stack(stack: ExpertStack) -> IntegerWeight:

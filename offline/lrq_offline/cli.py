@@ -6,7 +6,6 @@ A problem the user can fix is one paragraph on stderr and exit code 2.
 import argparse
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,7 +17,8 @@ from rich.table import Table
 
 from lrq_offline.config import DEVICES, FULL_RANK, METHODS, PRESETS, QuantizeSettings
 from lrq_vllm.checkpoint.schema import SCHEMES
-from lrq_vllm.errors import LrqError, SettingsError, one_paragraph
+from lrq_vllm.cli_errors import exit_code_of
+from lrq_vllm.errors import SettingsError, one_paragraph
 from lrq_vllm.tensor_parallel import sizes_in_words
 
 __all__ = ["main"]
@@ -43,18 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO if parsed.verbose else logging.WARNING, format="%(name)s: %(message)s")
     command: Callable[[argparse.Namespace, Console], None] = parsed.command
-    try:
+
+    def work() -> int:
         command(parsed, Console(highlight=False, soft_wrap=True))
-    except LrqError as error:
-        print(f"lrq-offline: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder without permission
-        print(f"lrq-offline: {error}. Check the disk's free space and the folder's permissions.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("lrq-offline: interrupted. A quantization goes on after its last finished block when run again.", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return exit_code_of(
+        work, "lrq-offline", "interrupted. A quantization goes on after its last finished block when run again."
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,8 +34,7 @@ def throughput_chart(result: BenchResult, width: int) -> str:
                 textcoords="offset points", ha=side, weight="bold", color=INK,
             )  # fmt: skip
         _concurrency_axis(axes, result.settings.concurrency)
-        most = max(point.output_tokens_per_s for measured in result.measured() for point in measured.points)
-        _tokens_axis(axes, most)
+        _tokens_axis(axes, result)
 
     return svg(draw, width, 320 if width > 600 else 260, f"throughput-{width}", "Output tokens per second by concurrency")
 
@@ -56,8 +55,7 @@ def trade_off_chart(result: BenchResult, width: int) -> str:
         axes.margins(x=0.08)
         axes.set_xlabel("median time per output token, ms")
         axes.tick_params(length=0)
-        most = max(point.output_tokens_per_s for measured in result.measured() for point in measured.points)
-        _tokens_axis(axes, most)
+        _tokens_axis(axes, result)
 
     return svg(draw, width, 320 if width > 600 else 260, f"trade-off-{width}", "Output tokens per second by time per token")
 
@@ -101,7 +99,8 @@ def _concurrency_axis(axes: Axes, levels: Sequence[int]) -> None:
     axes.set_xlabel("concurrent requests")
 
 
-def _tokens_axis(axes: Axes, most: float) -> None:
+def _tokens_axis(axes: Axes, result: BenchResult) -> None:
+    most = max(point.output_tokens_per_s for measured in result.measured() for point in measured.points)
     axes.set_ylim(0, 1.15 * most)
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if most >= 10 else f"{value:g}"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from lrq_server import bench_command, serve_command
-from lrq_vllm.errors import LrqError
+from lrq_vllm.cli_errors import exit_code_of
 
 __all__ = ["main"]
 
@@ -36,15 +36,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, unknown = parser.parse_known_args(given[:at])
     if unknown and not parsed.hands_on_unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}. Options for vLLM stand after --")
-    try:
-        code: int = parsed.run(parsed, [*unknown, *given[at + 1 :]])
-    except LrqError as error:
-        print(f"lrq-server: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder without permission
-        print(f"lrq-server: {error}. Check the disk's free space and the folder's permissions.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("lrq-server: interrupted.", file=sys.stderr)
-        return 130
-    return code
+    return exit_code_of(lambda: int(parsed.run(parsed, [*unknown, *given[at + 1 :]])), "lrq-server")
