@@ -4,15 +4,15 @@
     .venv/bin/python bench/served_agreement.py demo-out/tiny-* --text tests/data/heldout.jsonl \
         --out bench/results/served-agreement.json
 
-Runs vLLM in one child process per checkpoint, mode (eager; compiled, which is vLLM's default) and number of tensor-parallel
-ranks, in bfloat16. With several numbers of ranks it also says how many greedy tokens are those of the first number:
+Runs vLLM in one child process per mode (eager; compiled, which is vLLM's default) and number of tensor-parallel ranks, one
+checkpoint after the other, in bfloat16. With several numbers of ranks it also says how many greedy tokens are those of the
+first number:
 
     python bench/served_agreement.py small small-w4a8 --text eval.jsonl --modes compiled --ranks 1 2 --out tensor-parallel.json
 """
 
 import argparse
 import datetime
-import itertools
 import json
 import subprocess
 import sys
@@ -23,6 +23,10 @@ from typing import Any
 
 import torch
 
+from lrq_offline.agreement import agreement_with_reference
+from lrq_offline.calibration import token_windows
+from lrq_offline.calibration_text import read_texts
+from lrq_offline.source_model import load_tokenizer
 from lrq_vllm.golden_replay import kernels_in_use, prompt_log_probabilities
 from lrq_vllm.vllm_environment import serving_environment
 
@@ -39,16 +43,18 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        row = measure(arguments.folders[0], arguments.text, arguments.modes[0], arguments.ranks[0])
-        print("RESULT " + json.dumps(row))
+        for folder in arguments.folders:
+            answer = serve(folder, windows(folder, arguments.text), arguments.modes[0], arguments.ranks[0])
+            print("RESULT " + json.dumps(answer), flush=True)
         return
     rows = []
-    for folder, mode in itertools.product(arguments.folders, arguments.modes):
-        of_folder = [measure_in_child(folder, arguments.text, mode, ranks) for ranks in arguments.ranks]
-        first = of_folder[0]["tokens"]
-        for row in of_folder:
-            row["as_first"] = as_first(row.pop("tokens"), first)
-        rows += of_folder
+    for mode in arguments.modes:
+        by_ranks = [serve_in_child(arguments.folders, arguments.text, mode, ranks) for ranks in arguments.ranks]
+        for folder, *of_folder in zip(arguments.folders, *by_ranks, strict=True):
+            for ranks, answer in zip(arguments.ranks, of_folder, strict=True):
+                row = {"checkpoint": folder.name, "mode": mode, "ranks": ranks, "kernels": answer["kernels"]}
+                row |= compare(folder, arguments.text, answer)
+                rows.append(row | {"as_first": as_first(answer["tokens"], of_folder[0]["tokens"])})
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"]
     result = {
         "date": datetime.date.today().isoformat(),
@@ -74,47 +80,56 @@ def as_first(tokens: list[list[int]], first: list[list[int]]) -> dict[str, float
     return {"tokens": same.float().mean().item(), "prompts": same[:, -1].float().mean().item()}
 
 
-def measure_in_child(folder: Path, text: Path, mode: str, ranks: int) -> dict[str, Any]:
+def windows(folder: Path, text: Path) -> torch.Tensor:
+    """int64 [PROMPTS, PROMPT_TOKENS]"""
+    return token_windows(load_tokenizer(folder), read_texts(text), PROMPTS, PROMPT_TOKENS)
+
+
+def compare(folder: Path, text: Path, answer: dict[str, Any]) -> dict[str, Any]:
+    served, tokens = torch.tensor(answer["log_probabilities"]), torch.tensor(answer["tokens"])
+    return asdict(agreement_with_reference(folder, windows(folder, text), served, tokens))
+
+
+def serve_in_child(folders: list[Path], text: Path, mode: str, ranks: int) -> list[dict[str, Any]]:
     environment = serving_environment(ranks) | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
-    command = [sys.executable, __file__, str(folder), "--text", str(text), "--modes", mode, "--ranks", str(ranks), "--child"]
+    command = [
+        sys.executable, __file__, *map(str, folders), "--text", str(text), "--modes", mode, "--ranks", str(ranks), "--child",
+    ]  # fmt: skip
     ended = subprocess.run(command, env=environment, text=True, capture_output=True)
-    results = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
-    if not results:
-        sys.exit(f"{folder} {mode} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
-    return json.loads(results[0].removeprefix("RESULT "))
+    answers = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
+    if len(answers) < len(folders):
+        sys.exit(f"{folders[len(answers)]} {mode} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
+    return [json.loads(line.removeprefix("RESULT ")) for line in answers]
 
 
-def measure(folder: Path, text: Path, mode: str, ranks: int) -> dict[str, Any]:
-    """Serve in this process, then compare with the reference path on the same texts."""
+def serve(folder: Path, prompts: torch.Tensor, mode: str, ranks: int) -> dict[str, Any]:
+    """Serve in this process: the prompts' log-probabilities, the tokens that follow, and the kernels that computed them.
+
+    The comparison is the parent's: a family that vLLM runs as transformers' code is changed there for the whole process.
+    """
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.inputs import TokensPrompt
 
-    from lrq_offline.agreement import agreement_with_reference
-    from lrq_offline.calibration import token_windows
-    from lrq_offline.calibration_text import read_texts
-    from lrq_offline.source_model import load_tokenizer
-
-    prompts = token_windows(load_tokenizer(folder), read_texts(text), PROMPTS, PROMPT_TOKENS)
     llm = LLM(
         str(folder), dtype="bfloat16", enforce_eager=mode == "eager", max_model_len=512, enable_prefix_caching=False,
         tensor_parallel_size=ranks, gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,  # so that several can share a GPU
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=1, ignore_eos=True)
     answers = llm.generate([TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts], sampling)
-    served = torch.tensor(
-        [prompt_log_probabilities(answer, prompt.tolist()) for answer, prompt in zip(answers, prompts, strict=True)]
-    )
-    continuations = torch.tensor([list(answer.outputs[0].token_ids) for answer in answers])
-    return {
-        "checkpoint": folder.name,
-        "mode": mode,
-        "ranks": ranks,
-        **asdict(agreement_with_reference(folder, prompts, served, continuations)),
+    answer = {
+        "log_probabilities": [
+            prompt_log_probabilities(answer, prompt.tolist()) for answer, prompt in zip(answers, prompts, strict=True)
+        ],
+        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
         "kernels": sorted(kernels_in_use(llm) or {"vLLM's own"}),
-        "tokens": continuations.tolist(),
     }
+    # Another checkpoint may follow in this process.
+    del llm
+    cleanup_dist_env_and_memory()
+    return answer
 
 
 if __name__ == "__main__":

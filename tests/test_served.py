@@ -1,8 +1,11 @@
-"""The real thing: ``vllm serve`` as a child process, asked over HTTP, against the reference path."""
+"""The real thing against the reference path: ``vllm serve`` asked over HTTP, and the engine by bench/served_agreement.py."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,8 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the reference path rounds like vLLM on a CPU"),
 ]
 
+AGREEMENT = Path(__file__).parents[1] / "bench" / "served_agreement.py"
+MEAN_DIFFERENCE, GREEDY_AGREEMENT = 0.02, 0.97  # nats; share of tokens
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 32
 OPTIONS = ("--max-model-len", "512")
 # Where no number is compared: without compilation a server starts sooner.
@@ -53,14 +58,9 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
-    """By scheme, what a server answered, compiled as vLLM does by default.
-
-    Two servers at a time: imports and compilation, which take long, keep one core busy.
-    """
-    return answers(
-        {scheme: checkpoints(scheme, "lrq") for scheme in SCHEMES}, tmp_path_factory.mktemp("logs"), (*PLUGIN, *OPTIONS)
-    )
+def served(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """What a server of a checkpoint answered, compiled as vLLM does by default."""
+    return answers({"w8a8": checkpoints("w8a8", "lrq")}, tmp_path_factory.mktemp("logs"), (*PLUGIN, *OPTIONS))["w8a8"]
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +74,31 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def served_families(families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
-    """By model type, what a server answered."""
-    logs = tmp_path_factory.mktemp("logs")
-    # vLLM runs this one as transformers' own code, which it compiles in another order than its own (cpu_compilation.py).
-    compiled = {model_type: folder for model_type, folder in families.items() if model_type == "olmo2"}
+def measured(
+    checkpoints: Checkpoints, families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """By scheme or model type, what bench/served_agreement.py found."""
+    # vLLM runs OLMo 2 as transformers' own code, which it compiles in another order than its own (cpu_compilation.py).
+    compiled = {scheme: checkpoints(scheme, "lrq") for scheme in SCHEMES if scheme != "w8a8"} | {"olmo2": families["olmo2"]}
     eager = {model_type: folder for model_type, folder in families.items() if model_type not in compiled}
-    return answers(compiled, logs, (*PLUGIN, *OPTIONS)) | answers(eager, logs, (*PLUGIN, *EAGER))
+    folder = tmp_path_factory.mktemp("agreement")
+
+    def measure(mode: str, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
+        command = [
+            sys.executable, AGREEMENT, *map(str, checkpoints.values()), "--text", str(HELDOUT), "--modes", mode,
+            "--out", str(folder / f"{mode}.json"),
+        ]  # fmt: skip
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        ended = subprocess.run(command, env=environment, text=True, capture_output=True)
+        assert ended.returncode == 0, ended.stderr
+        print(ended.stdout)
+        rows = json.loads((folder / f"{mode}.json").read_text())["rows"]
+        return dict(zip(checkpoints, rows, strict=True))
+
+    # Side by side: imports and compilation, which take long, keep one core busy.
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(measure, ("compiled", "eager"), (compiled, eager))
+        return {name: row for rows in found for name, row in rows.items()}
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +162,17 @@ def parse(prompts: torch.Tensor, choices: list[dict[str, Any]]) -> Served:
     return Served(prompts, torch.tensor(log_probabilities), continuations)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_served_numbers_are_those_of_the_reference_path(
-    scheme: str, checkpoints: Checkpoints, served: dict[str, Served]
-) -> None:
-    assert_agreement(checkpoints(scheme, "lrq"), served[scheme])
+def test_served_numbers_are_those_of_the_reference_path(checkpoints: Checkpoints, served: Served) -> None:
+    assert_agreement(checkpoints("w8a8", "lrq"), served)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_families_are_served_as_the_reference_path_computes(
-    model_type: str, families: dict[str, Path], served_families: dict[str, Served]
+@pytest.mark.parametrize("name", [*(scheme for scheme in SCHEMES if scheme != "w8a8"), *FAMILIES])
+def test_schemes_and_families_compute_in_the_engine_as_the_reference_path_does(
+    name: str, measured: dict[str, dict[str, Any]]
 ) -> None:
-    assert_agreement(families[model_type], served_families[model_type])
+    row = measured[name]
+    assert row["kernels"] != ["vLLM's own"]
+    assert row["mean_difference"] <= MEAN_DIFFERENCE and row["greedy_agreement"] >= GREEDY_AGREEMENT
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", pytest.param("w8a8", marks=EXACT_BYTES)])
@@ -169,8 +186,8 @@ def assert_agreement(folder: Path, answer: Served) -> None:
     agreement = agreement_with_reference(folder, answer.prompts, answer.log_probabilities, answer.continuations)
     print(f"{folder.name}: {agreement}")
     assert answer.continuations.shape == (PROMPTS, NEW_TOKENS)
-    assert agreement.mean_difference <= 0.02
-    assert agreement.greedy_agreement >= 0.97
+    assert agreement.mean_difference <= MEAN_DIFFERENCE
+    assert agreement.greedy_agreement >= GREEDY_AGREEMENT
 
 
 def test_an_unquantized_model_is_served_as_before(tmp_path: Path) -> None:
