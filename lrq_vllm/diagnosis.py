@@ -104,6 +104,8 @@ def _kernels() -> Iterator[Finding]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, scheme in SCHEMES.items():
+        if scheme.activation is not None and scheme.activation.bits < 8:
+            continue  # nothing serves it yet
         bits = scheme.weight_bits
         qweight = pack(torch.zeros(_SIDE, _SIDE, dtype=torch.int64), bits).to(device)
         step = torch.ones(_SIDE, 1, device=device)

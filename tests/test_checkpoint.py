@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lrq_vllm.checkpoint import store
+from lrq_vllm.checkpoint.correction import Correction
+from lrq_vllm.checkpoint.hadamard import OnlineHadamard
 from lrq_vllm.checkpoint.packing import STORED_BITS, pack, packed_width, storage_dtype, unpack, values_per_group
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, TensorSpec, WeightFormat, config_without_quantization
 from lrq_vllm.checkpoint.store import ShardWriter, TensorFolder, check_tensors, read_config, read_manifest
@@ -61,6 +63,8 @@ GOLDEN_MANIFEST = """\
   "tensor_parallel_sizes": [
     1
   ],
+  "correction": null,
+  "online_hadamard": null,
   "quantized": {
     "model.layers.0.mlp.down_proj": [
       2,
@@ -216,6 +220,11 @@ MANIFESTS = {
     "w4a8 symmetric": manifest_of("w4a8", symmetric=True),
     "w4a16": manifest_of("w4a16", (5, 33)),
     "w3a16 in groups": manifest_of("w3a16", group_size=32),
+    "w4a4, rotated and corrected": replace(
+        manifest_of("w4a4", (5, 24)),
+        correction=Correction(torch.float16, {MODULE: 3}),
+        online_hadamard=OnlineHadamard((MODULE,), 24, 12),
+    ),
 }
 
 
@@ -259,8 +268,19 @@ def test_a_manifest_survives_pickling(name: str) -> None:
                 "weight_zero_point": TensorSpec(torch.uint8, (5, 3)),
             },
         ),
+        (
+            MANIFESTS["w4a4, rotated and corrected"],
+            {
+                "qweight": TensorSpec(torch.int32, (5, 3)),
+                "weight_step": TensorSpec(torch.float32, (5, 1)),
+                "weight_zero_point": TensorSpec(torch.uint8, (5, 1)),
+                "input_clip": TensorSpec(torch.float32, (1,)),
+                "low_rank_u": TensorSpec(torch.float16, (5, 3)),
+                "low_rank_v": TensorSpec(torch.float16, (24, 3)),
+            },
+        ),
     ],
-    ids=["w8a8", "w4a8", "w3a16 in groups"],
+    ids=["w8a8", "w4a8", "w3a16 in groups", "w4a4, rotated and corrected"],
 )
 def test_a_manifest_implies_these_tensors(manifest: Manifest, expected: dict[str, TensorSpec]) -> None:
     assert manifest.tensors_of(MODULE) == expected
@@ -280,7 +300,7 @@ REFUSED_MANIFESTS = {
     "a later version": ({"format_version": 2}, "format_version 2"),
     "no version": ({"format_version": None}, "format_version None"),
     "an unknown key": ({"rotation": True}, "key 'rotation' is unknown"),
-    "an unknown scheme": ({"scheme": "w5a16"}, "scheme 'w5a16' is none of w8a8, w4a8, w4a16, w3a16, w2a16"),
+    "an unknown scheme": ({"scheme": "w5a16"}, "scheme 'w5a16' is none of w8a8, w4a8, w4a16, w3a16, w2a16, w4a4"),
     "a scheme that is no name": ({"scheme": ["w4a16"]}, "scheme"),
     "bits of another scheme": ({"weight": {**grouped(32), "bits": 3}}, "w4a16 has 4-bit weights, weight.bits says 3"),
     "activations of another scheme": (
@@ -294,6 +314,37 @@ REFUSED_MANIFESTS = {
     "packing along the outputs": ({"weight": {**grouped(32), "packed_along": "output"}}, "'packed_along': 'output'"),
     "an unknown key of weight": ({"weight": {**grouped(32), "order": "gptq"}}, "'order': 'gptq'"),
     "a weight without symmetric": ({"weight": {"bits": 4, "group_size": None}}, "'symmetric'"),
+    "a correction of no module": ({"correction": {"dtype": "bfloat16", "rank": {}}}, "correction lists no module"),
+    "a correction in 32 bits": ({"correction": {"dtype": "float32", "rank": {MODULE: 1}}}, "wrong form"),
+    "a correction of another module": (
+        {"correction": {"dtype": "bfloat16", "rank": {"lm_head": 1}}},
+        "correction lists lm_head, which is not quantized",
+    ),
+    "a rank above the layer's": (
+        {"correction": {"dtype": "bfloat16", "rank": {MODULE: 3}}},
+        f"rank 3 for {MODULE}, whose ranks are 1 to 2",
+    ),
+    "a rank that is no whole number": (
+        {"correction": {"dtype": "bfloat16", "rank": {MODULE: 1.5}}},
+        "where this version knows null and",
+    ),
+    "an unknown key of correction": (
+        {"correction": {"dtype": "bfloat16", "rank": {MODULE: 1}, "bits": 8}},
+        "where this version knows null and",
+    ),
+    "a rotation of no module": ({"online_hadamard": {"modules": [], "block": 64, "order": 1}}, "lists no module"),
+    "a rotation of another module": (
+        {"online_hadamard": {"modules": ["lm_head"], "block": 64, "order": 1}},
+        "online_hadamard lists lm_head, which is not quantized",
+    ),
+    "a rotation that is no matrix": (
+        {"online_hadamard": {"modules": [MODULE], "block": 48, "order": 3}},
+        "no Hadamard matrix has block 48 and order 3",
+    ),
+    "a rotation that cuts": (
+        {"online_hadamard": {"modules": [MODULE], "block": 48, "order": 12}},
+        f"block 48 does not divide the 64 inputs of {MODULE}",
+    ),
     "no quantized module": ({"quantized": {}}, "no module is listed as quantized"),
     "modules without shapes": ({"quantized": [MODULE]}, "wrong form"),
     "a shape that is text": ({"quantized": {MODULE: "264"}}, MODULE),
@@ -321,13 +372,31 @@ def test_a_manifest_refuses(name: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["tool_version", "scheme", "weight", "activation", "kv_cache", "tensor_parallel_sizes", "quantized", "skipped"],
+    [
+        "tool_version",
+        "scheme",
+        "weight",
+        "activation",
+        "kv_cache",
+        "tensor_parallel_sizes",
+        "correction",
+        "quantized",
+        "skipped",
+    ],
 )
 def test_a_manifest_without_a_key_is_refused_by_its_name(key: str) -> None:
     config = manifest_of("w4a16").to_dict()
     del config[key]
     with pytest.raises(CheckpointError, match=f"key '{key}' is missing"):
         Manifest.from_dict(config)
+
+
+def test_a_manifest_follows_a_model_that_renames_its_modules() -> None:
+    manifest = MANIFESTS["w4a4, rotated and corrected"].renamed(lambda name: f"language_model.{name}")
+    assert manifest.correction is not None and manifest.online_hadamard is not None
+    renamed = f"language_model.{MODULE}"
+    assert list(manifest.quantized) == list(manifest.correction.rank) == list(manifest.online_hadamard.modules) == [renamed]
+    assert manifest.skipped == ("language_model.lm_head",)
 
 
 def test_a_manifest_keeps_the_bits_of_keys_and_values() -> None:
@@ -451,11 +520,11 @@ REFUSED_TENSORS: dict[str, tuple[str, Tensor | None, str]] = {
         torch.zeros(2, 1),
         f"tensor {MODULE}.weight_zero_point is float32 [2, 1], expected uint8 [2, 1]",
     ),
-    "low rank": ("low_rank_u", torch.zeros(2, 1), f"tensor {MODULE}.low_rank_u belongs to the low-rank correction"),
+    "low rank": ("low_rank_u", torch.zeros(2, 1), f"tensor {MODULE}.low_rank_u belongs to a low-rank correction"),
     "low rank, the other": (
         "low_rank_v",
         torch.zeros(3, 1),
-        f"tensor {MODULE}.low_rank_v belongs to the low-rank correction",
+        f"tensor {MODULE}.low_rank_v belongs to a low-rank correction",
     ),
     "float weight too": ("weight", torch.zeros(2, 3), f"{MODULE}.weight stands beside the quantized tensors"),
 }

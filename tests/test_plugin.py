@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from lrq_vllm import integer_backends, kv_cache, layer_self_test, weight_only_backends
-from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
+from lrq_vllm.checkpoint.correction import Correction
+from lrq_vllm.checkpoint.hadamard import OnlineHadamard
+from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import CheckpointError, SettingsError
-from tests.vllm_layers import Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
+from tests.vllm_layers import SERVED, Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
 
 pytestmark = [
     pytest.mark.vllm,
@@ -74,7 +76,7 @@ def check_agreement(y: Tensor, expected: Tensor, scheme: str, bias: bool) -> Non
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("modules", [QKV, OUTPUT], ids=["qkv", "o"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SERVED)
 def test_a_layer_computes_what_the_reference_says(scheme: str, modules: dict[str, tuple[int, int]], bias: bool) -> None:
     loaded = loaded_layer(manifest_for(scheme, modules), bias=bias)
     for shape in ((1, 256), (7, 256), (2, 3, 256)):
@@ -97,7 +99,7 @@ def test_a_strided_input_is_taken_as_it_is(scheme: str) -> None:
     assert torch.equal(loaded.layer(x), loaded.expected(x.contiguous(), None))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SERVED)
 def test_a_layer_compiles_whole_and_for_any_number_of_tokens(scheme: str) -> None:
     loaded = loaded_layer(manifest_for(scheme, OUTPUT))
     compiled = torch.compile(loaded.layer, fullgraph=True, dynamic=True)
@@ -107,7 +109,7 @@ def test_a_layer_compiles_whole_and_for_any_number_of_tokens(scheme: str) -> Non
         assert (compiled(x).float() - expected).norm() <= 4e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SERVED)
 def test_a_tensor_that_never_comes_is_named(scheme: str) -> None:
     manifest = manifest_for(scheme, QKV)
     layer = empty_layer(manifest)
@@ -186,7 +188,7 @@ def test_a_folder_without_weights_is_left_to_vllm(tmp_path: Path) -> None:
     LrqConfig(manifest_for("w4a16", OUTPUT)).maybe_update_config(str(tmp_path))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", SERVED)
 def test_the_self_test_passes_a_right_layer_and_names_a_wrong_one(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(layer_self_test.VARIABLE, "1")
     manifest = manifest_for(scheme, OUTPUT)
@@ -235,3 +237,19 @@ def test_a_number_of_gpus_that_cannot_serve_is_refused_with_the_nearest_that_can
     monkeypatch.setattr(get_current_vllm_config().parallel_config, "tensor_parallel_size", ranks)
     with pytest.raises(SettingsError, match=rf"--tensor-parallel-size {ranks} cannot serve.*Use {nearest}\."):
         empty_layer(manifest_for("w4a16", OUTPUT))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scheme": "w4a4"}, r"4-bit activations \(w4a4\)"),
+        ({"correction": Correction(torch.bfloat16, {f"{PREFIX}.o_proj": 2})}, "a low-rank correction"),
+        ({"online_hadamard": OnlineHadamard((f"{PREFIX}.o_proj",), 256, 1)}, "an online Hadamard rotation"),
+    ],
+)
+def test_what_no_kernel_computes_yet_is_refused_before_anything_is_loaded(changes: dict[str, Any], words: str) -> None:
+    from lrq_vllm.quant_config import LrqConfig
+
+    manifest = replace(manifest_for("w4a8", OUTPUT), **changes)
+    with pytest.raises(SettingsError, match=f"{words}.* cannot serve"):
+        LrqConfig.from_config(manifest.to_dict())

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import spawn
 
-from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
+from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import CheckpointError
-from tests.vllm_layers import Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
+from tests.vllm_layers import SERVED, Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
 
 pytestmark = [
     pytest.mark.vllm,
@@ -70,7 +70,7 @@ KINDS = {
     "down": Kind(_down, _projections(MLP, down=(256, 384)), (None,), by_rows=True),
 }
 # Group sizes too, where a scheme has them.
-FORMATS = [*((scheme, None) for scheme in SCHEMES), ("w4a16", 64), ("w3a16", 32)]
+FORMATS = [*((scheme, None) for scheme in SERVED), ("w4a16", 64), ("w3a16", 32)]
 CASES = [(kind, scheme, group) for kind in KINDS for scheme, group in FORMATS]
 
 

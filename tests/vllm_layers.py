@@ -18,6 +18,9 @@ from lrq_vllm.vllm_world import vllm_world
 # Where vLLM's own product of bytes is wrong, which the plugin avoids (integer_backends.OneDnnBackend).
 EXACT_BYTES = pytest.mark.skipif(not _multiplies_bytes_exactly(), reason="oneDNN's sums saturate on this CPU, without VNNI")
 
+SERVED = [name for name, scheme in SCHEMES.items() if scheme.activation is None or scheme.activation.bits == 8]
+"""The schemes that the plugin has kernels for."""
+
 Tensors = dict[str, dict[str, Tensor]]
 """By module of the checkpoint, its tensors by suffix."""
 

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["StepAndZeroPoint", "dequantize", "quantize", "step_and_zero_point", "token_step_and_zero_point"]
+__all__ = [
+    "StepAndZeroPoint",
+    "clipped_token_step_and_zero_point",
+    "dequantize",
+    "quantize",
+    "step_and_zero_point",
+    "token_step_and_zero_point",
+]
 
 
 class StepAndZeroPoint(NamedTuple):
@@ -54,3 +61,12 @@ def token_step_and_zero_point(x: Tensor, bits: int) -> StepAndZeroPoint:
     """Asymmetric step and zero-point of each token of x [tokens, in]: both [tokens, 1], from its minimum and maximum."""
     low, high = torch.aminmax(x.float(), dim=-1, keepdim=True)
     return step_and_zero_point(low, high, bits)
+
+
+def clipped_token_step_and_zero_point(x: Tensor, clip: Tensor, bits: int) -> StepAndZeroPoint:
+    """Symmetric step and zero-point of each token of x [tokens, in]: both [tokens, 1].
+
+    The range is that of the token's largest magnitude times ``clip``, float32 of one element in (0, 1].
+    """
+    largest = x.float().abs().amax(dim=-1, keepdim=True) * clip
+    return step_and_zero_point(-largest, largest, bits, symmetric=True)

@@ -4,13 +4,15 @@ docs/checkpoint-format.md is the specification in words; tests/test_checkpoint.p
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from lrq_vllm.checkpoint.correction import LOW_RANK_SUFFIXES, Correction
+from lrq_vllm.checkpoint.hadamard import OnlineHadamard
 from lrq_vllm.checkpoint.packing import packed_width, storage_dtype
 from lrq_vllm.errors import CheckpointError, one_paragraph
 
@@ -18,7 +20,6 @@ __all__ = [
     "FORMAT_VERSION",
     "GROUP_UNIT",
     "QUANT_METHOD",
-    "RESERVED_SUFFIXES",
     "SCHEMES",
     "ActivationFormat",
     "Manifest",
@@ -35,21 +36,23 @@ FORMAT_VERSION = 1
 GROUP_UNIT = 32
 # Of keys and values in the cache: asymmetric, a step for each token and head, at run time.
 _KV_CACHE = {"bits": 8, "granularity": "token_head", "mode": "dynamic", "symmetric": False}
-# The low-rank correction pair of a later format: y = W_hat Q(x) + U (V^T x). Refused for now.
-RESERVED_SUFFIXES = ("low_rank_u", "low_rank_v")
 
 
 @dataclass(frozen=True)
 class ActivationFormat:
-    """8-bit asymmetric activations: ``static`` has one step per tensor, calibrated; else one per token, at run time."""
+    """How inputs are quantized: ``static`` has one step per tensor, calibrated; else one per token, at run time.
+
+    symmetric: the step comes from the token's largest magnitude times a calibrated ratio, and the zero-point is 2^(bits-1).
+    """
 
     bits: int
     static: bool
+    symmetric: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The object under ``activation`` in config.json."""
         rule = {"granularity": "tensor", "mode": "static"} if self.static else {"granularity": "token", "mode": "dynamic"}
-        return {"bits": self.bits, **rule, "symmetric": False}
+        return {"bits": self.bits, **rule, "symmetric": self.symmetric}
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
         "w4a16": Scheme(4, None),
         "w3a16": Scheme(3, None),
         "w2a16": Scheme(2, None),
+        "w4a4": Scheme(4, ActivationFormat(4, static=False, symmetric=True)),
     }
 )
 
@@ -114,7 +118,7 @@ class Manifest:
 
     quantized maps each quantized module to its weight's (out, in); skipped lists the linear modules left in 16 bits. kv_bits:
     8 if keys and values are to be cached in 8 bits; None for 16. tensor_parallel_sizes: on how many GPUs it can be served,
-    the smallest first.
+    the smallest first. correction: the low-rank pairs beside the integers; online_hadamard: the inputs to rotate first.
     """
 
     scheme: str
@@ -124,6 +128,8 @@ class Manifest:
     tool_version: str
     kv_bits: int | None = None
     tensor_parallel_sizes: tuple[int, ...] = (1,)
+    correction: Correction | None = None
+    online_hadamard: OnlineHadamard | None = None
 
     @property
     def activation(self) -> ActivationFormat | None:
@@ -146,6 +152,12 @@ class Manifest:
         if self.activation is not None and self.activation.static:
             specs["input_step"] = TensorSpec(torch.float32, (1,))
             specs["input_zero_point"] = TensorSpec(torch.uint8, (1,))
+        if self.activation is not None and self.activation.symmetric:
+            specs["input_clip"] = TensorSpec(torch.float32, (1,))
+        if self.correction is not None and module in self.correction.rank:
+            rank, dtype = self.correction.rank[module], self.correction.dtype
+            for suffix, rows in zip(LOW_RANK_SUFFIXES, (out_features, in_features), strict=True):
+                specs[suffix] = TensorSpec(dtype, (rows, rank))
         return specs
 
     @property
@@ -164,6 +176,8 @@ class Manifest:
             "activation": None if self.activation is None else self.activation.to_dict(),
             "kv_cache": None if self.kv_bits is None else dict(_KV_CACHE),
             "tensor_parallel_sizes": list(self.tensor_parallel_sizes),
+            "correction": None if self.correction is None else self.correction.to_dict(),
+            "online_hadamard": None if self.online_hadamard is None else self.online_hadamard.to_dict(),
             "quantized": {name: list(shape) for name, shape in self.quantized.items()},
             "skipped": list(self.skipped),
         }
@@ -179,6 +193,7 @@ class Manifest:
         if problems:
             raise CheckpointError(_manifest_error(problems))
         weight_config, scheme = config["weight"], str(config["scheme"])
+        correction, hadamard = config["correction"], config["online_hadamard"]
         try:
             manifest = cls(
                 scheme=scheme,
@@ -192,6 +207,10 @@ class Manifest:
                 tool_version=str(config["tool_version"]),
                 kv_bits=None if config["kv_cache"] is None else 8,
                 tensor_parallel_sizes=tuple(int(size) for size in config["tensor_parallel_sizes"]),
+                correction=None if correction is None else Correction.from_dict(correction),
+                online_hadamard=None
+                if hadamard is None
+                else OnlineHadamard(tuple(hadamard["modules"]), int(hadamard["block"]), int(hadamard["order"])),
             )
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(_manifest_error([f"a value has the wrong form ({error!r})"])) from error
@@ -199,6 +218,17 @@ class Manifest:
         if problems:
             raise CheckpointError(_manifest_error(problems))
         return manifest
+
+    def renamed(self, new_name: Callable[[str], str]) -> "Manifest":
+        """The same checkpoint, of a model that calls its modules by other names."""
+        correction, hadamard = self.correction, self.online_hadamard
+        return replace(
+            self,
+            quantized={new_name(name): shape for name, shape in self.quantized.items()},
+            skipped=tuple(map(new_name, self.skipped)),
+            correction=correction and correction.renamed(new_name),
+            online_hadamard=hadamard and replace(hadamard, modules=tuple(map(new_name, hadamard.modules))),
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A mapping proxy cannot be pickled, and vLLM sends its quantization config to worker processes.
@@ -229,10 +259,14 @@ _KEYS = frozenset(
         "activation",
         "kv_cache",
         "tensor_parallel_sizes",
+        "correction",
+        "online_hadamard",
         "quantized",
         "skipped",
     ]
 )
+# Keys that the scheme does not decide.
+_CHOICES = ("kv_cache", "correction", "online_hadamard")
 
 
 def _check_version(config: Mapping[str, Any]) -> None:
@@ -267,7 +301,7 @@ def _contradictions(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
     written = manifest.to_dict()
     for key in sorted(_KEYS - {"quantized"}):
         if config[key] != written[key] and not (key == "weight" and problems):
-            means = "this version knows null and" if key == "kv_cache" else f"scheme {manifest.scheme} means"
+            means = "this version knows null and" if key in _CHOICES else f"scheme {manifest.scheme} means"
             problems.append(f"{key} is {config[key]!r} where {means} {written[key]!r}")
     problems += [
         f"the shape of {name} is {config['quantized'][name]!r}, not two positive numbers"
@@ -279,6 +313,8 @@ def _contradictions(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
         problems.append(f"tensor_parallel_sizes is {list(sizes)}, not rising numbers from 1 up")
     if not manifest.quantized:
         problems.append("no module is listed as quantized")
+    problems += [] if manifest.correction is None else manifest.correction.problems(manifest.quantized)
+    problems += [] if manifest.online_hadamard is None else manifest.online_hadamard.problems(manifest.quantized)
     size = manifest.weight.group_size
     if size is not None:
         if manifest.activation is not None:

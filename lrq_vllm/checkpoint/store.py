@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrq_vllm.checkpoint.schema import RESERVED_SUFFIXES, Manifest, TensorSpec
+from lrq_vllm.checkpoint.correction import LOW_RANK_SUFFIXES
+from lrq_vllm.checkpoint.schema import Manifest, TensorSpec
 from lrq_vllm.errors import CheckpointError, ModelFolderError, one_paragraph
 
 __all__ = [
@@ -172,14 +173,15 @@ class TensorFolder:
 
 
 def check_tensors(folder: TensorFolder, manifest: Manifest) -> None:
-    """Compare the headers with the manifest: every tensor there, with its dtype and shape, and none that is reserved.
+    """Compare the headers with the manifest: every tensor there, with its dtype and shape, and no correction beside them.
 
     Raises CheckpointError naming each tensor that is wrong.
     """
-    problems = []
+    problems, known = [], set()
     for module in manifest.quantized:
         for suffix, expected in manifest.tensors_of(module).items():
             name = f"{module}.{suffix}"
+            known.add(name)
             if name not in folder:
                 problems.append(f"tensor {name} is missing")
             elif folder.spec(name) != expected:
@@ -187,9 +189,9 @@ def check_tensors(folder: TensorFolder, manifest: Manifest) -> None:
         if f"{module}.weight" in folder:
             problems.append(f"{module}.weight stands beside the quantized tensors of the same module")
     problems += [
-        f"tensor {name} belongs to the low-rank correction, which this version of lrq cannot serve"
+        f"tensor {name} belongs to a low-rank correction that config.json does not list"
         for name in folder
-        if name.endswith(RESERVED_SUFFIXES)
+        if name.endswith(LOW_RANK_SUFFIXES) and name not in known
     ]
     if problems:
         cure = "Quantize the model again, or copy the folder again if it was moved."

@@ -15,7 +15,7 @@ from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.checkpoint.seal import SEAL_NAME, check_seal
 from lrq_vllm.checkpoint.store import ShardWriter, TensorFolder, check_tensors, read_config, read_manifest
 
-__all__ = ["LayerForm", "OpenCheckpoint", "open_checkpoint", "rewrite"]
+__all__ = ["LayerForm", "OpenCheckpoint", "open_checkpoint", "outside_of_weights", "rewrite"]
 
 _OF_THE_CHECKPOINT = (SEAL_NAME, GOLDEN_NAME, REPORT_NAME)
 
@@ -43,6 +43,16 @@ def open_checkpoint(folder: Path, output: Path) -> OpenCheckpoint:
     manifest, tensors = read_manifest(folder), TensorFolder(folder)
     check_tensors(tensors, manifest)
     return OpenCheckpoint(folder, manifest, tensors, read_config(folder))
+
+
+def outside_of_weights(manifest: Manifest) -> list[str]:
+    """What a checkpoint's layers compute beside the product with their weights, of which other forms know nothing."""
+    problems = []
+    if manifest.correction is not None:
+        problems.append("its layers add a low-rank correction in 16 bits (--correction-rank)")
+    if manifest.online_hadamard is not None:
+        problems.append("inputs of its layers are rotated while serving (--rotate)")
+    return problems
 
 
 def rewrite(source: OpenCheckpoint, output: Path, config: Mapping[str, Any], form: LayerForm) -> int:

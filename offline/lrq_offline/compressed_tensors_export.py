@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrq_offline.checkpoint_rewrite import LayerForm, OpenCheckpoint, open_checkpoint, rewrite
+from lrq_offline.checkpoint_rewrite import LayerForm, OpenCheckpoint, open_checkpoint, outside_of_weights, rewrite
 from lrq_offline.served_precision import served_dtype
 from lrq_vllm.checkpoint.packing import pack, values_per_group
 from lrq_vllm.checkpoint.schema import Manifest, config_without_quantization
@@ -63,7 +63,9 @@ def export_compressed_tensors(folder: Path, output: Path, *, round_steps: bool =
 
 def why_not(manifest: Manifest) -> list[str]:
     """The reasons why no compressed-tensors model computes what a checkpoint means; none if one does."""
-    problems = []
+    problems = outside_of_weights(manifest)
+    if manifest.activation is not None and manifest.activation.bits < 8:
+        problems.append("its inputs are clipped and rounded to 4 bits, which vLLM does not do there")
     if manifest.kv_bits is not None:
         problems.append(
             "it asks for 8-bit keys and values with a step for each token and head (--kv-bits 8), which has no name there"

@@ -1,0 +1,67 @@
+"""The matrices that rotate inputs: what docs/checkpoint-format.md says of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrq_vllm.checkpoint.hadamard import paley_matrix, paley_order, rotate
+
+SPECIFICATION = Path(__file__).parents[1] / "docs" / "checkpoint-format.md"
+
+
+def signs(matrix: torch.Tensor) -> list[str]:
+    return ["  ".join("+" if value > 0 else "-" for value in row) for row in matrix.tolist()]
+
+
+def test_the_specification_shows_the_matrices_that_are_computed() -> None:
+    text = SPECIFICATION.read_text()
+    for row in signs(paley_matrix(4)):
+        assert row in text
+    product = rotate(torch.eye(8), 8, 4).T  # rows of the identity become columns of H
+    for row in signs(product):
+        assert row.replace("  ", " ") in text
+
+
+# 12, 20, 24, 44 and 200 are type I; 28, 76, 148 and 924 are type II; 29,568 = 924 x 32 is the widest MLP in use.
+@pytest.mark.parametrize("order", [4, 12, 20, 24, 28, 44, 76, 148, 200, 924])
+def test_paley_matrices_are_hadamard_matrices(order: int) -> None:
+    matrix = paley_matrix(order)
+    assert torch.equal(matrix.abs(), torch.ones(order, order))
+    assert torch.equal(matrix @ matrix.T, order * torch.eye(order))
+
+
+# MLP widths of Llama 3 8B, Qwen2.5 7B and 72B, Qwen3 8B, Llama 2 13B, and of the models in tests and benches.
+@pytest.mark.parametrize(
+    ("block", "order"),
+    [(14336, 28), (18944, 148), (29568, 924), (12288, 12), (13824, 108), (768, 12), (1408, 44), (4096, 1), (1, 1)],
+)
+def test_the_order_is_the_smallest_that_exists(block: int, order: int) -> None:
+    assert paley_order(block) == order
+
+
+@pytest.mark.parametrize("block", [3, 6, 11008, 2 * 27, 4 * 1021])
+def test_a_block_without_a_matrix_has_no_order(block: int) -> None:
+    assert paley_order(block) is None
+
+
+@given(blocks=st.integers(1, 3), order=st.sampled_from([1, 4, 12, 28]), power=st.integers(0, 4), seed=st.integers(0, 99))
+def test_a_rotation_is_its_definition_and_keeps_lengths(blocks: int, order: int, power: int, seed: int) -> None:
+    sylvester = torch.ones(1, 1)
+    for _ in range(power):
+        sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), sylvester)
+    block = order * 2**power
+    whole = torch.kron(torch.eye(blocks), torch.kron(paley_matrix(order), sylvester)) / block**0.5
+    x = torch.randn(2, 3, blocks * block, generator=torch.Generator().manual_seed(seed))
+    rotated = rotate(x, block, order)
+    torch.testing.assert_close(rotated, x @ whole.T)
+    torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+
+
+def test_a_rotation_is_computed_in_float32_whatever_surrounds_it() -> None:
+    x = torch.randn(4, 48).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = rotate(x, 48, 12)
+    assert inside.dtype == torch.float32 and torch.equal(inside, rotate(x, 48, 12))
