@@ -262,7 +262,7 @@ def random_weight(scheme: Scheme, experts: int, outputs: int, inputs: int) -> We
 
 
 @functools.cache
-def static_grid() -> reference.Static:
+def static_grid() -> tuple[Tensor, Tensor]:
     """Of values between -4 and 4."""
     return torch.tensor([8 / 255], device=DEVICE), torch.tensor([128], dtype=torch.uint8, device=DEVICE)
 

@@ -157,6 +157,7 @@ def _lrq(bits: int, *, integer: bool, static: bool, group: int | None) -> Callab
     def make(weight: Tensor, copies: int) -> list[Layer]:
         from lrq_vllm.kernels.arranged_linear import arranged_linear
         from lrq_vllm.kernels.arranged_weight import arrange
+        from lrq_vllm.kernels.reference import PER_TOKEN, static_grid
 
         grouped = weight.unflatten(1, (-1, group or weight.shape[1]))
         low, high = grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True)
@@ -167,8 +168,9 @@ def _lrq(bits: int, *, integer: bool, static: bool, group: int | None) -> Callab
         zeros = zero.squeeze(2).int() - shift
         total = q.sum(dim=1, dtype=torch.int32) - weight.shape[1] * zeros.flatten() if integer else None
         ready = arrange(q, step.squeeze(2), zeros, total, bits, integer=integer)
-        grid = (torch.tensor([8 / 255], device=weight.device), torch.tensor([127], dtype=torch.uint8, device=weight.device))
+        calibrated = torch.tensor([8 / 255], device=weight.device), torch.tensor([127], dtype=torch.uint8, device=weight.device)
+        grid = static_grid(*calibrated) if static else PER_TOKEN
         weights = [ready._replace(q=ready.q.clone(), facts=ready.facts.clone()) for _ in range(copies)]
-        return [lambda x, w=w: arranged_linear(x, w, None, grid if static else None) for w in weights]
+        return [lambda x, w=w: arranged_linear(x, w, None, grid) for w in weights]
 
     return make

@@ -8,23 +8,22 @@ from torch.nn import Parameter
 
 from lrq_vllm.kernels.arranged_linear import prepare
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight
-from lrq_vllm.kernels.reference import Static
+from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 
 __all__ = ["arranged_linear", "keep_arranged"]
 
 
-def keep_arranged(layer: Any, weight: ArrangedWeight, dtype: torch.dtype, *, static: bool = False) -> None:
-    """Put the weight on the layer, as parameters, and compile its kernels. dtype: of activations; static: calibrated."""
-    prepare(weight.shape, dtype, weight.q.device, static=static)
+def keep_arranged(layer: Any, weight: ArrangedWeight, dtype: torch.dtype, kind: InputKind = InputKind.PER_TOKEN) -> None:
+    """Put the weight on the layer, as parameters, and compile its kernels. dtype and kind: of activations."""
+    prepare(weight.shape, dtype, weight.q.device, kind)
     layer.lrq_q = Parameter(weight.q, requires_grad=False)
     layer.lrq_facts = Parameter(weight.facts, requires_grad=False)
     layer.lrq_weight_shape = weight.shape
 
 
-def arranged_linear(layer: Any, x: Tensor, bias: Tensor | None, static: Static | None = None) -> Tensor:
+def arranged_linear(layer: Any, x: Tensor, bias: Tensor | None, grid: InputGrid = PER_TOKEN) -> Tensor:
     """y [tokens, out] of x [tokens, in], in x's dtype."""
     from lrq_vllm.kernels import ops
 
-    step, zero_point = static or (None, None)
     bits, integer, outputs, *_ = layer.lrq_weight_shape
-    return ops.arranged_linear(x, layer.lrq_q, layer.lrq_facts, bits, integer, outputs, bias, step, zero_point)
+    return ops.arranged_linear(x, layer.lrq_q, layer.lrq_facts, bits, integer, outputs, bias, grid.kind, list(grid.calibrated))

@@ -99,13 +99,12 @@ def _devices() -> Iterator[Finding]:
 
 def _kernels() -> Iterator[Finding]:
     """For each scheme, the kernel that runs it here and why those before it do not, for a layer of no odd size."""
+    from lrq_vllm.input_kind import input_kind
     from lrq_vllm.integer_backends import LayerInput, integer_candidates
     from lrq_vllm.weight_only_backends import PackedWeight, weight_only_candidates
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, scheme in SCHEMES.items():
-        if scheme.activation is not None and scheme.activation.bits < 8:
-            continue  # nothing serves it yet
         bits = scheme.weight_bits
         qweight = pack(torch.zeros(_SIDE, _SIDE, dtype=torch.int64), bits).to(device)
         step = torch.ones(_SIDE, 1, device=device)
@@ -116,7 +115,7 @@ def _kernels() -> Iterator[Finding]:
                 candidates = [(backend.name, reason) for backend, reason in weight_only_candidates(packed)]
             else:
                 weight = integer_weight(qweight, step, zero_point, bits, _SIDE)
-                x = LayerInput(_SIDE, torch.bfloat16, static=scheme.activation.static)
+                x = LayerInput(_SIDE, torch.bfloat16, input_kind(scheme.activation))
                 candidates = [(backend.name, reason) for backend, reason in integer_candidates(weight, x)]
         except ImportError as error:  # vLLM's extension
             yield Finding(name, f"not known: {error}", "install vLLM")

@@ -10,7 +10,7 @@ from lrq_vllm.expert_stack import ExpertStack, Routing
 from lrq_vllm.integer_backends import LayerInput, choose_integer_backend
 from lrq_vllm.kernel_choice import TRITON, first_that_can
 from lrq_vllm.kernels import reference, reference_experts
-from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens, integer_weight
+from lrq_vllm.kernels.reference import PER_TOKEN, IntegerWeight, QuantizedTokens, integer_weight, static_grid
 from lrq_vllm.weight_only_backends import PackedWeight, choose_weight_only_backend
 
 __all__ = ["ExpertBackend", "ExpertLinear", "choose_expert_backend", "expert_candidates", "reference_linear"]
@@ -128,11 +128,11 @@ def _weight_only_expert(stack: ExpertStack, expert: int, dtype: torch.dtype) -> 
 
 def _integer_expert(stack: ExpertStack, expert: int, dtype: torch.dtype) -> Any:
     weight = integer_weight(stack.q[expert], stack.step[expert], stack.zero_point[expert], stack.bits, stack.in_features)
-    given = LayerInput(stack.in_features, dtype, static=stack.static is not None)
-    static = None if stack.static is None else (stack.static[0][expert], stack.static[1][expert])
+    grid = PER_TOKEN if stack.static is None else static_grid(stack.static[0][expert], stack.static[1][expert])
+    given = LayerInput(stack.in_features, dtype, grid.kind)
     backend, layer = choose_integer_backend(weight, given), torch.nn.Module()
     backend.prepare(layer, weight, given)
-    return lambda x: backend.linear(layer, x, static, None)
+    return lambda x: backend.linear(layer, x, grid, None)
 
 
 def _in_integers(stack: ExpertStack, kernels: Any, product: Callable[..., Tensor]) -> ExpertLinear:

@@ -25,6 +25,11 @@ class LrqExpertsMethod(FusedMoEMethodBase):
 
     def __init__(self, manifest: Manifest, prefix: str, moe: Any) -> None:
         super().__init__(moe)
+        if manifest.scheme == "w4a4" or manifest.correction is not None or manifest.online_hadamard is not None:
+            raise SettingsError(
+                f"{prefix}: experts have no kernel for 4-bit activations, a low-rank correction or rotated inputs. Quantize "
+                "this model with another scheme than w4a4, without --correction-rank and with --no-rotate."
+            )
         self._manifest = manifest
         self._name = f"{manifest.scheme} {prefix}"
         self._weights = ExpertWeights(manifest, prefix)

@@ -13,7 +13,7 @@ from lrq_vllm.kernel_choice import HOPPER, TRITON, first_that_can
 from lrq_vllm.kernels import reference
 from lrq_vllm.kernels.arranged_linear import why_not
 from lrq_vllm.kernels.arranged_weight import WeightShape, arrange
-from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens, Static
+from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
 
 __all__ = [
     "HopperBackend", "IntegerBackend", "LayerInput", "OneDnnBackend", "TritonBackend", "choose_integer_backend",
@@ -26,7 +26,7 @@ class LayerInput(NamedTuple):
 
     features: int
     dtype: torch.dtype
-    static: bool  # whether one calibrated step quantizes it, not one for each token
+    kind: InputKind
 
 
 class IntegerBackend(Protocol):
@@ -40,8 +40,8 @@ class IntegerBackend(Protocol):
     def prepare(self, layer: Any, weight: IntegerWeight, x: LayerInput) -> None:
         """Put the weight on the layer in this backend's layout, as parameters."""
 
-    def linear(self, layer: Any, x: Tensor, static: Static | None, bias: Tensor | None) -> Tensor:
-        """y [tokens, out] in x's dtype. static: the calibrated step and zero-point of x; None: one for each token."""
+    def linear(self, layer: Any, x: Tensor, grid: InputGrid, bias: Tensor | None) -> Tensor:
+        """y [tokens, out] in x's dtype. grid: how x is quantized, of the prepared kind."""
 
 
 def choose_integer_backend(weight: IntegerWeight, x: LayerInput) -> IntegerBackend:
@@ -73,11 +73,11 @@ class HopperBackend:
         """Lay the weight out and compile what it may need."""
         q = weight.q if weight.bits == 8 else unpack(weight.q, weight.bits, x.features)
         arranged = arrange(q, weight.step, weight.zero_point, weight.total, weight.bits, integer=True)
-        keep_arranged(layer, arranged, x.dtype, static=x.static)
+        keep_arranged(layer, arranged, x.dtype, x.kind)
 
-    def linear(self, layer: Any, x: Tensor, static: Static | None, bias: Tensor | None) -> Tensor:
+    def linear(self, layer: Any, x: Tensor, grid: InputGrid, bias: Tensor | None) -> Tensor:
         """Quantization, product and scaling in one kernel or few, chosen by the number of tokens."""
-        return arranged_linear(layer, x, bias, static)
+        return arranged_linear(layer, x, bias, grid)
 
 
 class TritonBackend:
@@ -96,11 +96,11 @@ class TritonBackend:
             setattr(layer, f"lrq_{field}", Parameter(value, requires_grad=False))
         layer.lrq_bits = weight.bits
 
-    def linear(self, layer: Any, x: Tensor, static: Static | None, bias: Tensor | None) -> Tensor:
+    def linear(self, layer: Any, x: Tensor, grid: InputGrid, bias: Tensor | None) -> Tensor:
         """int8 tensor cores; exact int32 sums."""
         from lrq_vllm.kernels import ops
 
-        tokens = ops.quantize_static(x, *static) if static else ops.quantize_per_token(x)
+        tokens = ops.quantize_input(x, grid.kind, list(grid.calibrated))
         weight = (layer.lrq_q, layer.lrq_step, layer.lrq_zero_point, layer.lrq_total)
         return ops.integer_linear(*tokens, *weight, bias, layer.lrq_bits, x.dtype)
 
@@ -157,10 +157,9 @@ class OneDnnBackend:
             q.t(), layer.lrq_unit_steps, torch.float32, dynamic_quant=False, use_azp=False
         )
 
-    def linear(self, layer: Any, x: Tensor, static: Static | None, bias: Tensor | None) -> Tensor:
+    def linear(self, layer: Any, x: Tensor, grid: InputGrid, bias: Tensor | None) -> Tensor:
         """Plain torch quantizes; int32 sums in oneDNN, zero-points and steps in float32."""
-        tokens = reference.quantize_static(x, *static) if static else reference.quantize_per_token(x)
-        return self._multiply(layer, tokens, bias, x.dtype)
+        return self._multiply(layer, reference.quantize_input(x, grid), bias, x.dtype)
 
     def _multiply(self, layer: Any, x: QuantizedTokens, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         from vllm import _custom_ops

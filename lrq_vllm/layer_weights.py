@@ -21,6 +21,8 @@ from lrq_vllm.checkpoint.packing import packed_width, storage_dtype
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import CheckpointError
 from lrq_vllm.fused_parts import part_of
+from lrq_vllm.low_rank import Pair
+from lrq_vllm.low_rank_weights import LowRankWeights
 from lrq_vllm.stored_checks import check_arrived, check_cut, check_stored
 
 __all__ = ["LayerWeights"]
@@ -34,12 +36,13 @@ class LayerWeights:
         self._modules = list(modules)
         self._arrived: set[str] = set()
         self._nothing_will_arrive = False
+        self._pairs = LowRankWeights(manifest, modules)
 
     def create(
         self, layer: torch.nn.Module, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
         weight_loader: Callable[..., None],
     ) -> None:  # fmt: skip
-        """Register qweight, weight_step, weight_zero_point and, for static activations, input_step and input_zero_point.
+        """Register the weight's three tensors, what is calibrated of the input, and the low-rank pairs if there are any.
 
         Raises CheckpointError if this rank's share of the inputs cuts through packed words or groups.
         """
@@ -64,9 +67,12 @@ class LayerWeights:
             parts = len(self._modules)  # vLLM may have more of them: it counts parts that the checkpoint has fused
             register("input_step", PerTensorScaleParameter, (parts,), torch.float32)
             register("input_zero_point", PerTensorScaleParameter, (parts,), torch.uint8)
+        if self._manifest.activation is not None and self._manifest.activation.symmetric:
+            register("input_clip", PerTensorScaleParameter, (len(self._modules),), torch.float32)
+        self._pairs.create(layer, input_size_per_partition, output_partition_sizes, weight_loader, self._checked)
 
-    def take(self, layer: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """qweight, weight_step and weight_zero_point as loaded; the layer keeps none of them.
+    def take(self, layer: Any) -> tuple[tuple[Tensor, Tensor, Tensor], list[Pair]]:
+        """qweight, weight_step and weight_zero_point as loaded, and the low-rank pairs; the layer keeps none of them.
 
         Raises CheckpointError if a tensor of the layer has not been loaded (unless vLLM was told to load none).
         """
@@ -76,7 +82,7 @@ class LayerWeights:
         qweight, step, zero_point = (getattr(layer, name).data for name in names)
         for name in names:
             delattr(layer, name)
-        return qweight, step, zero_point
+        return (qweight, step, zero_point), self._pairs.take(layer)
 
     def shared_value(self, parameter: Tensor, name: str) -> Tensor:
         """The one value [1] that every part of a fused layer carries; raises CheckpointError if they differ."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lrq_vllm.checkpoint.store import TensorFolder
 from lrq_vllm.errors import CheckpointError, one_paragraph
@@ -106,11 +107,13 @@ def _loaded(model: Any, tensors: TensorFolder) -> dict[str, list[Arrival]]:
 
 
 def _equal(parameter: Tensor, parts: list[Arrival], tensors: TensorFolder) -> bool:
-    """Whether a parameter is its parts, one below the other; a vocabulary may be padded, one value fill several places, and
-    experts have a dimension of their own.
+    """Whether a parameter is its parts, one below the other; a vocabulary may be padded, one value fill several places, experts
+    have a dimension of their own, and low-rank factors are as wide as the widest of them.
     """
-    ordered = sorted(parts, key=itemgetter(1))
-    stored = torch.cat([tensors.get(name) if tensors.spec(name).shape else tensors.get(name)[None] for name, _ in ordered])
+    ordered = [tensors.get(name) for name, _ in sorted(parts, key=itemgetter(1))]
+    ordered = [tensor if tensor.ndim else tensor[None] for tensor in ordered]
+    width = max(tensor.shape[-1] for tensor in ordered)
+    stored = torch.cat([pad(tensor, (0, width - tensor.shape[-1])) if tensor.ndim > 1 else tensor for tensor in ordered])
     stored = stored.to(parameter.dtype)
     if stored.numel() == 1:
         return bool((parameter == stored).all())

@@ -11,7 +11,7 @@ from lrq_vllm.checkpoint.schema import QUANT_METHOD, Manifest
 from lrq_vllm.checkpoint.seal import check_seal
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
 from lrq_vllm.cpu_compilation import round_where_operations_do
-from lrq_vllm.errors import CheckpointError, SettingsError
+from lrq_vllm.errors import CheckpointError
 from lrq_vllm.kv_cache import check_cache_dtype
 from lrq_vllm.tensor_parallel import check_ranks
 from lrq_vllm.vllm_versions import check_version
@@ -56,13 +56,10 @@ class LrqConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> "LrqConfig":
         """From config.json's ``quantization_config``.
 
-        Raises CheckpointError if it is not one that we read, and SettingsError in a vLLM that we do not know, or for what no
-        kernel computes yet.
+        Raises CheckpointError if it is not one that we read, and SettingsError in a vLLM that we do not know.
         """
         check_version(vllm.__version__)
-        manifest = Manifest.from_dict(config)
-        _check_served(manifest)
-        return cls(manifest)
+        return cls(Manifest.from_dict(config))
 
     def maybe_update_config(self, model_name: str, **_: Any) -> None:
         """Check a local folder against its manifest and its seal, in vLLM's main process and before anything is loaded.
@@ -135,7 +132,7 @@ class LrqConfig(QuantizationConfig):
         return LrqExpertsMethod(self.manifest, prefix, moe_config)
 
     def _method(self, modules: list[str]) -> QuantizeMethodBase:
-        from lrq_vllm.linear_integer import LrqW4A8LinearMethod, LrqW8A8LinearMethod
+        from lrq_vllm.linear_integer import LrqW4A4LinearMethod, LrqW4A8LinearMethod, LrqW8A8LinearMethod
         from lrq_vllm.linear_weight_only import LrqWeightOnlyLinearMethod
 
         match self.manifest.scheme:
@@ -143,20 +140,7 @@ class LrqConfig(QuantizationConfig):
                 return LrqW8A8LinearMethod(self.manifest, modules)
             case "w4a8":
                 return LrqW4A8LinearMethod(self.manifest, modules)
+            case "w4a4":
+                return LrqW4A4LinearMethod(self.manifest, modules)
             case _:
                 return LrqWeightOnlyLinearMethod(self.manifest, modules)
-
-
-def _check_served(manifest: Manifest) -> None:
-    """Raises SettingsError for a checkpoint that the reference path alone computes."""
-    unserved = {
-        "4-bit activations (w4a4)": manifest.scheme == "w4a4",
-        "a low-rank correction": manifest.correction is not None,
-        "an online Hadamard rotation": manifest.online_hadamard is not None,
-    }
-    names = [name for name, present in unserved.items() if present]
-    if names:
-        raise SettingsError(
-            f"The checkpoint has {', '.join(names)}, which this version of the plugin cannot serve; `lrq-offline evaluate` "
-            "computes it. To serve, quantize with another scheme, without --correction-rank and with --no-rotate."
-        )

@@ -13,6 +13,7 @@ from lrq_vllm.kernels import arranged_linear, hopper_table, reference, stream_li
 from lrq_vllm.kernels.arrange_tokens import arrange_tokens
 from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, arrange, arranged_integers
 from lrq_vllm.kernels.hopper_table import STREAM, Tile
+from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 from lrq_vllm.kernels.stream_linear import Input, plan
 
 # Bits, and whether activations are integers.
@@ -41,17 +42,18 @@ class Weight:
         total = None if self.integer is None else self.integer.total
         self.arranged: ArrangedWeight = arrange(self.q, step, zero, total, bits, integer=integer)
 
-    def product(self, x: Tensor, bias: Tensor | None, *, static: bool) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None, grid: InputGrid = PER_TOKEN) -> Tensor:
         """What reference.py computes."""
         if self.integer is None:
             return reference.weight_only_linear(x, *self.stored, self.bits, bias)
-        tokens = reference.quantize_static(x, *static_grid(x.device)) if static else reference.quantize_per_token(x)
-        return reference.integer_linear(tokens, self.integer, bias, x.dtype)
+        return reference.integer_linear(reference.quantize_input(x, grid), self.integer, bias, x.dtype)
 
 
-def static_grid(device: torch.device) -> tuple[Tensor, Tensor]:
-    """A calibrated step and zero-point."""
-    return torch.tensor([0.03], device=device), torch.tensor([117], dtype=torch.uint8, device=device)
+def grids(device: torch.device, *, integer: bool) -> list[InputGrid]:
+    """One of each kind; for 16-bit activations one that nothing reads."""
+    static = torch.tensor([0.03], device=device), torch.tensor([117], dtype=torch.uint8, device=device)
+    calibrated = [reference.static_grid(*static), reference.clipped_grid(torch.tensor([0.6], device=device))]
+    return [PER_TOKEN, *calibrated] if integer else [PER_TOKEN]
 
 
 def assert_product(found: Tensor, wanted: Tensor, *, integer: bool) -> None:
@@ -236,10 +238,9 @@ def test_the_streaming_kernel_equals_the_reference(
     weight = Weight(bits, integer, rows, columns, device)
     for tokens in (1, 3, 8, 16, 27, 32):
         for x, bias in inputs(tokens, columns, rows, dtype, device):
-            for static in (False, True) if integer else (False,):
-                grid = static_grid(device) if static else None
+            for grid in grids(device, integer=integer):
                 found = stream_linear.stream_linear(x, weight.arranged, bias, grid)
-                assert_product(found, weight.product(x, bias, static=static), integer=integer)
+                assert_product(found, weight.product(x, bias, grid), integer=integer)
 
 
 @pytest.mark.gpu
@@ -248,7 +249,7 @@ def test_the_streaming_kernel_takes_strided_rows_and_no_rows() -> None:
     weight = Weight(4, True, 96, 512, device)
     wide = torch.randn(5, 1030).to(device, torch.bfloat16)
     found = stream_linear.stream_linear(wide[:, 3:515], weight.arranged, None)
-    assert torch.equal(found, weight.product(wide[:, 3:515], None, static=False))
+    assert torch.equal(found, weight.product(wide[:, 3:515], None))
     assert stream_linear.stream_linear(wide[:0, :512], weight.arranged, None).shape == (0, 96)
 
 
@@ -274,11 +275,10 @@ def test_the_tile_kernel_equals_the_reference(bits: int, integer: bool, dtype: t
         weight = Weight(bits, integer, rows, columns, device)
         for tokens in (1, 7, 64, 100, 300):
             for x, bias in inputs(tokens, columns, rows, dtype, device):
-                for static in (False, True) if integer else (False,):
-                    grid = static_grid(device) if static else None
+                for grid in grids(device, integer=integer):
                     given = arrange_tokens(x, tile.tokens, grid) if integer else x
                     found = tile_linear.tile_linear(given, weight.arranged, bias, chosen)
-                    assert_product(found, weight.product(x, bias, static=static), integer=integer)
+                    assert_product(found, weight.product(x, bias, grid), integer=integer)
 
 
 @pytest.mark.gpu
@@ -290,7 +290,7 @@ def test_steps_for_groups_of_inputs(bits: int, rows: int, columns: int, group: i
     weight = Weight(bits, False, rows, columns, device, group)
     for tokens in (1, 5, 16, 32, 100, 300):
         for x, bias in inputs(tokens, columns, rows, dtype, device):
-            wanted = weight.product(x, bias, static=False)
+            wanted = weight.product(x, bias)
             if tokens <= 32:
                 found = stream_linear.stream_linear(x, weight.arranged, bias)
                 assert_product(found, wanted, integer=False)
@@ -308,7 +308,7 @@ def test_a_block_goes_on_with_the_next_tile(bits: int, integer: bool, tile: Tile
     chosen = tile_linear.plan(bits, *tile, integer=integer)
     given = arrange_tokens(x, tile.tokens) if integer else x
     found = tile_linear.tile_linear(given, weight.arranged, None, chosen)
-    assert_product(found, weight.product(x, None, static=False), integer=integer)
+    assert_product(found, weight.product(x, None), integer=integer)
 
 
 @pytest.mark.gpu
@@ -316,7 +316,7 @@ def test_a_block_goes_on_with_the_next_tile(bits: int, integer: bool, tile: Tile
 def test_every_number_of_tokens_gives_the_same_product(bits: int, integer: bool) -> None:
     device = torch.device("cuda")
     weight, x = Weight(bits, integer, 512, 1024, device), torch.randn(600, 1024).to(device, torch.bfloat16)
-    arranged_linear.prepare(weight.arranged.shape, x.dtype, device, static=False)
+    arranged_linear.prepare(weight.arranged.shape, x.dtype, device, InputKind.PER_TOKEN)
     for tokens in (0, 1, 5, 17, 33, 65, 150, 600):
         found = arranged_linear.arranged_linear(x[:tokens], weight.arranged, None)
-        assert_product(found, weight.product(x[:tokens], None, static=False), integer=integer)
+        assert_product(found, weight.product(x[:tokens], None), integer=integer)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError
 from lrq_vllm.expert_stack import Routing
-from tests.vllm_layers import SERVED, Tensors, manifest_for, random_tensors
+from tests.vllm_layers import Tensors, manifest_for, random_tensors
 
 pytestmark = [
     pytest.mark.vllm,
@@ -20,7 +20,7 @@ pytestmark = [
 EXPERTS, HIDDEN, INNER, TOKENS, CHOICES = 4, 64, 128, 9, 2
 PREFIX = "model.layers.0.mlp.experts"
 SHARDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-FORMATS = [*((scheme, None) for scheme in SERVED), ("w4a16", 32)]
+FORMATS = [*((scheme, None) for scheme in SCHEMES if scheme != "w4a4"), ("w4a16", 32)]
 
 
 @pytest.fixture(autouse=True)

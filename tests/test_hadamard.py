@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrq_vllm.checkpoint.hadamard import paley_matrix, paley_order, rotate
+from lrq_vllm.errors import SettingsError
+from lrq_vllm.kernels import hadamard as kernel
 
 SPECIFICATION = Path(__file__).parents[1] / "docs" / "checkpoint-format.md"
 
@@ -58,6 +60,40 @@ def test_a_rotation_is_its_definition_and_keeps_lengths(blocks: int, order: int,
     rotated = rotate(x, block, order)
     torch.testing.assert_close(rotated, x @ whole.T)
     torch.testing.assert_close(rotated.norm(dim=-1), x.norm(dim=-1))
+
+
+# Of one factor of Sylvester's, of two, of Paley's, and of all; the widths of MLPs among them.
+KERNEL_BLOCKS = [(64, 1), (512, 1), (16384, 1), (192, 12), (768, 12), (14336, 28)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("block", "order"), KERNEL_BLOCKS)
+def test_the_kernel_rotates_as_the_definition_does(device: torch.device, block: int, order: int, dtype: torch.dtype) -> None:
+    kernel.check(block, order)
+    x = torch.randn(3, 2 * block + 8)
+    x[1, ::50] *= 100  # outliers: what rotations are for
+    x = x.to(dtype)[:, : 2 * block]
+    found, wanted = kernel.rotate(x.to(device), block, order).cpu(), rotate(x, block, order)
+    # One rounding to 16 bits (the interpreter cuts off where a GPU rounds), and what sums of float32 leave.
+    bits = 8 if dtype == torch.bfloat16 else 11
+    torch.testing.assert_close(found.float(), wanted, rtol=2 ** (1 - bits), atol=2**-18 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize(("block", "order"), [(96, 12), (29568, 924), (2**17, 1)])
+def test_a_block_that_the_kernel_does_not_take_is_refused(block: int, order: int) -> None:
+    with pytest.raises(SettingsError, match=f"rotates {block} inputs .*--no-rotate"):
+        kernel.check(block, order)
+
+
+def test_a_default_dtype_changes_no_matrix() -> None:
+    wanted = paley_matrix(28)
+    paley_matrix.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it builds a model
+    try:
+        assert paley_matrix(28).dtype == torch.float32 and torch.equal(paley_matrix(28), wanted)
+        assert paley_matrix(12).dtype == paley_matrix(1).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_rotation_is_computed_in_float32_whatever_surrounds_it() -> None:

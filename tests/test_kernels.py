@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lrq_vllm.checkpoint.affine import dequantize, quantize, token_step_and_zero_point
 from lrq_vllm.checkpoint.packing import pack, unpack
 from lrq_vllm.kernels import activation_quant, integer_gemm, ops, reference, weight_only_gemm
-from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
+from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
 from tests.kernel_inputs import (
     DOT_DTYPES,
     assert_close_products,
@@ -70,6 +70,14 @@ def test_per_token_kernel_equals_its_reference(device: torch.device, tokens: int
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(("tokens", "in_features"), TOKEN_SHAPES)
+def test_clipped_kernel_equals_its_reference(device: torch.device, tokens: int, in_features: int, dtype: torch.dtype) -> None:
+    x, ratio = (torch.randn(tokens, in_features) * torch.logspace(-3, 3, tokens).unsqueeze(1)).to(dtype), torch.tensor([0.7])
+    actual = activation_quant.quantize_clipped(x.to(device), ratio.to(device))
+    assert_equal_tokens(actual, reference.quantize_clipped(x, ratio))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("tokens", "in_features"), TOKEN_SHAPES)
 def test_static_kernel_equals_its_reference(device: torch.device, tokens: int, in_features: int, dtype: torch.dtype) -> None:
     x = torch.randn(tokens, in_features).to(dtype)
     step, zero_point = torch.tensor([0.017]), torch.tensor([119], dtype=torch.uint8)
@@ -111,6 +119,12 @@ HARD_ROWS = {
 def test_per_token_kernel_equals_its_reference_on_hard_rows(device: torch.device, name: str) -> None:
     x = HARD_ROWS[name].unsqueeze(0)
     assert_equal_tokens(activation_quant.quantize_per_token(x.to(device)), reference.quantize_per_token(x))
+
+
+@pytest.mark.parametrize("name", HARD_ROWS)
+def test_clipped_kernel_equals_its_reference_on_hard_rows(device: torch.device, name: str) -> None:
+    x, ratio = HARD_ROWS[name].unsqueeze(0), torch.tensor([1.0])
+    assert_equal_tokens(activation_quant.quantize_clipped(x.to(device), ratio.to(device)), reference.quantize_clipped(x, ratio))
 
 
 @pytest.mark.parametrize("zero_point", [0, 128, 255])
@@ -286,22 +300,39 @@ def op_calls(tokens: int) -> dict[str, tuple[object, tuple[object, ...]]]:
     """Name -> op and arguments, on the CPU."""
     x, bias = torch.randn(tokens, 33), torch.randn(5)
     q, step, zero_point = random_groups(4, 5, 33, 1)
-    step_and_zero = (torch.tensor([0.02]), torch.tensor([130], dtype=torch.uint8))
+    step_and_zero = [torch.tensor([0.02]), torch.tensor([130], dtype=torch.uint8)]
     quantized = reference.quantize_per_token(x)
     return {
-        "quantize_per_token": (ops.quantize_per_token, (x,)),
-        "quantize_static": (ops.quantize_static, (x, *step_and_zero)),
+        "quantize per token": (ops.quantize_input, (x, InputKind.PER_TOKEN, [])),
+        "quantize static": (ops.quantize_input, (x, InputKind.STATIC, step_and_zero)),
+        "quantize clipped": (ops.quantize_input, (x, InputKind.CLIPPED, [torch.tensor([0.9])])),
         "integer_linear 8": (ops.integer_linear, (*quantized, *random_weight(8, 5, 33)[:4], bias, 8, torch.float16)),
         "integer_linear 4": (ops.integer_linear, (*quantized, *random_weight(4, 5, 33)[:4], None, 4, torch.float32)),
         "weight_only_linear": (ops.weight_only_linear, (x.half(), pack(q, 4), step, zero_point, 4, bias)),
     }
 
 
-OP_NAMES = ["quantize_per_token", "quantize_static", "integer_linear 8", "integer_linear 4", "weight_only_linear"]
+OP_NAMES = [
+    "quantize per token",
+    "quantize static",
+    "quantize clipped",
+    "integer_linear 8",
+    "integer_linear 4",
+    "weight_only_linear",
+]
 
 
 def on(device: torch.device, arguments: tuple[object, ...]) -> tuple[object, ...]:
-    return tuple(value.to(device) if isinstance(value, Tensor) else value for value in arguments)
+    def moved(value: object) -> object:
+        return (
+            value.to(device)
+            if isinstance(value, Tensor)
+            else [moved(one) for one in value]
+            if isinstance(value, list)
+            else value
+        )
+
+    return tuple(map(moved, arguments))
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
@@ -322,7 +353,8 @@ def test_an_op_is_the_function_of_that_name_in_the_reference(device: torch.devic
         case "weight_only_linear":
             expected = (reference.weight_only_linear(*arguments),)
         case _:
-            expected = getattr(reference, name)(*arguments)
+            x, kind, calibrated = arguments
+            expected = reference.quantize_input(x, InputGrid(kind, tuple(calibrated)))
     result = op(*on(device, arguments))
     for actual, wanted in zip([result] if isinstance(result, Tensor) else result, expected, strict=True):
         torch.testing.assert_close(actual.cpu(), wanted, rtol=0 if wanted.dtype != torch.float16 else 1e-2, atol=0)
@@ -338,7 +370,12 @@ def test_without_tokens_an_op_gives_an_empty_result_of_the_right_shape(device: t
 def test_fake_tensors_take_the_place_of_real_ones(device: torch.device) -> None:
     with FakeTensorMode():
         x = torch.empty(7, 33, device=device)
-        assert [tuple(tensor.shape) for tensor in ops.quantize_per_token(x)] == [(7, 33), (7, 1), (7, 1), (7, 1)]
+        assert [tuple(tensor.shape) for tensor in ops.quantize_input(x, InputKind.PER_TOKEN, [])] == [
+            (7, 33),
+            (7, 1),
+            (7, 1),
+            (7, 1),
+        ]
 
 
 # --- the reference against the formulas ---

@@ -14,9 +14,9 @@ from torch import Tensor
 from lrq_vllm import integer_backends, kv_cache, layer_self_test, weight_only_backends
 from lrq_vllm.checkpoint.correction import Correction
 from lrq_vllm.checkpoint.hadamard import OnlineHadamard
-from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError, SettingsError
-from tests.vllm_layers import SERVED, Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
+from tests.vllm_layers import INTEGERS, Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
 
 pytestmark = [
     pytest.mark.vllm,
@@ -68,7 +68,7 @@ def loaded_layer(manifest: Manifest, *, bias: bool = False) -> Loaded:
 
 
 def check_agreement(y: Tensor, expected: Tensor, scheme: str, bias: bool) -> None:
-    if scheme in ("w8a8", "w4a8") and not bias:
+    if scheme in INTEGERS and not bias:
         assert torch.equal(y, expected)  # integers: the same bits
     else:  # bfloat16 keeps 8 bits of a sum whose terms may be larger than it
         assert (y.float() - expected.float()).norm() <= 4e-3 * expected.float().norm()
@@ -76,7 +76,7 @@ def check_agreement(y: Tensor, expected: Tensor, scheme: str, bias: bool) -> Non
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("modules", [QKV, OUTPUT], ids=["qkv", "o"])
-@pytest.mark.parametrize("scheme", SERVED)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_layer_computes_what_the_reference_says(scheme: str, modules: dict[str, tuple[int, int]], bias: bool) -> None:
     loaded = loaded_layer(manifest_for(scheme, modules), bias=bias)
     for shape in ((1, 256), (7, 256), (2, 3, 256)):
@@ -99,7 +99,7 @@ def test_a_strided_input_is_taken_as_it_is(scheme: str) -> None:
     assert torch.equal(loaded.layer(x), loaded.expected(x.contiguous(), None))
 
 
-@pytest.mark.parametrize("scheme", SERVED)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_layer_compiles_whole_and_for_any_number_of_tokens(scheme: str) -> None:
     loaded = loaded_layer(manifest_for(scheme, OUTPUT))
     compiled = torch.compile(loaded.layer, fullgraph=True, dynamic=True)
@@ -109,7 +109,7 @@ def test_a_layer_compiles_whole_and_for_any_number_of_tokens(scheme: str) -> Non
         assert (compiled(x).float() - expected).norm() <= 4e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("scheme", SERVED)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_tensor_that_never_comes_is_named(scheme: str) -> None:
     manifest = manifest_for(scheme, QKV)
     layer = empty_layer(manifest)
@@ -188,7 +188,7 @@ def test_a_folder_without_weights_is_left_to_vllm(tmp_path: Path) -> None:
     LrqConfig(manifest_for("w4a16", OUTPUT)).maybe_update_config(str(tmp_path))
 
 
-@pytest.mark.parametrize("scheme", SERVED)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_self_test_passes_a_right_layer_and_names_a_wrong_one(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(layer_self_test.VARIABLE, "1")
     manifest = manifest_for(scheme, OUTPUT)
@@ -239,17 +239,59 @@ def test_a_number_of_gpus_that_cannot_serve_is_refused_with_the_nearest_that_can
         empty_layer(manifest_for("w4a16", OUTPUT))
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"scheme": "w4a4"}, r"4-bit activations \(w4a4\)"),
-        ({"correction": Correction(torch.bfloat16, {f"{PREFIX}.o_proj": 2})}, "a low-rank correction"),
-        ({"online_hadamard": OnlineHadamard((f"{PREFIX}.o_proj",), 256, 1)}, "an online Hadamard rotation"),
-    ],
-)
-def test_what_no_kernel_computes_yet_is_refused_before_anything_is_loaded(changes: dict[str, Any], words: str) -> None:
-    from lrq_vllm.quant_config import LrqConfig
+RANKS = {
+    "all": {f"{PREFIX}.q_proj": 24, f"{PREFIX}.k_proj": 8, f"{PREFIX}.v_proj": 16, f"{PREFIX}.o_proj": 32},
+    "some": {f"{PREFIX}.k_proj": 8, f"{PREFIX}.o_proj": 1},
+}
 
-    manifest = replace(manifest_for("w4a8", OUTPUT), **changes)
-    with pytest.raises(SettingsError, match=f"{words}.* cannot serve"):
-        LrqConfig.from_config(manifest.to_dict())
+
+@pytest.mark.parametrize("corrected", RANKS)
+@pytest.mark.parametrize("modules", [QKV, OUTPUT], ids=["qkv", "o"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_correction_is_added_as_the_reference_says(scheme: str, modules: dict[str, tuple[int, int]], corrected: str) -> None:
+    ranks = {module: rank for module, rank in RANKS[corrected].items() if module in modules}
+    manifest = manifest_for(scheme, modules, correction=Correction(torch.bfloat16, ranks))
+    loaded, without = loaded_layer(manifest), replace(manifest, correction=None)
+    x = torch.randn(7, 256, dtype=torch.bfloat16) * 3
+    y, expected = loaded.layer(x).float(), loaded.expected(x, None).float()
+    assert (y - expected).norm() <= 6e-3 * expected.norm()
+    tensors = {
+        module: {suffix: tensor for suffix, tensor in of_module.items() if not suffix.startswith("low_rank")}
+        for module, of_module in loaded.tensors.items()
+    }
+    uncorrected = torch.cat(reference_outputs(without, tensors, x), dim=1).float()
+    assert (y - uncorrected).norm() > 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a16"])
+def test_an_input_is_rotated_before_anything_else_reads_it(scheme: str) -> None:
+    name = f"{PREFIX}.o_proj"
+    correction, hadamard = Correction(torch.bfloat16, {name: 32}), OnlineHadamard((name,), 128, 4)
+    loaded = loaded_layer(manifest_for(scheme, OUTPUT, correction=correction, hadamard=hadamard))
+    x = torch.randn(2, 3, 256, dtype=torch.bfloat16)
+    expected = loaded.expected(x, None).float()
+    assert (loaded.layer(x).float() - expected).norm() <= 6e-3 * expected.norm()
+    loaded.manifest = manifest_for(scheme, OUTPUT, correction=correction)
+    assert (loaded.expected(x, None).float() - expected).norm() > 0.5 * expected.norm()
+
+
+def test_a_corrected_and_rotated_layer_compiles_whole_and_for_any_number_of_tokens() -> None:
+    name = f"{PREFIX}.o_proj"
+    correction, hadamard = Correction(torch.bfloat16, {name: 32}), OnlineHadamard((name,), 128, 4)
+    loaded = loaded_layer(manifest_for("w4a4", OUTPUT, correction=correction, hadamard=hadamard))
+    compiled = torch.compile(loaded.layer, fullgraph=True, dynamic=True)
+    for tokens in (3, 8):
+        x = torch.randn(tokens, 256, dtype=torch.bfloat16)
+        expected = loaded.expected(x, None).float()
+        assert (compiled(x).float() - expected).norm() <= 6e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("suffix", ["low_rank_u", "low_rank_v"])
+def test_a_factor_that_never_comes_is_named(suffix: str) -> None:
+    manifest = manifest_for("w4a8", QKV, correction=Correction(torch.bfloat16, dict.fromkeys(QKV, 8)))
+    layer = empty_layer(manifest)
+    tensors = {module: random_tensors(manifest, module) for module in manifest.quantized}
+    del tensors[f"{PREFIX}.k_proj"][suffix]
+    load(layer, tensors)
+    with pytest.raises(CheckpointError, match=rf"k_proj\.{suffix} was not loaded"):
+        layer.quant_method.process_weights_after_loading(layer)

@@ -1,6 +1,7 @@
 """Layers of two tensor-parallel ranks, put together, against the whole layer: every scheme, every kind of layer."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing import spawn
 
-from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.checkpoint.correction import Correction
+from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError
-from tests.vllm_layers import SERVED, Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
+from tests.vllm_layers import INTEGERS, Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
 
 pytestmark = [
     pytest.mark.vllm,
@@ -19,6 +21,7 @@ pytestmark = [
 ]
 
 RANKS = 2
+CORRECTED = "w4a8 corrected"
 ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
 
 
@@ -69,15 +72,17 @@ KINDS = {
     "gate-up-fused": Kind(_gate_up, _projections(MLP, gate_up=(768, 256)), (None,)),
     "down": Kind(_down, _projections(MLP, down=(256, 384)), (None,), by_rows=True),
 }
-# Group sizes too, where a scheme has them.
-FORMATS = [*((scheme, None) for scheme in SERVED), ("w4a16", 64), ("w3a16", 32)]
+# Group sizes too, where a scheme has them, and one with a low-rank correction.
+FORMATS = [*((scheme, None) for scheme in SCHEMES), ("w4a16", 64), ("w3a16", 32), (CORRECTED, None)]
 CASES = [(kind, scheme, group) for kind in KINDS for scheme, group in FORMATS]
 
 
 def case(kind: str, scheme: str, group: int | None) -> tuple[Manifest, Tensors, Tensor]:
     """The whole layer's tensors and inputs [7, in], the same in every process."""
     torch.manual_seed(0)
-    manifest = manifest_for(scheme, KINDS[kind].modules, group)
+    modules = KINDS[kind].modules
+    correction = Correction(torch.bfloat16, {module: 8 * (at + 1) for at, module in enumerate(modules)})
+    manifest = manifest_for(scheme.split()[0], modules, group, correction=correction if scheme == CORRECTED else None)
     tensors = {module: random_tensors(manifest, module) for module in manifest.quantized}
     inputs = next(iter(manifest.quantized.values()))[1]
     return manifest, tensors, torch.randn(7, inputs, dtype=torch.float32).mul(3).bfloat16()
@@ -112,20 +117,34 @@ def test_ranks_together_compute_what_one_computes(
 ) -> None:
     manifest, tensors, x = case(kind, scheme, group)
     own = [found[kind, scheme, group] for found in outputs]
-    wanted = torch.cat(reference_outputs(manifest, tensors, x), dim=1)
     if KINDS[kind].by_rows:
         assert torch.equal(own[0], own[1])  # after the sum over ranks
-        # Each rank's part is rounded to bfloat16, and tokens are quantized by what a rank sees of them.
-        assert (own[0].float() - wanted.float()).norm() <= 0.02 * wanted.float().norm()
+        parts = [row_part(manifest, tensors, x, rank) for rank in range(RANKS)]
+        # Each rank's part is rounded to bfloat16.
+        assert (own[0].float() - sum(parts)).norm() <= 8e-3 * sum(parts).norm()
         return
+    wanted = torch.cat(reference_outputs(manifest, tensors, x), dim=1)
     sizes = [256, 128, 128] if kind == "qkv-fused" else [384, 384] if kind == "gate-up-fused" else None
     parts = wanted.split(sizes or [rows for rows, _ in manifest.quantized.values()], dim=1)
     for rank, y in enumerate(own):
         expected = torch.cat([of_rank(part, rank, at, KINDS[kind]) for at, part in enumerate(parts)], dim=1)
-        if scheme in ("w8a8", "w4a8"):
+        if scheme in INTEGERS:
             assert torch.equal(y, expected)
         else:
             assert (y.float() - expected.float()).norm() <= 4e-3 * expected.float().norm()
+
+
+def row_part(manifest: Manifest, tensors: Tensors, x: Tensor, rank: int) -> Tensor:
+    """What the reference computes of a rank's share of the inputs; it quantizes tokens by what it sees of them."""
+
+    def share(suffix: str, tensor: Tensor) -> Tensor:
+        if suffix == "low_rank_v":
+            return tensor.chunk(RANKS)[rank]
+        return tensor.chunk(RANKS, dim=1)[rank] if suffix.startswith(("qweight", "weight")) and tensor.shape[1] > 1 else tensor
+
+    modules = {name: (rows, inputs // RANKS) for name, (rows, inputs) in manifest.quantized.items()}
+    shares = {name: {suffix: share(suffix, tensor) for suffix, tensor in of.items()} for name, of in tensors.items()}
+    return reference_outputs(replace(manifest, quantized=modules), shares, x.chunk(RANKS, dim=1)[rank])[0].float()
 
 
 def of_rank(part: Tensor, rank: int, at: int, kind: Kind) -> Tensor:

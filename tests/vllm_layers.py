@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lrq_offline.reference_model import ReferenceLinear
+from lrq_vllm.checkpoint.correction import Correction
+from lrq_vllm.checkpoint.hadamard import OnlineHadamard
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, WeightFormat
 from lrq_vllm.integer_backends import _multiplies_bytes_exactly
@@ -18,8 +20,8 @@ from lrq_vllm.vllm_world import vllm_world
 # Where vLLM's own product of bytes is wrong, which the plugin avoids (integer_backends.OneDnnBackend).
 EXACT_BYTES = pytest.mark.skipif(not _multiplies_bytes_exactly(), reason="oneDNN's sums saturate on this CPU, without VNNI")
 
-SERVED = [name for name, scheme in SCHEMES.items() if scheme.activation is None or scheme.activation.bits == 8]
-"""The schemes that the plugin has kernels for."""
+INTEGERS = [name for name, scheme in SCHEMES.items() if scheme.activation is not None]
+"""The schemes whose products are sums of integers, equal to the bit."""
 
 Tensors = dict[str, dict[str, Tensor]]
 """By module of the checkpoint, its tensors by suffix."""
@@ -36,9 +38,12 @@ def plugin_world(rank: int = 0, size: int = 1, store: Path | None = None) -> Ite
         yield
 
 
-def manifest_for(scheme: str, modules: dict[str, tuple[int, int]], group_size: int | None = None) -> Manifest:
+def manifest_for(
+    scheme: str, modules: dict[str, tuple[int, int]], group_size: int | None = None, *,
+    correction: Correction | None = None, hadamard: OnlineHadamard | None = None,
+) -> Manifest:  # fmt: skip
     weight = WeightFormat(SCHEMES[scheme].weight_bits, group_size=group_size)
-    return Manifest(scheme, weight, modules, ("lm_head",), "test", tensor_parallel_sizes=(1, 2, 8))
+    return Manifest(scheme, weight, modules, ("lm_head",), "test", None, (1, 2, 8), correction, hadamard)
 
 
 def random_tensors(manifest: Manifest, module: str) -> dict[str, Tensor]:
@@ -52,6 +57,12 @@ def random_tensors(manifest: Manifest, module: str) -> dict[str, Tensor]:
     if scheme_is_static(manifest):
         tensors["input_step"] = torch.tensor([0.03], dtype=torch.float32)
         tensors["input_zero_point"] = torch.tensor([117], dtype=torch.uint8)
+    if manifest.activation is not None and manifest.activation.symmetric:
+        tensors["input_clip"] = torch.tensor([0.7], dtype=torch.float32)
+    if manifest.correction is not None and module in manifest.correction.rank:
+        rank = manifest.correction.rank[module]
+        for suffix, rows in (("low_rank_u", out_features), ("low_rank_v", in_features)):
+            tensors[suffix] = (torch.randn(rows, rank) / 4).to(manifest.correction.dtype)
     return tensors
 
 

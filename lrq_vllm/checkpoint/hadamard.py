@@ -65,13 +65,12 @@ def paley_order(block: int) -> int | None:
 def paley_matrix(order: int) -> Tensor:
     """P_m, float32 [m, m] of 1 and -1, on the CPU. Only for orders that :func:`paley_order` returns. Not to be changed."""
     if order == 1:
-        return torch.ones(1, 1)
+        return torch.ones(1, 1, dtype=torch.float32)
     if _is_prime(order - 1) and order % 4 == 0:
-        return torch.eye(order) + _bordered(order - 1, -1.0)
+        return torch.eye(order, dtype=torch.float32) + _bordered(order - 1, -1.0)
     conference = _bordered(order // 2 - 1, 1.0)
-    return torch.kron(conference, torch.tensor([[1.0, 1.0], [1.0, -1.0]])) + torch.kron(
-        torch.eye(order // 2), torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
-    )
+    first, second = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[1.0, -1.0], [-1.0, -1.0]]], dtype=torch.float32)
+    return torch.kron(conference, first) + torch.kron(torch.eye(order // 2, dtype=torch.float32), second)
 
 
 def rotate(x: Tensor, block: int, order: int) -> Tensor:
@@ -90,11 +89,11 @@ def rotate(x: Tensor, block: int, order: int) -> Tensor:
 
 def _bordered(q: int, left: float) -> Tensor:
     """[[0, 1], [left, Q]], [q + 1, q + 1]."""
-    chi = torch.full((q,), -1.0)
+    chi = torch.full((q,), -1.0, dtype=torch.float32)
     chi[torch.arange(1, q).square() % q] = 1.0
     chi[0] = 0.0
     index = torch.arange(q)
-    bordered = torch.zeros(q + 1, q + 1)
+    bordered = torch.zeros(q + 1, q + 1, dtype=torch.float32)
     bordered[0, 1:], bordered[1:, 0] = 1.0, left
     bordered[1:, 1:] = chi[(index.unsqueeze(1) - index) % q]
     return bordered

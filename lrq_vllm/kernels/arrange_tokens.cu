@@ -1,10 +1,10 @@
-// Activations, quantized to 8 bits, in the order in which tensor cores meet an arranged weight.
+// Activations, quantized to bytes, in the order in which tensor cores meet an arranged weight.
 //
-// Twins: reference.quantize_per_token and quantize_static, but for the order. A row of x is cut into chunks of 64 inputs as the
+// Twin: reference.quantize_input, but for the order. A row of x is cut into chunks of 64 inputs as the
 // weight is, and a chunk into UNITS units of 16 inputs. Tokens come in tiles: `out` is [tiles][chunks][tile][UNITS][4] words. A
 // token's units are exchanged among themselves ("swizzled"), so that wgmma reads them without bank conflicts.
 //
-// A block takes ROWS tokens. Constants: CALIBRATED (by the given step, else each token by its own), FLOAT16, THREADS, ROWS (a
+// A block takes ROWS tokens. Constants: KIND (reference.InputKind), FLOAT16, THREADS, ROWS (a
 // power of two, 8 at most), ITEMS (quarters of a chunk, of a thread). hopper.cuh comes before.
 
 #define UNITS 4
@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange_tokens(
         const int place = unit ^ token / 2 % 4;
         if (token < tokens && quarter < 4 * chunks) ((Words*)out)[row * UNITS + place] = *(const Words*)unit_words;
     };
-#if CALIBRATED
+#if KIND == STATIC
     const Grid grid = {*x_step, __frcp_rn(*x_step), *x_zero - 128, 0};
 #else
     __shared__ float lows[WARPS][ROWS], highs[WARPS][ROWS];
@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) arrange_tokens(
         low = fminf(low, lows[other][row]);
         high = fmaxf(high, highs[other][row]);
     }
-    const Grid grid = own_grid(low, high);
+    const Grid grid = own_grid(low, high, x_step);
 #endif
     int total = 0;
 #pragma unroll

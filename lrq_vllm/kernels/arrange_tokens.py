@@ -1,6 +1,6 @@
 """CUDA C++: activations, quantized, in the order that the kernels for Hopper GPUs read (arrange_tokens.cu).
 
-Twins: reference.quantize_per_token and quantize_static, but for the order.
+Twin: reference.quantize_input, but for the order.
 """
 
 from functools import cache
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrq_vllm.kernels import cuda_kernel
 from lrq_vllm.kernels.arranged_weight import CHUNK
-from lrq_vllm.kernels.reference import Static
+from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 
 __all__ = ["ArrangedTokens", "aligned", "arrange_tokens", "sources"]
 
@@ -29,9 +29,9 @@ class ArrangedTokens(NamedTuple):
     tokens: int  # T
 
 
-def arrange_tokens(x: Tensor, tile: int, static: Static | None = None) -> ArrangedTokens:
+def arrange_tokens(x: Tensor, tile: int, grid: InputGrid = PER_TOKEN) -> ArrangedTokens:
     """Of x [T, K], bfloat16 or float16, K a multiple of 16, in tiles of ``tile`` tokens; those of the last one that x does not
-    have stay undefined. static: None quantizes per token.
+    have stay undefined.
     """
     x = aligned(x)
     tokens, inputs = x.shape
@@ -40,17 +40,17 @@ def arrange_tokens(x: Tensor, tile: int, static: Static | None = None) -> Arrang
     grids = torch.empty((tokens, 4), dtype=torch.float32, device=x.device)
     if tokens:
         rows = _rows(tokens)
-        kernel = _compiled(rows, chunks, static is not None, x.dtype == torch.float16, x.device)
-        step, zero_point = static or (x, x)
+        kernel = _compiled(rows, chunks, grid.kind, x.dtype == torch.float16, x.device)
+        first, second, *_ = *grid.calibrated, x, x
         blocks = -(-tokens // rows)
         threads = _threads(rows, chunks)[0]
-        kernel.launch(blocks, threads, [x, step, zero_point, words, grids, tokens, tile, inputs, x.stride(0), chunks])
+        kernel.launch(blocks, threads, [x, first, second, words, grids, tokens, tile, inputs, x.stride(0), chunks])
     return ArrangedTokens(words, grids, x.dtype, tokens)
 
 
-def sources(inputs: int, dtype: torch.dtype, *, static: bool) -> list[cuda_kernel.Source]:
+def sources(inputs: int, dtype: torch.dtype, kind: InputKind) -> list[cuda_kernel.Source]:
     """What :func:`arrange_tokens` takes for so many inputs, whatever the number of tokens."""
-    return [_source(rows, -(-inputs // CHUNK), static, dtype == torch.float16) for rows in _ROWS]
+    return [_source(rows, -(-inputs // CHUNK), kind, dtype == torch.float16) for rows in _ROWS]
 
 
 def aligned(x: Tensor) -> Tensor:
@@ -69,12 +69,12 @@ def _threads(rows: int, chunks: int) -> tuple[int, int]:
     return 32 * -(-warps_of_work // items), items
 
 
-def _source(rows: int, chunks: int, static: bool, float16: bool) -> cuda_kernel.Source:
+def _source(rows: int, chunks: int, kind: InputKind, float16: bool) -> cuda_kernel.Source:
     threads, items = _threads(rows, chunks)
-    constants = {"CALIBRATED": static, "FLOAT16": float16, "THREADS": threads, "ROWS": rows, "ITEMS": items}
+    constants = {"KIND": kind, "FLOAT16": float16, "THREADS": threads, "ROWS": rows, "ITEMS": items}
     return cuda_kernel.source("arrange_tokens", constants, "hopper.cuh")
 
 
 @cache
-def _compiled(rows: int, chunks: int, static: bool, float16: bool, device: torch.device) -> cuda_kernel.CudaKernel:
-    return cuda_kernel.compiled(_source(rows, chunks, static, float16), device)
+def _compiled(rows: int, chunks: int, kind: InputKind, float16: bool, device: torch.device) -> cuda_kernel.CudaKernel:
+    return cuda_kernel.compiled(_source(rows, chunks, kind, float16), device)

@@ -1,6 +1,6 @@
 """y = x W^T with an arranged weight, on a Hopper GPU: by the kernel that hopper_table.py knows to be the fastest.
 
-Twins: reference.quantize_per_token or quantize_static with reference.integer_linear; reference.weight_only_linear.
+Twins: reference.quantize_input with reference.integer_linear; reference.weight_only_linear.
 """
 
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 from lrq_vllm.kernels import arrange_tokens, cuda_kernel, stream_linear, tile_linear
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape
 from lrq_vllm.kernels.hopper_table import STREAM, Tile, choices, chosen
-from lrq_vllm.kernels.reference import Static
+from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 
 __all__ = ["arranged_linear", "prepare", "why_not"]
 
@@ -37,24 +37,24 @@ def why_not(device: torch.device, weight: WeightShape) -> str | None:
     return None
 
 
-def arranged_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, static: Static | None = None) -> Tensor:
-    """y [T, N] for x [T, K], bfloat16 or float16. static: None quantizes x per token if ``weight.integer``."""
-    tile = _tile(len(x), weight.shape, x.device, static=static is not None)
+def arranged_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, grid: InputGrid = PER_TOKEN) -> Tensor:
+    """y [T, N] for x [T, K], bfloat16 or float16. grid: how x is quantized if ``weight.integer``."""
+    tile = _tile(len(x), weight.shape, x.device, grid.kind)
     if tile is STREAM:
-        return stream_linear.stream_linear(x, weight, bias, static)
+        return stream_linear.stream_linear(x, weight, bias, grid)
     plan = _plan(tile, weight.shape, x.dtype)
-    given = arrange_tokens.arrange_tokens(x, tile.tokens, static) if weight.shape.integer else x
+    given = arrange_tokens.arrange_tokens(x, tile.tokens, grid) if weight.shape.integer else x
     return tile_linear.tile_linear(given, weight, bias, plan)
 
 
 @cache
-def prepare(weight: WeightShape, dtype: torch.dtype, device: torch.device, *, static: bool) -> None:
+def prepare(weight: WeightShape, dtype: torch.dtype, device: torch.device, kind: InputKind) -> None:
     """Compile every kernel that :func:`arranged_linear` may take for such a weight: a CUDA graph cannot record compiling."""
-    sources = set(arrange_tokens.sources(weight.in_features, dtype, static=static)) if weight.integer else set()
+    sources = set(arrange_tokens.sources(weight.in_features, dtype, kind)) if weight.integer else set()
     for tokens in (*range(1, stream_linear.MOST_TOKENS + 1), *(most + 1 for most, _ in choices(weight) if most is not None)):
-        tile = _tile(tokens, weight, device, static=static)
+        tile = _tile(tokens, weight, device, kind)
         if tile is STREAM:
-            sources.add(stream_linear.source(tokens, weight, dtype, device, static=static))
+            sources.add(stream_linear.source(tokens, weight, dtype, device, kind))
         else:
             sources.add(_plan(tile, weight, dtype).source())
     with ThreadPoolExecutor(min(_COMPILING_THREADS, os.cpu_count() or 1)) as pool:
@@ -65,8 +65,8 @@ def _plan(tile: Tile, weight: WeightShape, dtype: torch.dtype) -> tile_linear.Pl
     return tile_linear.plan(weight.bits, *tile, integer=weight.integer, float16=dtype == torch.float16, grouped=weight.grouped)
 
 
-def _tile(tokens: int, weight: WeightShape, device: torch.device, *, static: bool) -> Tile | None:
+def _tile(tokens: int, weight: WeightShape, device: torch.device, kind: InputKind) -> Tile | None:
     tile = chosen(tokens, weight)
-    if tile is STREAM and not stream_linear.takes(tokens, weight, device, static=static):
+    if tile is STREAM and not stream_linear.takes(tokens, weight, device, kind):
         return Tile(16 if tokens <= 16 else 32, blocks=2)
     return tile

@@ -1,6 +1,15 @@
-// What the kernels for Hopper GPUs share: barriers, bulk copies, 16-bit floats, 8-bit quantization.
+// What the kernels for Hopper GPUs share: barriers, bulk copies, 16-bit floats, quantization.
 //
-// Constants: FLOAT16 (else bfloat16), CALIBRATED (whether the step of x is not its own, so that values may lie far outside).
+// Constants: FLOAT16 (else bfloat16), KIND (what x is: as it came, quantized already, or how it is quantized here, as reference.InputKind).
+
+#define AS_IT_IS 0
+#define PER_TOKEN 1
+#define STATIC 2
+#define CLIPPED 3
+#define QUANTIZED 4  // already, by arrange_tokens.cu
+#define OWN_GRIDS (KIND == PER_TOKEN || KIND == CLIPPED)  // each token's own
+#define LOWEST (KIND == CLIPPED ? -8.0f : -128.0f)
+#define HIGHEST (KIND == CLIPPED ? 7.0f : 127.0f)
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -127,7 +136,7 @@ __device__ __forceinline__ Words load_words(const void* from, bool inside) {
     return inside ? *(const Words*)from : none;
 }
 
-// Two inputs, as bytes on the int8 grid: clamp(round(x / step) + zero, -128, 127), with IEEE division. The quotient by
+// Two inputs, as bytes on the int8 grid: clamp(round(x / step) + zero, LOWEST, HIGHEST), with IEEE division. The quotient by
 // multiplication decides, except close to a border between two integers.
 __device__ __forceinline__ u32 quantized_pair(u32 pair, const Grid& grid) {
     const float values[2] = {low_half(pair), high_half(pair)};
@@ -136,7 +145,7 @@ __device__ __forceinline__ u32 quantized_pair(u32 pair, const Grid& grid) {
     float shifted[2], off[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-#if CALIBRATED
+#if KIND == STATIC  // values may lie far outside
         const float quotient = fminf(fmaxf(values[i] * grid.inverse, -1024.0f), 1024.0f);
         shifted[i] = quotient + offset;
         off[i] = fabsf(quotient - (shifted[i] - offset));
@@ -151,7 +160,7 @@ __device__ __forceinline__ u32 quantized_pair(u32 pair, const Grid& grid) {
     }
     u32 bytes[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) bytes[i] = __float_as_uint(fminf(fmaxf(shifted[i], magic - 128.0f), magic + 127.0f));
+    for (int i = 0; i < 2; i++) bytes[i] = __float_as_uint(fminf(fmaxf(shifted[i], magic + LOWEST), magic + HIGHEST));
     return __byte_perm(bytes[0], bytes[1], 0x0040);
 }
 
@@ -162,10 +171,16 @@ __device__ __forceinline__ int ordered(float value) {
 }
 __device__ __forceinline__ float from_ordered(int bits) { return __int_as_float(bits >= 0 ? bits : bits ^ 0x7fffffff); }
 
-// Of a token whose values, and 0, lie between low and high.
-__device__ __forceinline__ Grid own_grid(float low, float high) {
+// Of a token whose values, and 0, lie between low and high. ratio: calibrated, if CLIPPED.
+__device__ __forceinline__ Grid own_grid(float low, float high, const float* ratio) {
+#if KIND == CLIPPED
+    float step = __fdiv_rn(fmaxf(-low, high) * *ratio, 7.5f);
+    step = step > 0.0f ? step : 1.0f;
+    return {step, __frcp_rn(step), 0, 0};
+#else
     float step = __fdiv_rn(high - low, 255.0f);
     step = step > 0.0f ? step : 1.0f;
     const float zero = fminf(fmaxf(rintf(__fdiv_rn(-low, step)), 0.0f), 255.0f);
     return {step, __frcp_rn(step), (int)zero - 128, 0};
+#endif
 }

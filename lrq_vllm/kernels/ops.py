@@ -6,41 +6,25 @@ Arguments are those of the kernels, flattened: a NamedTuple cannot cross an op's
 import torch
 from torch import Tensor
 
+from lrq_vllm.checkpoint import hadamard
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape
-from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
+from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
 
-__all__ = ["arranged_linear", "integer_linear", "quantize_per_token", "quantize_static", "weight_only_linear"]
+__all__ = ["add_low_rank_", "arranged_linear", "integer_linear", "quantize_input", "rotate", "weight_only_linear"]
 
 _Tokens = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("lrq::quantize_per_token", mutates_args=())
-def quantize_per_token(x: Tensor) -> _Tokens:
-    """q, step, zero_point and total of reference.QuantizedTokens."""
+@torch.library.custom_op("lrq::quantize_input", mutates_args=())
+def quantize_input(x: Tensor, kind: int, calibrated: list[Tensor]) -> _Tokens:
+    """q, step, zero_point and total of reference.QuantizedTokens; the rest is a reference.InputGrid."""
     from lrq_vllm.kernels import activation_quant
 
-    return tuple(activation_quant.quantize_per_token(x))  # type: ignore[return-value]
+    return tuple(activation_quant.quantize_input(x, InputGrid(InputKind(kind), tuple(calibrated))))  # type: ignore[return-value]
 
 
-@torch.library.custom_op("lrq::quantize_static", mutates_args=())
-def quantize_static(x: Tensor, step: Tensor, zero_point: Tensor) -> _Tokens:
-    """q, step, zero_point and total of reference.QuantizedTokens."""
-    from lrq_vllm.kernels import activation_quant
-
-    return tuple(activation_quant.quantize_static(x, step, zero_point))  # type: ignore[return-value]
-
-
-@quantize_per_token.register_fake
-def _(x: Tensor) -> _Tokens:
-    return _fake_tokens(x)
-
-
-@quantize_static.register_fake
-def _(x: Tensor, step: Tensor, zero_point: Tensor) -> _Tokens:
-    return _fake_tokens(x)
-
-
-def _fake_tokens(x: Tensor) -> _Tokens:
+@quantize_input.register_fake
+def _(x: Tensor, kind: int, calibrated: list[Tensor]) -> _Tokens:
     rows = (x.shape[0], 1)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     step = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -85,20 +69,44 @@ def _(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, b
 @torch.library.custom_op("lrq::arranged_linear", mutates_args=())
 def arranged_linear(
     x: Tensor, q: Tensor, facts: Tensor, bits: int, integer: bool, out_features: int,
-    bias: Tensor | None, x_step: Tensor | None, x_zero_point: Tensor | None,
+    bias: Tensor | None, x_kind: int, x_calibrated: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    """kernels/arranged_linear.py; x_step and x_zero_point: calibrated, or both None."""
+    """kernels/arranged_linear.py; x_kind and x_calibrated are a reference.InputGrid."""
     from lrq_vllm.kernels import arranged_linear as kernel
 
     shape = WeightShape(bits, integer, out_features, x.shape[1])
     weight = ArrangedWeight(q, facts, shape._replace(grouped=q.shape[2] != shape.chunk_bytes))
-    static = None if x_step is None or x_zero_point is None else (x_step, x_zero_point)
-    return kernel.arranged_linear(x, weight, bias, static)
+    return kernel.arranged_linear(x, weight, bias, InputGrid(InputKind(x_kind), tuple(x_calibrated)))
 
 
 @arranged_linear.register_fake
 def _(
     x: Tensor, q: Tensor, facts: Tensor, bits: int, integer: bool, out_features: int,
-    bias: Tensor | None, x_step: Tensor | None, x_zero_point: Tensor | None,
+    bias: Tensor | None, x_kind: int, x_calibrated: list[Tensor],
 ) -> Tensor:  # fmt: skip
     return torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("lrq::add_low_rank_", mutates_args=("y",))
+def add_low_rank_(y: Tensor, x: Tensor, v: Tensor, u: list[Tensor]) -> None:
+    """reference.add_low_rank, in y. v [K, sum of k]: V of all parts side by side; u: U^T [k_i, N_i] of each."""
+    shrunk, outputs, ranks = x @ v, 0, 0
+    for part in u:
+        rank, width = part.shape
+        y[:, outputs : outputs + width].addmm_(shrunk[:, ranks : ranks + rank], part)
+        outputs, ranks = outputs + width, ranks + rank
+
+
+@torch.library.custom_op("lrq::rotate", mutates_args=())
+def rotate(x: Tensor, block: int, order: int) -> Tensor:
+    """checkpoint/hadamard.py, rounded to x's dtype; on a GPU kernels/hadamard.py."""
+    if not x.is_cuda:
+        return hadamard.rotate(x, block, order).to(x.dtype)
+    from lrq_vllm.kernels import hadamard as kernel
+
+    return kernel.rotate(x, block, order)
+
+
+@rotate.register_fake
+def _(x: Tensor, block: int, order: int) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)

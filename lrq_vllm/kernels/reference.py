@@ -3,8 +3,9 @@
 Letters: T tokens, N output features, K input features, G groups of inputs that share a step (1 = per channel).
 
 Kernels see int8 operands, so grids are shifted by 128 where a value has 8 bits: q is the unsigned grid's q - 128 and a
-zero-point is the unsigned grid's zero_point - 128. Differences q - zero_point are the same either way. 3- and 4-bit
-weights stay on their unsigned grid, and so do their zero-points.
+zero-point is the unsigned grid's zero_point - 128. Those of 4-bit activations are shifted by 8, which leaves no zero-point.
+Differences q - zero_point are the same either way. 3- and 4-bit weights stay on their unsigned grid, and so do their
+zero-points.
 
     y[t, n] = step_w[n] * step_x[t] * sum_k (q_w[n, k] - z_w[n]) * (q_x[t, k] - z_x[t])
 
@@ -12,35 +13,70 @@ The sum is evaluated as  sum_k q_w q_x  -  z_x * sum_k (q_w - z_w)  -  z_w * sum
 are the quantization of x and the final conversion. Integer sums fit int32 for K <= 33,025.
 """
 
+from collections.abc import Sequence
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lrq_vllm.checkpoint.affine import quantize, token_step_and_zero_point
+from lrq_vllm.checkpoint.affine import clipped_token_step_and_zero_point, quantize, token_step_and_zero_point
 from lrq_vllm.checkpoint.packing import unpack
 
 __all__ = [
+    "PER_TOKEN",
+    "InputGrid",
+    "InputKind",
     "IntegerWeight",
     "QuantizedTokens",
-    "Static",
+    "add_low_rank",
+    "clipped_grid",
     "dequantize_weight",
     "integer_linear",
     "integer_weight",
+    "quantize_clipped",
+    "quantize_input",
     "quantize_per_token",
     "quantize_rows",
     "quantize_static",
+    "static_grid",
     "weight_only_linear",
 ]
 
-Static = tuple[Tensor, Tensor]
-"""The calibrated step (float32 [1]) and zero-point (uint8 [1], unsigned grid) of a layer's input."""
+
+class InputKind(IntEnum):
+    """How a layer's input is quantized before the integer product."""
+
+    PER_TOKEN = 1  # 8 bits, asymmetric: each token by its own minimum and maximum
+    STATIC = 2  # 8 bits, asymmetric: every token by one calibrated step and zero-point
+    CLIPPED = 3  # 4 bits, symmetric: each token by its own largest magnitude times a calibrated ratio
+
+
+class InputGrid(NamedTuple):
+    """How a layer's input is quantized, and what calibration has found for it: a step and a zero-point, a ratio, or nothing."""
+
+    kind: InputKind
+    calibrated: tuple[Tensor, ...]
+
+
+PER_TOKEN = InputGrid(InputKind.PER_TOKEN, ())
+
+
+def static_grid(step: Tensor, zero_point: Tensor) -> InputGrid:
+    """step float32 [1]; zero_point uint8 [1], on the unsigned grid."""
+    return InputGrid(InputKind.STATIC, (step, zero_point))
+
+
+def clipped_grid(ratio: Tensor) -> InputGrid:
+    """ratio float32 [1], in (0, 1]."""
+    return InputGrid(InputKind.CLIPPED, (ratio,))
+
 
 _SHIFT = 128  # unsigned 8-bit grid to int8
 
 
 class QuantizedTokens(NamedTuple):
-    """8-bit activations of T tokens."""
+    """8- or 4-bit activations of T tokens."""
 
     q: Tensor  # int8 [T, K]
     step: Tensor  # float32 [T, 1]
@@ -56,6 +92,26 @@ class IntegerWeight(NamedTuple):
     zero_point: Tensor  # int32 [N], on q's grid
     total: Tensor  # int32 [N], sum over K of q - zero_point
     bits: int
+
+
+def quantize_input(x: Tensor, grid: InputGrid) -> QuantizedTokens:
+    """Quantize x [T, K] (floating point) as ``grid`` says."""
+    match grid.kind:
+        case InputKind.PER_TOKEN:
+            return quantize_per_token(x)
+        case InputKind.STATIC:
+            return quantize_static(x, *grid.calibrated)
+        case InputKind.CLIPPED:
+            return quantize_clipped(x, *grid.calibrated)
+
+
+def quantize_clipped(x: Tensor, ratio: Tensor) -> QuantizedTokens:
+    """Quantize x [T, K] to -8 .. 7 with one symmetric step per token: its largest magnitude times ``ratio`` is 7.5 steps.
+
+    ratio float32 [1], in (0, 1]; what lies outside is clamped.
+    """
+    step, zero_point = clipped_token_step_and_zero_point(x, ratio, bits=4)
+    return _shifted(quantize(x, step, zero_point, bits=4), step, zero_point, shift=8)
 
 
 def quantize_per_token(x: Tensor) -> QuantizedTokens:
@@ -76,11 +132,11 @@ def quantize_rows(x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedToken
     return _shifted(quantize(x, step, zero_point, bits=8), step, zero_point)
 
 
-def _shifted(q: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
-    shifted = q - _SHIFT
+def _shifted(q: Tensor, step: Tensor, zero_point: Tensor, shift: int = _SHIFT) -> QuantizedTokens:
+    shifted = q - shift
     # Sums of at most 2^24 / 128 = 131,072 values below 128 in size are exact in float32.
     total = shifted.sum(dim=-1, keepdim=True).to(torch.int32)
-    return QuantizedTokens(shifted.to(torch.int8), step, (zero_point - _SHIFT).to(torch.int32), total)
+    return QuantizedTokens(shifted.to(torch.int8), step, (zero_point - shift).to(torch.int32), total)
 
 
 def integer_weight(qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, in_features: int) -> IntegerWeight:
@@ -102,6 +158,19 @@ def integer_linear(x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | Non
     sums = products - x.zero_point.double() * weight.total.double() - weight.zero_point.double() * x.total.double()
     y = sums.float() * x.step * weight.step
     return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def add_low_rank(y: Tensor, x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """y [T, N] + U (V^T x) for x [T, K], both in 16 bits or float32, in y's dtype.
+
+    pairs: U [N_i, k_i] and V [K, k_i] of the parts that stand one after the other in y; no pair leaves y as it is. V^T x is
+    summed up in float32 and rounded to x's dtype; U (V^T x) and y are added in float32, and the sum is rounded.
+    """
+    if not pairs:
+        return y
+    shrunk = [(x.float() @ v.float()).to(x.dtype) for _, v in pairs]
+    added = [part.float() @ u.float().T for part, (u, _) in zip(shrunk, pairs, strict=True)]
+    return (y.float() + torch.cat(added, dim=1)).to(y.dtype)
 
 
 def dequantize_weight(qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, in_features: int) -> Tensor:

@@ -1,7 +1,6 @@
 // y = x W^T for few tokens (8 * TILES at most): the weight is streamed once through shared memory, at the memory's speed.
 //
-// Twins: reference.quantize_per_token or quantize_static followed by reference.integer_linear (INTEGER), and
-// reference.weight_only_linear. stream_linear.py compiles this file with the constants below and lays the weight out.
+// Twins: reference.quantize_input followed by reference.integer_linear (INTEGER), and reference.weight_only_linear. stream_linear.py compiles this file with the constants below and lays the weight out.
 //
 // The product is computed transposed, so that 16 outputs ("a stripe") are the rows of a tensor-core tile and 8 tokens its
 // columns. A cluster of CLUSTER blocks takes every so-manieth stripe, TURNS at most. Its CLUSTER * WARPS multiplying warps share
@@ -15,9 +14,8 @@
 //
 // Chunks that the weight does not have are multiplied all the same: whatever the ring holds there, x is 0.
 //
-// Constants: BITS (8, 4, 3), INTEGER, FLOAT16 (else bfloat16), GROUPED, X (what x is: 0 as it came; to be quantized 1 per token,
-// 2 by the calibrated step; 3 quantized already and arranged by arrange_tokens.cu), TILES, CHUNKS, PIECE, WARPS, CLUSTER, STAGES,
-// TURNS, REDUCTIONS (buffers of sums), SHARED_BYTES. hopper.cuh and weight_chunk.cuh come before.
+// Constants: BITS (8, 4, 3), INTEGER, FLOAT16 (else bfloat16), GROUPED, KIND (of x, see hopper.cuh), TILES, CHUNKS, PIECE,
+// WARPS, CLUSTER, STAGES, TURNS, REDUCTIONS (buffers of sums), SHARED_BYTES. hopper.cuh and weight_chunk.cuh come before.
 
 #define STAGE_BYTES (WARPS * PIECE * CHUNK_BYTES)
 #define TOKENS (8 * TILES)
@@ -39,11 +37,11 @@ struct Shared {
     float ends[CLUSTER][2][TOKENS];  // low and high of the blocks
     sum_t parts[CLUSTER > 1 ? LED : 1][CLUSTER][CLUSTER > 1 ? OUTPUTS : 1];
     sum_t sums[REDUCTIONS][WARPS][TILES * 4][32];
-#if X == 1 || X == 2
+#if KIND != AS_IT_IS && KIND != QUANTIZED
     __align__(16) u8 quantized[WARPS][QUANTIZED_HERE][64];
 #endif
 };
-static_assert(X == 0 || X == 3 || TILES == 1);
+static_assert(KIND == AS_IT_IS || KIND == QUANTIZED || TILES == 1);
 static_assert(STAGES * STAGE_BYTES + sizeof(Shared) <= SHARED_BYTES, "stream_linear.plan counts too little");
 
 // Two neighbouring registers of x meet 16 outputs of the weight.
@@ -160,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         for (int turn = 0; turn < turns; turn++)
             fetch_hinted(&shared.facts[turn], facts + group + turn * groups, sizeof(Facts), &shared.facts_full, policy);
         for (; filled < min(STAGES, turns * pieces); filled++) fill(filled);
-#if CLUSTER > 1 && X == 1
+#if CLUSTER > 1 && OWN_GRIDS
         expect(&shared.ends_full, CLUSTER * tokens * 2 * sizeof(float));
 #endif
 #if CLUSTER > 1
@@ -176,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     u32 xs[CHUNKS][TILES][X_REGISTERS];
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");  // the next kernel may begin to do all that was done so far
     asm volatile("griddepcontrol.wait;" ::: "memory");  // for the kernel that makes x
-#if X == 0
+#if KIND == AS_IT_IS
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
@@ -194,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             }
         }
     }
-#elif X == 3
+#elif KIND == QUANTIZED
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
@@ -218,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             const bool inside = warp < WARPS && token < tokens && input < inputs;
             pairs[token][chunk] = inside ? *(const u32*)(x + ((u64)token * x_stride + input) * 2) : 0;
         }
-#if X == 2
+#if KIND == STATIC
     if (thread < tokens) {
         shared.grid[thread] = {*x_step, __frcp_rn(*x_step), *x_zero - 128, 0};
     }
@@ -262,7 +260,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         }
     }
 #endif
-    if (thread < tokens) shared.grid[thread] = own_grid(low, high);
+    if (thread < tokens) shared.grid[thread] = own_grid(low, high, x_step);
 #endif
 #endif
     __syncthreads();  // barriers are initialized, and grids known if the inputs are quantized here
@@ -271,7 +269,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     float chunk_totals[CHUNKS][TILES][2];
 #endif
     if (warp < WARPS) {
-#if X == 1 || X == 2
+#if KIND != AS_IT_IS && KIND != QUANTIZED
         Grid grids[QUANTIZED_HERE];
 #pragma unroll
         for (int token = 0; token < QUANTIZED_HERE; token++) grids[token] = shared.grid[min(token, tokens - 1)];
@@ -378,7 +376,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         }
         asm volatile("bar.sync 2, %0;" ::"n"(ADDERS) : "memory");
         wait_for(&shared.facts_full, 0);
-#if CLUSTER > 1 && X != 1
+#if CLUSTER > 1 && !OWN_GRIDS
         cluster_wait();  // every block of the cluster runs: its memory may be written
 #endif
         auto finish = [&](sum_t sum, int element, int turn) {

@@ -1,6 +1,6 @@
 """CUDA C++: few tokens times a weight that is streamed at the memory's speed (stream_linear.cu says how).
 
-Twins: reference.quantize_per_token or quantize_static with reference.integer_linear; reference.weight_only_linear. Needs an
+Twins: reference.quantize_input with reference.integer_linear; reference.weight_only_linear. Needs an
 NVIDIA GPU of the Hopper generation (bulk copies, clusters); torch compiles the source when a shape first meets it.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from lrq_vllm.kernels import cuda_kernel
 from lrq_vllm.kernels.arrange_tokens import aligned, arrange_tokens
 from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape
-from lrq_vllm.kernels.reference import Static
+from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 
 __all__ = ["MOST_TOKENS", "Input", "plan", "source", "stream_linear", "takes"]
 
@@ -32,13 +32,14 @@ class Input(IntEnum):
     """What x is when the kernel reads it."""
 
     AS_IT_IS = 0
-    PER_TOKEN = 1
-    STATIC = 2
-    QUANTIZED = 3
+    PER_TOKEN = InputKind.PER_TOKEN
+    STATIC = InputKind.STATIC
+    CLIPPED = InputKind.CLIPPED
+    QUANTIZED = 4
 
 
 # Chunks of one tile of x that a multiplying warp holds at most; more of them need fewer blocks to a cluster.
-_HELD = {Input.AS_IT_IS: 8, Input.PER_TOKEN: 8, Input.STATIC: 8, Input.QUANTIZED: 16}
+_HELD = {Input.AS_IT_IS: 8, Input.PER_TOKEN: 8, Input.STATIC: 8, Input.CLIPPED: 8, Input.QUANTIZED: 16}
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Plan:
     integer: bool
     float16: bool
     grouped: bool
-    x: Input
+    kind: Input
     tiles: int
     chunks: int
     piece: int
@@ -62,19 +63,18 @@ class Plan:
 
     def source(self) -> cuda_kernel.Source:
         """The kernel's text with its constants in front."""
-        constants = {**asdict(self), "calibrated": self.x is Input.STATIC}
         headers = ("hopper.cuh", "weight_chunk.cuh")
-        return cuda_kernel.source("stream_linear", constants, *headers, shared_bytes=self.shared_bytes)
+        return cuda_kernel.source("stream_linear", asdict(self), *headers, shared_bytes=self.shared_bytes)
 
 
-def takes(tokens: int, weight: WeightShape, device: torch.device, *, static: bool) -> bool:
+def takes(tokens: int, weight: WeightShape, device: torch.device, kind: InputKind) -> bool:
     """Whether the activations of so many tokens fit the registers of one cluster."""
-    return plan(tokens, weight, _input(tokens, weight.integer, static), cuda_kernel.processors(device)) is not None
+    return plan(tokens, weight, _input(tokens, weight.integer, kind), cuda_kernel.processors(device)) is not None
 
 
-def source(tokens: int, weight: WeightShape, dtype: torch.dtype, device: torch.device, *, static: bool) -> cuda_kernel.Source:
+def source(tokens: int, weight: WeightShape, dtype: torch.dtype, device: torch.device, kind: InputKind) -> cuda_kernel.Source:
     """The kernel that :func:`stream_linear` compiles for so many tokens, which it :func:`takes`."""
-    return _plan(tokens, weight, _input(tokens, weight.integer, static), dtype, device).source()
+    return _plan(tokens, weight, _input(tokens, weight.integer, kind), dtype, device).source()
 
 
 @cache
@@ -85,7 +85,7 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
     """
     bits, integer, out_features, in_features, grouped = weight
     tiles = next((tiles for tiles in (1, 2, 4) if tokens <= 8 * tiles), None)
-    quantizes = x in (Input.PER_TOKEN, Input.STATIC)
+    quantizes = x not in (Input.AS_IT_IS, Input.QUANTIZED)
     if tiles is None or (quantizes and tokens > _QUANTIZES_UP_TO):
         return None
     total, held = -(-in_features // CHUNK), max(_HELD[x] // tiles, 1)
@@ -115,28 +115,26 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
     )  # fmt: skip
 
 
-def stream_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, static: Static | None = None) -> Tensor:
+def stream_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, grid: InputGrid = PER_TOKEN) -> Tensor:
     """y [T, N] in x's dtype, for x [T, K] bfloat16 or float16, T <= MOST_TOKENS.
 
-    static: None quantizes per token if the weight's activations are integers. Raises ValueError if :func:`plan` has none.
+    grid: how x is quantized if the weight's activations are integers. Raises ValueError if :func:`plan` has none.
     """
-    kind = _input(x.shape[0], weight.shape.integer, static is not None)
-    if kind is not Input.QUANTIZED:
-        return _launch(aligned(x), static or (x, x), weight, bias, kind, x.dtype)
-    arranged = arrange_tokens(x, len(x), static)
-    return _launch(arranged.words, (arranged.grids, arranged.grids), weight, bias, kind, x.dtype)
+    given = _input(x.shape[0], weight.shape.integer, grid.kind)
+    if given is not Input.QUANTIZED:
+        return _launch(aligned(x), grid.calibrated, weight, bias, given, x.dtype)
+    arranged = arrange_tokens(x, len(x), grid)
+    return _launch(arranged.words, (arranged.grids,), weight, bias, given, x.dtype)
 
 
-def _input(tokens: int, integer: bool, static: bool) -> Input:
+def _input(tokens: int, integer: bool, kind: InputKind) -> Input:
     if not integer:
         return Input.AS_IT_IS
-    if tokens > _QUANTIZES_UP_TO:
-        return Input.QUANTIZED
-    return Input.STATIC if static else Input.PER_TOKEN
+    return Input.QUANTIZED if tokens > _QUANTIZES_UP_TO else Input(kind)
 
 
 def _launch(
-    x: Tensor, grid: tuple[Tensor, Tensor], weight: ArrangedWeight, bias: Tensor | None, kind: Input, dtype: torch.dtype
+    x: Tensor, grids: tuple[Tensor, ...], weight: ArrangedWeight, bias: Tensor | None, kind: Input, dtype: torch.dtype
 ) -> Tensor:
     tokens = x.shape[2] if kind is Input.QUANTIZED else x.shape[0]
     outputs, inputs = weight.shape.out_features, weight.shape.in_features
@@ -150,11 +148,12 @@ def _launch(
         raise ValueError(
             f"this GPU runs {clusters} clusters of {chosen.cluster} blocks at a time: too few for {stripes} stripes"
         )
+    first, second, *_ = *grids, x, x
     kernel.launch(
         min(clusters, stripes) * chosen.cluster,
         threads,
         [
-            x, weight.q, weight.facts, *grid, y if bias is None else bias, y,
+            x, weight.q, weight.facts, first, second, y if bias is None else bias, y,
             int(bias is not None), tokens, outputs, inputs, x.stride(0), chunks, stripes,
         ],
     )  # fmt: skip

@@ -1,0 +1,93 @@
+"""A quantized linear layer of vLLM: what all schemes share. linear_integer.py and linear_weight_only.py say how it multiplies.
+
+y = W_hat Q(x') + bias + U (V^T x'),   x' = H x where the checkpoint rotates the input, else x
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from lrq_vllm.checkpoint.hadamard import rotate
+from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.kernels import ops, reference
+from lrq_vllm.layer_self_test import check_layer
+from lrq_vllm.layer_weights import LayerWeights
+from lrq_vllm.low_rank import LowRank, choose_low_rank
+
+__all__ = ["LrqLinearMethod", "Product"]
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+Product = Callable[[Tensor], Tensor]
+"""y [tokens, out] of x [tokens, in], without bias."""
+
+
+class LrqLinearMethod(LinearMethodBase, ABC):
+    """``modules`` are the checkpoint's modules that vLLM fused into the layer."""
+
+    def __init__(self, manifest: Manifest, modules: Sequence[str]) -> None:
+        self._bits = manifest.weight.bits
+        self._name = f"{manifest.scheme} {modules[0]}"
+        self._weights = LayerWeights(manifest, modules)
+        hadamard = manifest.online_hadamard
+        self._hadamard = hadamard if hadamard is not None and modules[0] in hadamard.modules else None
+        self._low_rank: LowRank | None = None
+
+    def create_weights(
+        self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
+        output_size: int, params_dtype: torch.dtype, **extra: Any,
+    ) -> None:  # fmt: skip
+        """Register the parameters that the loader fills."""
+        layer.lrq_in_features, layer.lrq_dtype = input_size_per_partition, params_dtype
+        self._weights.create(layer, input_size_per_partition, output_partition_sizes, input_size, extra["weight_loader"])
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that everything came, and bring it into the layout of the kernels that will run."""
+        packed, pairs = self._weights.take(layer)
+        layer.lrq_kernel, product = self._prepare(layer, packed)
+        device, dtype = packed[0].device, layer.lrq_dtype
+        if self._hadamard is not None and device.type == "cuda":
+            from lrq_vllm.kernels import hadamard
+
+            hadamard.check(self._hadamard.block, self._hadamard.order)
+        if pairs:
+            self._low_rank = choose_low_rank(device)
+            self._low_rank.prepare(layer, pairs, dtype)
+        logger.debug("%s runs on %s", self._name, layer.lrq_kernel)
+
+        def wanted(x: Tensor) -> Tensor:
+            if self._hadamard is not None:
+                x = rotate(x, self._hadamard.block, self._hadamard.order).to(x.dtype)
+            return reference.add_low_rank(product(x), x, pairs)
+
+        check_layer(
+            f"{self._name} on {layer.lrq_kernel}", partial(self.apply, layer), wanted, packed[0], layer.lrq_in_features, dtype
+        )
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., in] to [..., out], in x's dtype."""
+        rows = x.reshape(-1, x.shape[-1])
+        if self._hadamard is not None:
+            rows = ops.rotate(rows, self._hadamard.block, self._hadamard.order)
+        y = self._multiply(layer, rows, bias)
+        if self._low_rank is not None:
+            y = self._low_rank.add(layer, y, rows)
+        return y.view(*x.shape[:-1], -1)
+
+    @abstractmethod
+    def _prepare(self, layer: Any, packed: tuple[Tensor, Tensor, Tensor]) -> tuple[str, Product]:
+        """Put the weight on the layer for the backend that will run.
+
+        packed: qweight, weight_step and weight_zero_point as loaded. Returns the backend's name and what the reference
+        computes of this rank's share of the weight.
+        """
+
+    @abstractmethod
+    def _multiply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """W_hat Q(x) + bias, [tokens, out] in x's dtype, of x [tokens, in]."""
