@@ -6,8 +6,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.functional import pad
 
 __all__ = ["LowRank", "Pair", "choose_low_rank"]
+
+_RANK_UNIT = 16
 
 Pair = tuple[Tensor, Tensor]
 """U [out, k] and V [in, k] of one of the modules that are fused into a layer."""
@@ -32,11 +35,18 @@ class _Factors:
     """V of all parts side by side, as one product reads x once; U of each."""
 
     def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
-        """U is kept transposed, [k, out]: a product of few tokens reads it row by row."""
-        layer.lrq_ranks = [u.shape[1] for u, _ in pairs]
-        layer.lrq_low_rank_v = Parameter(torch.cat([v for _, v in pairs], dim=1).to(dtype), requires_grad=False)
-        for part, (u, _) in enumerate(pairs):
-            setattr(layer, f"lrq_low_rank_u{part}", Parameter(u.t().to(dtype).contiguous(), requires_grad=False))
+        """Fill ranks up with zeros to what tensor cores take at a time: products of other sizes are several times slower."""
+        ranks = [-(-u.shape[1] // _RANK_UNIT) * _RANK_UNIT for u, _ in pairs]
+
+        def wide(factor: Tensor, rank: int) -> Tensor:
+            return pad(factor, (0, rank - factor.shape[1])).to(dtype)
+
+        layer.lrq_ranks = ranks
+        v = torch.cat([wide(v, rank) for (_, v), rank in zip(pairs, ranks, strict=True)], dim=1)
+        layer.lrq_low_rank_v = Parameter(v, requires_grad=False)
+        for part, ((u, _), rank) in enumerate(zip(pairs, ranks, strict=True)):
+            # Transposed, [k, out]: a product of few tokens reads it row by row.
+            setattr(layer, f"lrq_low_rank_u{part}", Parameter(wide(u, rank).t().contiguous(), requires_grad=False))
 
     def _u(self, layer: Any) -> list[Tensor]:
         return [getattr(layer, f"lrq_low_rank_u{part}") for part in range(len(layer.lrq_ranks))]

@@ -7,6 +7,9 @@
 #define STATIC 2
 #define CLIPPED 3
 #define QUANTIZED 4  // already, by arrange_tokens.cu
+#ifndef KIND  // a file that takes x as it comes
+#define KIND AS_IT_IS
+#endif
 #define OWN_GRIDS (KIND == PER_TOKEN || KIND == CLIPPED)  // each token's own
 #define LOWEST (KIND == CLIPPED ? -8.0f : -128.0f)
 #define HIGHEST (KIND == CLIPPED ? 7.0f : 127.0f)
