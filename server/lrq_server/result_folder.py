@@ -46,7 +46,7 @@ class ResultFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        (self.path / self.work).mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def write(self, writers: Mapping[str, Callable[[Path], None]]) -> list[Path]:
         """The results, which are complete before the first of them is there. writers: by file name."""
