@@ -17,6 +17,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	$(BIN)/shellcheck docker/*.sh scripts/*.sh .ci/run
 
 format: setup
 	$(BIN)/ruff format .

@@ -9,11 +9,12 @@ import httpx
 import numpy as np
 import pytest
 
-from lrq_server.bench_folder import check_folder, new_folder, write_results
-from lrq_server.bench_prompts import prompts_of_level, read_prompts, write_prompts
+from lrq_server.bench_folder import bench_folder, write_results
+from lrq_server.bench_prompts import prompts_of_level, write_prompts
 from lrq_server.bench_servers import check_model, check_options, command_for
 from lrq_server.bench_settings import BenchSettings, parse_floor
 from lrq_server.endpoint import Endpoint, find_endpoint
+from lrq_server.jsonl_texts import read_texts
 from lrq_server.load_generator import load_command, read_point
 from lrq_vllm.errors import LrqError, SettingsError
 from tests.benches import CONCURRENCY, RECORDED, RECORDED_FAILURE, REQUESTS, a_result, recorded_point
@@ -53,7 +54,7 @@ def test_a_floor_is_a_ratio() -> None:
 def test_prompts_are_read_from_either_key(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "one", "text": "not this"}\n\n{"text": "two\\u2028"}\n')
-    assert read_prompts(path) == ["one", "two\u2028"]
+    assert read_texts(path, "prompts", "Or none.") == ["one", "two\u2028"]
 
 
 @pytest.mark.parametrize(
@@ -72,12 +73,12 @@ def test_prompts_that_cannot_be_used_are_refused_by_line(tmp_path: Path, content
     path = tmp_path / "prompts.jsonl"
     path.write_text(content)
     with pytest.raises(SettingsError, match=said):
-        read_prompts(path)
+        read_texts(path, "prompts", "Or none.")
 
 
 def test_a_missing_file_of_prompts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="cannot be read"):
-        read_prompts(tmp_path / "none.jsonl")
+        read_texts(tmp_path / "none.jsonl", "prompts", "Or none.")
 
 
 def test_levels_share_no_prompt_while_the_file_lasts(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_levels_share_no_prompt_while_the_file_lasts(tmp_path: Path) -> None:
     dealt = [prompts_of_level(prompts, settings, level) for level in (1, 2)]
     assert dealt == [prompts[:3], [*prompts[3:], prompts[0]]]
     write_prompts(dealt[1], tmp_path / "level.jsonl")
-    assert read_prompts(tmp_path / "level.jsonl") == dealt[1]
+    assert read_texts(tmp_path / "level.jsonl", "prompts", "Or none.") == dealt[1]
 
 
 def answer_with(monkeypatch: pytest.MonkeyPatch, models: Any, version: Any = None, status: int = 200) -> None:
@@ -157,9 +158,9 @@ def test_what_is_no_url_is_refused() -> None:
 
 def test_a_load_longer_than_the_server_takes_is_refused_before_it_is_sent() -> None:
     endpoint = Endpoint("http://a", "tiny", None, 512, None)
-    endpoint.check_fits(512)
+    endpoint.check_fits(512, "--input-tokens")
     with pytest.raises(SettingsError, match="513 tokens of prompt and answer do not fit into the 512"):
-        endpoint.check_fits(513)
+        endpoint.check_fits(513, "--input-tokens")
 
 
 def option(command: list[str], name: str) -> str:
@@ -289,19 +290,19 @@ def test_results_appear_together_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_folder_that_holds_something_else_is_never_replaced(tmp_path: Path) -> None:
-    check_folder(tmp_path / "new", overwrite=False)
-    new_folder(tmp_path / "new")
+    bench_folder(tmp_path / "new").check(overwrite=False)
+    bench_folder(tmp_path / "new").begin()
     (tmp_path / "new" / "bench.json").write_text("{}")
     with pytest.raises(SettingsError, match="pass --overwrite"):
-        check_folder(tmp_path / "new", overwrite=False)
-    check_folder(tmp_path / "new", overwrite=True)
-    new_folder(tmp_path / "new")
+        bench_folder(tmp_path / "new").check(overwrite=False)
+    bench_folder(tmp_path / "new").check(overwrite=True)
+    bench_folder(tmp_path / "new").begin()
     assert not (tmp_path / "new" / "bench.json").exists()
     (tmp_path / "new" / "thesis.tex").write_text("")
     with pytest.raises(SettingsError, match=r"something other than a bench: thesis\.tex"):
-        check_folder(tmp_path / "new", overwrite=True)
+        bench_folder(tmp_path / "new").check(overwrite=True)
     with pytest.raises(SettingsError, match="is a file"):
-        check_folder(tmp_path / "new" / "thesis.tex", overwrite=True)
+        bench_folder(tmp_path / "new" / "thesis.tex").check(overwrite=True)
 
 
 def test_an_lrq_checkpoint_is_served_by_lrq_and_other_models_by_vllm(tmp_path: Path) -> None:

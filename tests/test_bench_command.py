@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lrq_server import bench_command, bench_servers, load_generator
+from lrq_server import bench_command, bench_servers, load_generator, measured_servers
 from lrq_server.cli import main
 from lrq_server.endpoint import Endpoint
 from lrq_vllm.errors import LrqError
@@ -58,7 +58,9 @@ def generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def running(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two servers of tiny that answer at SERVERS."""
-    monkeypatch.setattr(bench_command, "find_endpoint", lambda url, *_: Endpoint(url, "models/tiny", str(TINY), 512, "vLLM 0"))
+    monkeypatch.setattr(
+        measured_servers, "find_endpoint", lambda url, *_: Endpoint(url, "models/tiny", str(TINY), 512, "vLLM 0")
+    )
 
 
 def test_two_servers_are_measured_and_everything_is_written(

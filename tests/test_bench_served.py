@@ -1,25 +1,50 @@
-"""lrq-server bench with the real thing: two vLLM servers, one after the other, and vLLM's load generator."""
+"""lrq-server bench and eval with the real thing: two vLLM servers, vLLM's load generator, and offline evaluation to compare."""
 
 import csv
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 
+from lrq_offline.evaluate import evaluate_folder
+from lrq_server import measured_servers
 from lrq_server.cli import main
-from tests.checkpoints import TINY, Checkpoints
+from lrq_server.endpoint import Endpoint
+from tests.checkpoints import HELDOUT, TINY, Checkpoints
 
 pytestmark = pytest.mark.server
 
+OPTIONS = ("--max-model-len", "512", "--enforce-eager", "--max-logprobs", "4096")
 
-def test_a_checkpoint_is_benchmarked_against_its_float_model(
-    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # it is for the kernel tests of this process, not for vLLM
-    checkpoint, out = checkpoints("w8a8", "lrq"), tmp_path / "out"
+
+@pytest.fixture(scope="module", autouse=True)
+def started_once() -> Iterator[None]:
+    """What --auto starts goes on until the last test here, so that each model's server is started once."""
+    start, running = measured_servers.served, dict[str, Endpoint]()
+    with ExitStack() as servers, pytest.MonkeyPatch.context() as patch:
+
+        @contextmanager
+        def served(model: str, log: Path, options: Sequence[str]) -> Iterator[Endpoint]:
+            if model not in running:
+                running[model] = servers.enter_context(start(model, log, options))
+            yield running[model]
+
+        patch.delenv("TRITON_INTERPRET", raising=False)  # it is for the kernel tests of this process, not for vLLM
+        patch.setattr(measured_servers, "served", served)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(checkpoints: Checkpoints) -> Path:
+    return checkpoints("w8a8", "lrq")
+
+
+def test_a_checkpoint_is_benchmarked_against_its_float_model(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
     load = ["--concurrency", "1", "4", "--requests-per-level", "8", "--input-tokens", "32", "--output-tokens", "8"]
-    options = ["--max-model-len", "512", "--enforce-eager"]
-    assert main(["bench", "--auto", str(checkpoint), str(TINY), *load, "--out", str(out), "--", *options]) == 0
+    assert main(["bench", "--auto", str(checkpoint), str(TINY), *load, "--out", str(out), "--", *OPTIONS]) == 0
     assert {path.name for path in out.iterdir()} == {
         "bench.csv", "bench.html", "bench.json", "load-generator", "server-model.log", "server-baseline.log",
     }  # fmt: skip
@@ -37,3 +62,31 @@ def test_a_checkpoint_is_benchmarked_against_its_float_model(
     with (out / "bench.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 4
     assert "<svg" in (out / "bench.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("windows", "seq_len", "top_logprobs"), [(16, 128, 20), (4, 32, 4096)], ids=["top 20", "all"])
+def test_served_quality_is_what_the_reference_path_says(
+    windows: int, seq_len: int, top_logprobs: int, checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    text = ["--texts", str(HELDOUT), "--windows", str(windows), "--seq-len", str(seq_len)]
+    text += ["--top-logprobs", str(top_logprobs), "--out", str(out)]
+    assert main(["eval", "--auto", str(checkpoint), str(TINY), *text, "--", *OPTIONS]) == 0
+    found = json.loads((out / "eval.json").read_text())
+    expected = evaluate_folder(checkpoint, HELDOUT, reference=TINY, windows=windows, seq_len=seq_len, device="cpu")
+    print(found["model"]["perplexity"], found["baseline"]["perplexity"], found["comparison"], expected)
+    assert found["tokens"] == expected.tokens
+    # The servers compute in bfloat16, the reference path in float32.
+    assert found["model"]["perplexity"]["value"] == pytest.approx(expected.perplexity, rel=0.02)
+    assert found["baseline"]["perplexity"]["value"] == pytest.approx(expected.reference_perplexity, rel=0.02)
+    recovery = found["comparison"]["recovery"]
+    assert recovery["value"] == pytest.approx(found["baseline"]["perplexity"]["value"] / found["model"]["perplexity"]["value"])
+    assert recovery["low"] <= recovery["value"] <= recovery["high"]
+    assert found["comparison"]["top1"]["value"] == pytest.approx(expected.top1, abs=0.04)
+    assert expected.kl is not None
+    if top_logprobs == 4096:  # the whole vocabulary
+        assert found["comparison"]["kl_covers"] == pytest.approx(1, abs=1e-5)
+        assert found["comparison"]["kl_at_least"]["value"] == pytest.approx(expected.kl, rel=0.25)
+    else:
+        assert 0.5 * expected.kl < found["comparison"]["kl_at_least"]["value"] < expected.kl
+        assert 0.6 < found["comparison"]["kl_covers"] < 0.95

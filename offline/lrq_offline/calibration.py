@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lrq_offline.decoder_blocks import Family, blocks_of
-from lrq_vllm.errors import CalibrationDataError
+from lrq_vllm.token_windows import spread_windows
 
 __all__ = ["BlockInputs", "capture_block_inputs", "token_windows"]
 
@@ -21,15 +21,7 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], samp
     samples None takes every whole window. Raises CalibrationDataError if the texts have too few tokens.
     """
     ids = [token for text in texts for token in tokenizer(text, verbose=False)["input_ids"]]
-    available = len(ids) // seq_len
-    wanted = max(available, 1) if samples is None else samples
-    if available < wanted:
-        raise CalibrationDataError(
-            f"The text has {len(ids)} tokens, which makes {available} windows of {seq_len}; {wanted} are needed. "
-            "Give a longer text, or lower --samples or --seq-len."
-        )
-    starts = torch.linspace(0, len(ids) - seq_len, wanted).long()
-    return torch.stack([torch.tensor(ids[start : start + seq_len]) for start in starts.tolist()])
+    return spread_windows(ids, samples, seq_len)
 
 
 @dataclass(frozen=True)

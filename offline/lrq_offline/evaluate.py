@@ -13,11 +13,10 @@ from lrq_offline.compute import choose_device
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.reference_model import load_model
 from lrq_offline.source_model import load_tokenizer
+from lrq_vllm.bootstrap import mean_interval
 from lrq_vllm.checkpoint.store import read_config, read_manifest
 
 __all__ = ["Quality", "compare", "evaluate_folder"]
-
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -80,17 +79,10 @@ def compare(model: nn.Module, reference: nn.Module | None, windows: Tensor) -> Q
     if reference is None:
         return Quality(count, perplexity)
     kl = torch.stack(divergences).cpu()
-    low, high = _interval(kl)
+    low, high = mean_interval(kl)
     top1 = torch.stack(agreements).mean().item()
     reference_perplexity = math.exp(torch.stack(reference_losses).mean().item())
     return Quality(count, perplexity, kl.mean().item(), low, high, top1, reference_perplexity)
-
-
-def _interval(values: Tensor) -> tuple[float, float]:
-    """The 95% bootstrap interval of the mean of ``values``."""
-    chosen = torch.randint(len(values), (_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
-    low, high = values[chosen].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
 
 
 def _log_probabilities(model: nn.Module, window: Tensor) -> Tensor:

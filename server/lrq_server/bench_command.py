@@ -14,13 +14,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lrq_server.bench_folder import check_folder, new_folder, write_results
-from lrq_server.bench_prompts import read_prompts
+from lrq_server.bench_folder import bench_folder, write_results
 from lrq_server.bench_result import BenchResult, Measured
-from lrq_server.bench_servers import check_model, check_options, served
 from lrq_server.bench_settings import RANDOM, SHARED_PREFIX, BenchSettings, parse_floor
 from lrq_server.bench_sweep import sweep
-from lrq_server.endpoint import find_endpoint
+from lrq_server.endpoint import Endpoint
+from lrq_server.jsonl_texts import read_texts
+from lrq_server.measured_servers import (
+    BASELINE,
+    MODEL,
+    add_options,
+    check_combinations,
+    measure_own,
+    needs_baseline,
+    running_endpoints,
+)
 from lrq_server.vllm_process import vllm_program
 from lrq_vllm.errors import SettingsError
 
@@ -37,7 +45,7 @@ _EXAMPLES = """examples:
 
 Exit code 1: slower than --floor. Exit code 2: something to put right, as a request that failed.
 """
-_MODEL, _BASELINE = "model", "baseline"
+_LENGTHS = "--input-tokens or --output-tokens"
 
 
 def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -49,15 +57,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    which = bench.add_mutually_exclusive_group(required=True)
-    which.add_argument("--url", help="a server that is running")
-    which.add_argument(
-        "--auto", nargs=2, metavar=("MODEL", "BASELINE"),
-        help="start a server of each here, one after the other, and stop them; options after -- are handed to both",
-    )  # fmt: skip
-    bench.add_argument("--baseline", metavar="URL", help="a running server to compare with")
-    bench.add_argument("--model", metavar="NAME", help="the model to ask, if the server at --url has several")
-    bench.add_argument("--baseline-model", metavar="NAME", help="the same at --baseline")
+    add_options(bench)
     bench.add_argument("--tokenizer", metavar="DIR", help="makes the prompts (default: that of the model)")
     default = BenchSettings()
     bench.add_argument(
@@ -93,17 +93,19 @@ def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
     settings = _settings(parsed)
     prompts = _prompts_of_file(settings.prompts) if isinstance(settings.prompts, Path) else None
     floor = None if parsed.floor is None else parse_floor(parsed.floor)
-    _check_combinations(parsed, vllm_options)
+    check_combinations(parsed, vllm_options)
+    if parsed.floor is not None:
+        needs_baseline(parsed, "--floor")
     vllm_program()
-    check_folder(parsed.out, overwrite=parsed.overwrite)
+    bench_folder(parsed.out).check(overwrite=parsed.overwrite)
     # Into a file or a pipe the table goes without broken lines.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     measured = (_measure_own if parsed.auto else _measure_running)(parsed, settings, prompts, vllm_options, console)
     result = BenchResult(
         settings=settings,
         about=_about(parsed, vllm_options),
-        model=measured[_MODEL],
-        baseline=measured.get(_BASELINE),
+        model=measured[MODEL],
+        baseline=measured.get(BASELINE),
         notes=_notes(measured, settings, prompts),
     )
     files = write_results(result, parsed.out)
@@ -134,25 +136,7 @@ def _settings(parsed: argparse.Namespace) -> BenchSettings:
 def _prompts_of_file(path: Path) -> list[str]:
     if find_spec("pandas") is None:
         raise SettingsError("vLLM's load generator reads files of prompts with pandas, which is not here: pip install pandas.")
-    return read_prompts(path)
-
-
-def _check_combinations(parsed: argparse.Namespace, vllm_options: Sequence[str]) -> None:
-    if parsed.auto:
-        for option in ("baseline", "model", "baseline_model"):
-            if getattr(parsed, option) is not None:
-                name = option.replace("_", "-")
-                raise SettingsError(f"--{name} is for servers that are running. --auto starts its own: leave --{name} out.")
-        for model in parsed.auto:
-            check_model(model)
-        check_options(vllm_options)
-        return
-    if vllm_options:
-        raise SettingsError(f"{vllm_options[0]} after -- is for servers that --auto starts. The one at --url is running.")
-    for option in ("floor", "baseline_model"):
-        if getattr(parsed, option) is not None and parsed.baseline is None:
-            name = option.replace("_", "-")
-            raise SettingsError(f"--{name} needs a baseline. Give one with --baseline URL, or use --auto MODEL BASELINE.")
+    return read_texts(path, "prompts", "--prompts takes random, shared-prefix or a .jsonl file.")
 
 
 def _measure_running(
@@ -162,18 +146,16 @@ def _measure_running(
     vllm_options: Sequence[str],
     console: Console,
 ) -> dict[str, Measured]:
-    endpoints = {_MODEL: find_endpoint(parsed.url, parsed.model)}
-    if parsed.baseline is not None:
-        endpoints[_BASELINE] = find_endpoint(parsed.baseline, parsed.baseline_model, "--baseline-model")
-    tokenizer = parsed.tokenizer or endpoints[_MODEL].tokenizer()
+    endpoints = running_endpoints(parsed)
+    tokenizer = parsed.tokenizer or endpoints[MODEL].tokenizer()
     for endpoint in endpoints.values():
-        endpoint.check_fits(settings.most_tokens)
-    if endpoints.get(_BASELINE) == endpoints[_MODEL]:
+        endpoint.check_fits(settings.most_tokens, _LENGTHS)
+    if endpoints.get(BASELINE) == endpoints[MODEL]:
         raise SettingsError(
-            f"The baseline {endpoints[_MODEL].url} is the server to be measured: the second time it would have the prompts in "
+            f"The baseline {endpoints[MODEL].url} is the server to be measured: the second time it would have the prompts in "
             "its prefix cache. Give the URL of another one."
         )
-    new_folder(parsed.out)
+    bench_folder(parsed.out).begin()
     return sweep(endpoints, tokenizer, settings, prompts, parsed.out, console.print)
 
 
@@ -184,17 +166,16 @@ def _measure_own(
     vllm_options: Sequence[str],
     console: Console,
 ) -> dict[str, Measured]:
-    new_folder(parsed.out)
-    measured: dict[str, Measured] = {}
+    bench_folder(parsed.out).begin()
     tokenizer = parsed.tokenizer
-    for role, model in zip((_MODEL, _BASELINE), parsed.auto, strict=True):
-        log = parsed.out / f"server-{role}.log"
-        console.print(f"starting a server of {model} (log: {log})")
-        with served(model, log, vllm_options) as endpoint:
-            tokenizer = tokenizer or endpoint.tokenizer()
-            endpoint.check_fits(settings.most_tokens)
-            measured |= sweep({role: endpoint}, tokenizer, settings, prompts, parsed.out, console.print)
-    return measured
+
+    def measure(role: str, endpoint: Endpoint) -> Measured:
+        nonlocal tokenizer
+        tokenizer = tokenizer or endpoint.tokenizer()
+        endpoint.check_fits(settings.most_tokens, _LENGTHS)
+        return sweep({role: endpoint}, tokenizer, settings, prompts, parsed.out, console.print)[role]
+
+    return measure_own(parsed, vllm_options, parsed.out, measure, console.print)
 
 
 def _about(parsed: argparse.Namespace, vllm_options: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The servers that ``lrq-server bench --auto`` starts itself."""
+"""The servers that ``--auto`` starts itself."""
 
 import re
 import signal

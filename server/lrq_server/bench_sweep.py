@@ -26,6 +26,7 @@ def sweep(
     tokenizer: one for all, so that they get the same prompts. prompts: of a file, else None. folder: of the bench.
     Raises LrqError as soon as a measurement fails.
     """
+    (folder / RAW).mkdir(exist_ok=True)
     points: dict[str, list[Point]] = {role: [] for role in endpoints}
     for concurrency in settings.concurrency:
         file = None

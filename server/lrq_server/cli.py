@@ -1,11 +1,11 @@
-"""lrq-server serve | bench. A problem the user can fix is one paragraph on stderr and exit code 2."""
+"""lrq-server serve | bench | eval. A problem the user can fix is one paragraph on stderr and exit code 2."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from lrq_server import bench_command, serve_command
+from lrq_server import bench_command, eval_command, serve_command
 from lrq_vllm.cli_errors import exit_code_of
 
 __all__ = ["main"]
@@ -15,6 +15,7 @@ _EXAMPLES = """examples:
   lrq-server serve ./Llama-3-8B-lrq-w8a8 --port 8080 --tensor-parallel-size 2
   lrq-server bench --url http://127.0.0.1:8000
   lrq-server bench --auto ./Llama-3-8B-lrq-w8a8 ./Llama-3-8B --floor 1.3x -- --max-model-len 4096
+  lrq-server eval --auto ./Llama-3-8B-lrq-w8a8 ./Llama-3-8B --texts heldout.jsonl --min-recovery 0.99
 """
 
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve_command.add_to(commands)
     bench_command.add_to(commands)
+    eval_command.add_to(commands)
     given = list(sys.argv[1:] if arguments is None else arguments)
     at = given.index("--") if "--" in given else len(given)
     # parse_known_args keeps what it does not know in order: for `serve` that is vLLM's too.

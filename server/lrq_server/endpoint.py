@@ -9,7 +9,7 @@ import httpx
 
 from lrq_vllm.errors import LrqError, SettingsError
 
-__all__ = ["Endpoint", "find_endpoint"]
+__all__ = ["Endpoint", "find_endpoint", "request_headers"]
 
 _TIMEOUT_S = 10
 
@@ -45,12 +45,15 @@ class Endpoint:
             )
         return root
 
-    def check_fits(self, tokens: int) -> None:
-        """Raises SettingsError if a prompt and its answer, together so many tokens, are more than the server takes."""
+    def check_fits(self, tokens: int, options: str) -> None:
+        """Raises SettingsError if a prompt and its answer, together so many tokens, are more than the server takes.
+
+        options: those that say how many tokens there are, for the message.
+        """
         if self.max_model_len is not None and tokens > self.max_model_len:
             raise SettingsError(
                 f"{tokens} tokens of prompt and answer do not fit into the {self.max_model_len} that {self.url} serves. Use "
-                "fewer --input-tokens or --output-tokens, or serve the model with a larger --max-model-len."
+                f"a smaller {options}, or serve the model with a larger --max-model-len."
             )
 
 
@@ -83,7 +86,7 @@ def find_endpoint(url: str, model: str | None, model_option: str = "--model") ->
 def _served_models(base: str) -> list[dict[str, Any]]:
     address = f"{base}/v1/models"
     try:
-        answer = httpx.get(address, headers=_headers(), timeout=_TIMEOUT_S)
+        answer = httpx.get(address, headers=request_headers(), timeout=_TIMEOUT_S)
     except (httpx.TransportError, httpx.InvalidURL) as error:
         raise LrqError(f"{base} does not answer ({error}). Start a server there, or correct the URL.") from error
     if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
@@ -104,13 +107,13 @@ def _served_models(base: str) -> list[dict[str, Any]]:
 def _server_version(base: str) -> str | None:
     """Only vLLM's servers have this address; others leave it unknown."""
     try:
-        return (
-            f"vLLM {httpx.get(f'{base}/version', headers=_headers(), timeout=_TIMEOUT_S).raise_for_status().json()['version']}"
-        )
+        answer = httpx.get(f"{base}/version", headers=request_headers(), timeout=_TIMEOUT_S)
+        return f"vLLM {answer.raise_for_status().json()['version']}"
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return None
 
 
-def _headers() -> dict[str, str]:
+def request_headers() -> dict[str, str]:
+    """With the key that the environment's OPENAI_API_KEY gives, if there is one."""
     key = os.environ.get("OPENAI_API_KEY")
     return {"Authorization": f"Bearer {key}"} if key else {}
