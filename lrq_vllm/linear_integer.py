@@ -17,6 +17,7 @@ from lrq_vllm.kernels.reference import (
     static_grid,
 )
 from lrq_vllm.linear_method import LrqLinearMethod, Product
+from lrq_vllm.saturation import count_clipped, start_counting
 
 __all__ = ["LrqW4A4LinearMethod", "LrqW4A8LinearMethod", "LrqW8A8LinearMethod"]
 
@@ -58,6 +59,15 @@ class LrqW8A8LinearMethod(_IntegerLinearMethod):
 
     def _grid(self, layer: Any) -> InputGrid:
         return static_grid(layer.input_step, layer.input_zero_point)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """As every method; then, after the self-test, start to count what is clipped, if it is asked for."""
+        super().process_weights_after_loading(layer)
+        start_counting(layer, layer.input_step.device)
+
+    def _multiply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        count_clipped(layer, x, self._grid(layer))
+        return super()._multiply(layer, x, bias)
 
 
 @register_weight_loader_v2_supported_method

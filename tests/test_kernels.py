@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrq_vllm.checkpoint.affine import dequantize, quantize, token_step_and_zero_point
 from lrq_vllm.checkpoint.packing import pack, unpack
-from lrq_vllm.kernels import activation_quant, integer_gemm, ops, reference, weight_only_gemm
+from lrq_vllm.kernels import activation_quant, clipped_count, integer_gemm, ops, reference, weight_only_gemm
 from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
 from tests.kernel_inputs import (
     DOT_DTYPES,
@@ -133,6 +133,25 @@ def test_static_kernel_equals_its_reference_on_hard_rows(device: torch.device, n
     x, step, zero = HARD_ROWS[name].unsqueeze(0), torch.tensor([0.25]), torch.tensor([zero_point], dtype=torch.uint8)
     actual = activation_quant.quantize_static(x.to(device), step.to(device), zero.to(device))
     assert_equal_tokens(actual, reference.quantize_static(x, step, zero))
+
+
+@pytest.mark.parametrize("zero_point", [0, 128, 255])
+@pytest.mark.parametrize("name", HARD_ROWS)
+def test_clipped_values_are_counted_as_the_reference_counts(device: torch.device, name: str, zero_point: int) -> None:
+    x, step, zero = torch.stack([HARD_ROWS[name]] * 2), torch.tensor([0.25]), torch.tensor([zero_point], dtype=torch.uint8)
+    x[1] = 1e5  # another token: not looked at
+    counts = torch.tensor([5, 100])
+    wanted = counts + reference.count_clipped(x, step, zero)
+    on_device = counts.to(device)
+    clipped_count.count_clipped_(on_device, x.to(device), step.to(device), zero.to(device))
+    assert on_device.tolist() == wanted.tolist()
+
+
+def test_a_value_at_the_end_of_the_grid_is_not_clipped_and_one_beyond_it_is() -> None:
+    step, zero_point = torch.tensor([0.5]), torch.tensor([3], dtype=torch.uint8)
+    x = torch.tensor([[-1.5, 126.0, -1.74, 126.24, -1.76, 126.26]])  # places 0, 255, and on both sides of -0.5 and 255.5
+    assert reference.count_clipped(x, step, zero_point).tolist() == [2, 6]
+    assert reference.count_clipped(x[:0], step, zero_point).tolist() == [0, 0]
 
 
 def test_quantizing_saturates_at_both_ends_of_the_grid(device: torch.device) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrq_vllm import integer_backends, kv_cache, layer_self_test, weight_only_backends
+from lrq_vllm import integer_backends, kv_cache, layer_self_test, saturation, weight_only_backends
 from lrq_vllm.checkpoint.correction import Correction
 from lrq_vllm.checkpoint.hadamard import OnlineHadamard
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
@@ -295,3 +295,20 @@ def test_a_factor_that_never_comes_is_named(suffix: str) -> None:
     load(layer, tensors)
     with pytest.raises(CheckpointError, match=rf"k_proj\.{suffix} was not loaded"):
         layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_what_static_quantization_clips_is_counted_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = manifest_for("w8a8", OUTPUT)
+    assert saturation.clipped_counts(loaded_layer(manifest).layer) == {}
+    monkeypatch.setenv(saturation.VARIABLE, "1")
+    model = torch.nn.Sequential(loaded_layer(manifest).layer)
+    x = torch.zeros(3, 256, dtype=torch.bfloat16)
+    x[0, :5], x[1] = 1000, 1000  # a sample: the first token of each step
+    for run in (model, torch.compile(model, fullgraph=True, dynamic=True)):
+        run(x)
+    assert saturation.clipped_counts(model) == {"0": (10, 512)}
+
+
+def test_other_schemes_have_no_calibrated_range_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(saturation.VARIABLE, "1")
+    assert saturation.clipped_counts(loaded_layer(manifest_for("w4a8", OUTPUT)).layer) == {}

@@ -7,10 +7,19 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.checkpoint import hadamard
+from lrq_vllm.kernels import reference
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape
 from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
 
-__all__ = ["add_low_rank_", "arranged_linear", "integer_linear", "quantize_input", "rotate", "weight_only_linear"]
+__all__ = [
+    "add_low_rank_",
+    "arranged_linear",
+    "count_clipped_",
+    "integer_linear",
+    "quantize_input",
+    "rotate",
+    "weight_only_linear",
+]
 
 _Tokens = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -95,6 +104,17 @@ def add_low_rank_(y: Tensor, x: Tensor, v: Tensor, u: list[Tensor]) -> None:
         rank, width = part.shape
         y[:, outputs : outputs + width].addmm_(shrunk[:, ranks : ranks + rank], part)
         outputs, ranks = outputs + width, ranks + rank
+
+
+@torch.library.custom_op("lrq::count_clipped_", mutates_args=("counts",))
+def count_clipped_(counts: Tensor, x: Tensor, step: Tensor, zero_point: Tensor) -> None:
+    """Add reference.count_clipped to counts."""
+    if not x.is_cuda:
+        counts += reference.count_clipped(x, step, zero_point)
+        return
+    from lrq_vllm.kernels import clipped_count
+
+    clipped_count.count_clipped_(counts, x, step, zero_point)
 
 
 @torch.library.custom_op("lrq::rotate", mutates_args=())

@@ -31,6 +31,7 @@ __all__ = [
     "QuantizedTokens",
     "add_low_rank",
     "clipped_grid",
+    "count_clipped",
     "dequantize_weight",
     "integer_linear",
     "integer_weight",
@@ -124,6 +125,13 @@ def quantize_static(x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTok
     """Quantize x [T, K] with one calibrated step (float32 [1]) and zero-point (uint8 [1], unsigned grid) for the tensor."""
     rows = (x.shape[0], 1)
     return quantize_rows(x, step.repeat(rows), zero_point.repeat(rows))
+
+
+def count_clipped(x: Tensor, step: Tensor, zero_point: Tensor) -> Tensor:
+    """int64 [2]: values of the first token of x [T, K] that :func:`quantize_static` clips, and values looked at."""
+    place = torch.round(x[:1].float() / step) + zero_point.float()
+    clipped = ((place < 0) | (place > 255)).sum()
+    return torch.stack([clipped, torch.full_like(clipped, x[:1].numel())])
 
 
 def quantize_rows(x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:

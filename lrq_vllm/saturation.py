@@ -1,0 +1,42 @@
+"""How many activations lie outside the range that calibration found for a static w8a8 layer: whether traffic has left it.
+
+With LRQ_SATURATION=1 each such layer looks at the first token of every step, on the device and inside CUDA graphs: a sample
+that costs one small kernel a layer. Without it nothing is counted.
+"""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrq_vllm.kernels import ops
+from lrq_vllm.kernels.reference import InputGrid
+
+__all__ = ["VARIABLE", "clipped_counts", "count_clipped", "start_counting"]
+
+VARIABLE = "LRQ_SATURATION"
+
+
+def start_counting(layer: torch.nn.Module, device: torch.device) -> None:
+    """Give a layer its counters, values clipped and values seen, if the variable is 1."""
+    if os.environ.get(VARIABLE) == "1":
+        layer.register_buffer("lrq_clipped", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+
+
+def count_clipped(layer: Any, x: Tensor, grid: InputGrid) -> None:
+    """Add what the first token of x [tokens, in] has, if the layer counts. grid: the layer's calibrated one."""
+    if hasattr(layer, "lrq_clipped"):
+        ops.count_clipped_(layer.lrq_clipped, x, *grid.calibrated)
+
+
+def clipped_counts(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Layer name -> (values clipped, values seen) since the model was loaded; empty if nothing is counted.
+
+    Waits for the device: for a metrics page, not for every step.
+    """
+    counting = {name: module.lrq_clipped for name, module in model.named_modules() if hasattr(module, "lrq_clipped")}
+    if not counting:
+        return {}
+    rows = torch.stack(list(counting.values())).tolist()
+    return {name: (clipped, seen) for name, (clipped, seen) in zip(counting, rows, strict=True)}
