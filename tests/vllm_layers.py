@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrq_offline.reference_model import ReferenceLinear
+from lrq_offline.reference_linear import ReferenceLinear
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, WeightFormat
 from lrq_vllm.integer_backends import _multiplies_bytes_exactly
