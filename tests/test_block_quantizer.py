@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from lrq_offline import block_quantizer
+from lrq_offline import stage_rounding
 from lrq_offline.affine import fake_quantize_per_token
 from lrq_offline.block_learning import run_block
 from lrq_offline.block_quantizer import BlockQuantizer, QuantizedBlock
@@ -48,14 +48,17 @@ class Problem:
         dtype: torch.dtype = torch.float32,
         iters: int = 30,
         rank: int | None = None,
+        float_inputs: Tensor | None = None,
+        **settings: Any,
     ) -> tuple[nn.Module, QuantizedBlock]:
         """A copy of the block, quantized, and what is told of it. damaged: X_q, where it is not X."""
         block = copy.deepcopy(self.block).to(dtype)
         inputs, targets = HiddenStates(self.inputs, CPU), HiddenStates(torch.empty_like(self.inputs), CPU)
         run_block(block, inputs, targets, self.arguments, 4, dtype)
-        quantizer = BlockQuantizer(QuantizeSettings(scheme, method, iters=iters, rank=rank), FAMILY, CONFIG, dtype)
+        quantizer = BlockQuantizer(QuantizeSettings(scheme, method, iters=iters, rank=rank, **settings), FAMILY, CONFIG, dtype)
         inputs = inputs if damaged is None else HiddenStates(damaged, CPU)
-        return block, quantizer.quantize(block, inputs, targets, self.arguments, torch.Generator().manual_seed(0))
+        others = None if float_inputs is None else HiddenStates(float_inputs, CPU)
+        return block, quantizer.quantize(block, inputs, targets, self.arguments, torch.Generator().manual_seed(0), others)
 
 
 @pytest.fixture
@@ -184,7 +187,7 @@ def test_gptq_sees_inputs_as_they_will_be_quantized_and_as_rounded_layers_produc
         hessians.append(hessian)
         return gptq(weight, hessian, steps, bits)
 
-    monkeypatch.setattr(block_quantizer, "gptq", recorded)
+    monkeypatch.setattr(stage_rounding, "gptq", recorded)
     block, _ = problem.quantize("w4a8", "gptq")
     seen: dict[str, Tensor] = {}
     for name in FAMILY.linears:
@@ -232,3 +235,35 @@ def test_static_ranges_are_usable_whatever_the_inputs_hold(problem: Problem, met
     for step, zero_point in problem.quantize("w8a8", method, damaged=damaged)[1].ranges.values():
         assert step.isfinite().all() and (step > 0).all()
         assert (0 <= zero_point).all() and (zero_point <= 255).all()
+
+
+# --- low-rank corrections ---
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w8a8", "w3a16"])
+def test_a_correction_lowers_what_any_scheme_leaves(problem: Problem, scheme: str, method: str) -> None:
+    plain, corrected = (
+        problem.quantize(scheme, method, rotate=False, **options)[1] for options in ({}, {"correction_rank": "25%"})
+    )
+    assert corrected.learning.error_after < 0.8 * plain.learning.error_after
+    assert all(layer.error_after < layer.error_before and layer.fallback is None for layer in corrected.layers.values())
+
+
+def test_a_correction_is_found_with_the_inputs_that_are_asked_for(problem: Problem) -> None:
+    own = quantized_linears(problem.quantize("w4a4", "gptq", rotate=False, correction_rank=8)[0])
+    others = quantized_linears(
+        problem.quantize("w4a4", "gptq", rotate=False, correction_rank=8, float_inputs=3 * torch.randn_like(problem.inputs))[0]
+    )
+    for name, linear in own.items():
+        u, other = linear.low_rank_u, others[name].low_rank_u
+        assert u is not None and other is not None and u.dtype == torch.bfloat16
+        assert not torch.equal(u, other), name
+
+
+def test_a_layer_that_cannot_be_corrected_is_rounded_and_says_why(problem: Problem) -> None:
+    damaged = problem.inputs.clone()
+    damaged[0, 0, 0] = float("nan")
+    block, result = problem.quantize("w4a4", "gptq", rotate=False, correction_rank=8, damaged=damaged)
+    assert all(linear.low_rank_u is None for linear in quantized_linears(block).values())
+    assert {layer.fallback for layer in result.layers.values()} == {"its inputs hold NaN or infinite values"}

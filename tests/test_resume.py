@@ -25,9 +25,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lrq_report.json"}
 
 
-@pytest.fixture(scope="module", params=["w4a8", "w8a8"])
+CORRECTED = {"scheme": "w4a4", "method": "gptq", "correction_rank": 8, "correction_statistics": "float"}
+
+
+@pytest.fixture(scope="module", params=[{"scheme": "w4a8"}, {"scheme": "w8a8"}, CORRECTED], ids=["w4a8", "w8a8", "w4a4"])
 def settings(request: pytest.FixtureRequest) -> QuantizeSettings:
-    return replace(SETTINGS, scheme=request.param)
+    return replace(SETTINGS, **request.param)
 
 
 class _StoppedError(Exception):

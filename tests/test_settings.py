@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lrq_offline.config import METHODS, PRESETS, QuantizeSettings
+from lrq_offline.config import METHODS, PRESETS, QuantizeSettings, default_method
 from lrq_vllm.checkpoint.schema import SCHEMES, WeightFormat
 from lrq_vllm.errors import SettingsError
 
@@ -44,8 +44,16 @@ def test_settings_name_all_problems_at_once() -> None:
         QuantizeSettings("w3a16", iters=0, rank=-1, learning_rate=2, kv_bits=3, group_size=5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("scheme", SCHEMES)
+CLIPPED = "w4a4"
+WORKING = [
+    (scheme, method)
+    for scheme in SCHEMES
+    for method in METHODS
+    if (scheme, method) not in {(CLIPPED, "lrq"), (CLIPPED, "flexround")}
+]
+
+
+@pytest.mark.parametrize(("scheme", "method"), WORKING)
 def test_every_scheme_and_method_has_settings_that_need_nothing_else(scheme: str, method: str) -> None:
     settings = QuantizeSettings(scheme, method)
     assert settings.weight_format == WeightFormat(int(scheme[1]), symmetric=False, group_size=None)
@@ -68,6 +76,45 @@ def test_every_preset_is_accepted(name: str) -> None:
 def test_settings_alone_learn_as_the_default_preset_says() -> None:
     settings, preset = QuantizeSettings("w4a16"), PRESETS["default"]
     assert all(getattr(settings, name) == value for name, value in vars(preset).items())
+
+
+# --- corrections and rotations ---
+
+
+def test_nothing_learns_with_clipped_activations_and_the_default_method_knows() -> None:
+    for method in ("lrq", "flexround"):
+        with pytest.raises(SettingsError, match=f"method {method} does not learn with clipped activations"):
+            QuantizeSettings(CLIPPED, method)
+    assert {scheme: default_method(scheme) for scheme in SCHEMES} == dict.fromkeys(SCHEMES, "lrq") | {CLIPPED: "gptq"}
+
+
+def test_models_are_rotated_for_4_bit_activations_or_when_asked() -> None:
+    assert QuantizeSettings(CLIPPED, "gptq").rotates and QuantizeSettings("w4a8", "gptq", rotate=True).rotates
+    assert not QuantizeSettings(CLIPPED, "gptq", rotate=False).rotates and not QuantizeSettings("w4a8", "gptq").rotates
+    with pytest.raises(SettingsError, match="rotate does not go with SmoothQuant"):
+        QuantizeSettings("w8a8", "gptq", rotate=True)
+    with pytest.raises(SettingsError, match="hadamard-block is for rotated models"):
+        QuantizeSettings("w4a8", "gptq", hadamard_block=64)
+
+
+def test_the_rank_of_a_correction_is_a_number_or_a_share_of_the_smaller_side() -> None:
+    ranks = {
+        rank: QuantizeSettings("w4a8", "gptq", correction_rank=rank).correction_rank_of((4096, 1024))
+        for rank in (7, "10%", "0.01%")
+    }
+    assert ranks == {7: 7, "10%": 102, "0.01%": 1}
+    assert not QuantizeSettings("w4a8", "gptq").corrects
+
+
+@pytest.mark.parametrize("rank", [0, -1, "0%", "110%", "ten", "-5%", "nan%"])
+def test_a_rank_that_is_none_is_refused(rank: int | str) -> None:
+    with pytest.raises(SettingsError, match=r"correction-rank is .* must be a number from 1 up, or a share like 10%"):
+        QuantizeSettings("w4a8", "gptq", correction_rank=rank)
+
+
+def test_a_correction_is_not_learned() -> None:
+    with pytest.raises(SettingsError, match="correction-rank does not go with method lrq"):
+        QuantizeSettings("w4a8", "lrq", correction_rank="10%")
 
 
 # --- what the rate and the rank are ---
@@ -114,6 +161,6 @@ def test_a_full_matrix_has_no_rank(changes: dict[str, Any]) -> None:
 
 
 def test_smoothing_comes_first_where_activations_are_static_or_it_is_asked_for() -> None:
-    smoothed = {(scheme, method) for scheme in SCHEMES for method in METHODS if QuantizeSettings(scheme, method).smooths}
+    smoothed = {(scheme, method) for scheme, method in WORKING if QuantizeSettings(scheme, method).smooths}
     static = {("w8a8", method) for method in METHODS if method != "rtn"}
     assert smoothed == static | {(scheme, "smoothquant-rtn") for scheme in SCHEMES}

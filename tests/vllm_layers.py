@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrq_offline.reference_model import ReferenceLinear
+from lrq_offline.reference_linear import ReferenceLinear
 from lrq_vllm.checkpoint.correction import Correction
 from lrq_vllm.checkpoint.hadamard import OnlineHadamard
 from lrq_vllm.checkpoint.packing import pack

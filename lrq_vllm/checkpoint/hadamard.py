@@ -78,13 +78,18 @@ def rotate(x: Tensor, block: int, order: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         y = x.float().reshape(-1, order, block // order)
         if order > 1:
-            y = paley_matrix(order).to(x.device) @ y
+            y = _paley_matrix_on(order, x.device) @ y
         half = 1
         while half < block // order:
             pairs = y.reshape(-1, 2, half)
             y = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], dim=1)
             half *= 2
         return (y * block**-0.5).reshape(x.shape)
+
+
+@cache
+def _paley_matrix_on(order: int, device: torch.device) -> Tensor:
+    return paley_matrix(order).to(device)
 
 
 def _bordered(q: int, left: float) -> Tensor:

@@ -165,6 +165,12 @@ class Manifest:
         """Bytes of everything that is stored for the quantized modules."""
         return sum(spec.nbytes for module in self.quantized for spec in self.tensors_of(module).values())
 
+    @property
+    def correction_bytes(self) -> int:
+        """The share of U and V in :attr:`quantized_bytes`."""
+        specs = (self.tensors_of(module) for module in self.quantized)
+        return sum(of[suffix].nbytes for of in specs for suffix in LOW_RANK_SUFFIXES if suffix in of)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object for config.json."""
         return {

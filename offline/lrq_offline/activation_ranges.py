@@ -1,12 +1,15 @@
-"""Static activation ranges: one step and zero-point for the input of a group of linear layers (W8A8)."""
+"""What is calibrated of a linear layer's input: a static step and zero-point (W8A8), or a clipping ratio (W4A4)."""
 
+import torch
 from torch import Tensor
 
+from lrq_offline.affine import fake_quantize_clipped
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize, quantize, step_and_zero_point
 
-__all__ = ["OutputError", "best_range"]
+__all__ = ["OutputError", "best_clip", "best_range"]
 
 _SHARES = [0.85**i for i in range(26)]  # 1.00 .. 0.017
+_CLIPS = [1.0 - 0.04 * i for i in range(16)]  # 1.00 .. 0.40
 
 
 class OutputError:
@@ -50,3 +53,10 @@ def best_range(tokens: Tensor, low: Tensor, high: Tensor, weight: Tensor, bits: 
         for end in (0, 1):
             shares = min(([share if i == end else shares[i] for i in (0, 1)] for share in _SHARES), key=error)
     return quantizer(shares)
+
+
+def best_clip(tokens: Tensor, weight: Tensor, bits: int) -> Tensor:
+    """The clipping ratio [1] of symmetric steps per token with the least :class:`OutputError`: X [tokens, in], W [out, in]."""
+    cost = OutputError(tokens, weight)
+    ratios = [torch.tensor([clip], device=tokens.device) for clip in _CLIPS]
+    return min(ratios, key=lambda clip: cost.of(fake_quantize_clipped(tokens, clip, bits)))

@@ -13,9 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint, token_step_and_zero_point
+from lrq_vllm.checkpoint.affine import (
+    StepAndZeroPoint,
+    clipped_token_step_and_zero_point,
+    dequantize,
+    quantize,
+    token_step_and_zero_point,
+)
 
-__all__ = ["FakeQuantized", "backward", "fake_quantize", "fake_quantize_per_token", "forward"]
+__all__ = ["FakeQuantized", "backward", "fake_quantize", "fake_quantize_clipped", "fake_quantize_per_token", "forward"]
 
 
 class FakeQuantized(NamedTuple):
@@ -34,6 +40,16 @@ def fake_quantize(x: Tensor, quantizer: StepAndZeroPoint, bits: int, dtype: torc
 def fake_quantize_per_token(x: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """As :func:`fake_quantize`, with a step for each row of x [..., in] from the row's own minimum and maximum."""
     return _fake_quantize(x, None, bits, dtype)
+
+
+def fake_quantize_clipped(x: Tensor, clip: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x_hat in ``dtype`` with a symmetric step for each row of x [..., in], from its largest magnitude times ``clip`` [1].
+
+    Without gradients: no method learns with it.
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    step, zero_point = clipped_token_step_and_zero_point(rows, clip, bits)
+    return dequantize(quantize(rows, step, zero_point, bits), step, zero_point).to(dtype).view(x.shape)
 
 
 def _fake_quantize(x: Tensor, quantizer: StepAndZeroPoint | None, bits: int, dtype: torch.dtype) -> Tensor:

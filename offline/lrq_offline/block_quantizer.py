@@ -1,7 +1,7 @@
 """One decoder block from float weights to integers: smooth, find ranges and steps, round or learn."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,28 +9,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from lrq_offline.activation_ranges import best_range
+from lrq_offline.activation_ranges import best_clip, best_range
 from lrq_offline.block_learning import LearningResult, learn_block
+from lrq_offline.compute import served_in
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import Family
 from lrq_offline.expert_tokens import TOO_FEW, lend_samples, short_of_tokens
-from lrq_offline.gptq import HessianSum, gptq
 from lrq_offline.hidden_states import HiddenStates
-from lrq_offline.layer_inputs import InputSample, sample_inputs, watch_inputs
-from lrq_offline.learned_scales import FixedRounding, FlexRoundScale, LearnedRounding, LrqScale, Rounding
+from lrq_offline.input_rotation import InputRotation
+from lrq_offline.layer_inputs import InputSample, sample_inputs
+from lrq_offline.learned_scales import FlexRoundScale, LearnedRounding, LrqScale, Rounding
 from lrq_offline.quantized_block import (
     ActivationQuantizer,
-    FakeQuantizedLinear,
     activation_quantizer,
     fix_weights,
+    quantized_linear,
     replace_linears,
 )
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.sharded_rounding import ShardedRounding
 from lrq_offline.smoothquant import SharedHeads, divide_output, multiply_input, smoothing_scale
-from lrq_offline.step_search import search_steps
+from lrq_offline.stage_rounding import StageRounding, nearest, steps_of
 from lrq_offline.weight_transfers import transfers_between
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint, quantize
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 
 __all__ = ["BlockQuantizer", "LayerReport", "QuantizedBlock"]
 
@@ -41,7 +42,8 @@ _SAMPLED_TOKENS = 1024
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Relative squared error of one layer's output on sampled inputs: rounded to nearest, and in the end.
+    """Relative squared error of one layer's output on sampled inputs: rounded to nearest, and in the end. Inputs are quantized
+    only where a correction makes up for it.
 
     fallback: why the layer was only rounded to nearest, although the method does more; None if it was not.
     """
@@ -53,9 +55,10 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class QuantizedBlock:
-    """The outcome. ``ranges``: each layer's static input quantizer, for schemes that have one."""
+    """The outcome. By layer, for schemes that have them, ranges: static input quantizers; clips: ratios of inputs."""
 
     ranges: Mapping[str, StepAndZeroPoint]
+    clips: Mapping[str, Tensor]
     learning: LearningResult
     layers: Mapping[str, LayerReport]
 
@@ -77,11 +80,14 @@ class BlockQuantizer:
         targets: HiddenStates,
         arguments: dict[str, Any],
         generator: torch.Generator,
+        float_inputs: HiddenStates | None = None,
+        hadamard: InputRotation | None = None,
     ) -> QuantizedBlock:
         """Quantize a float block in place: its linear layers become :class:`FakeQuantizedLinear` with fixed integers.
 
-        inputs: X_q, what the quantized blocks before it produce. targets: block_fp(X), what it should put out. Both of this
-        rank's windows; the outcome is the same in every rank.
+        inputs: X_q, what the quantized blocks before it produce. targets: block_fp(X), what it should put out. float_inputs:
+        X, if corrections are to be found with its moments. All of this rank's windows; the outcome is the same in every rank.
+        hadamard: what rotates inputs in ``block`` already, and has to in the quantized one.
         """
         samples = self._samples(block, inputs, arguments, generator)
         short = short_of_tokens(self.family, samples)
@@ -89,22 +95,31 @@ class BlockQuantizer:
         usable = all(sample.finite for sample in samples.values())
         if usable and self.settings.smooths:
             self._smooth(block, samples, short)
-        ranges = self._ranges(block, samples)
+        ranges, clips = self._ranges(block, samples), self._clips(block, samples)
+        activations = self._activations(ranges, clips)
+        rounding = StageRounding(self.settings, self.family, self.dtype, served_in(self.config), self.ranks)
+        moments = None
+        if usable and float_inputs is not None:
+            moments = rounding.float_moments(block, activations, float_inputs, arguments)
         linears = {name: _linear(block, name) for name in self.family.linears}
         weights = {name: linear.weight.detach() for name, linear in linears.items()}
-        steps = {name: self._steps(weight) for name, weight in weights.items()}
-        nearest = {name: self._nearest(weights[name], steps[name]) for name in weights}
-        replace_linears(block, nearest, self._activations(ranges))
+        steps = {name: steps_of(weight, self.settings) for name, weight in weights.items()}
+        bits = self.settings.bits.weight_bits
+        rounded = {name: nearest(weights[name], steps[name], bits, self.dtype) for name in weights}
+        replace_linears(block, rounded, activations)
+        if hadamard is not None:
+            hadamard.install(block)
+        before = {name: self._output_error(block, name, weights[name], samples) for name in weights}
         fallbacks = {name: TOO_FEW if name in short else None for name in weights}
         if not usable:
             fallbacks = dict.fromkeys(weights, "its inputs hold NaN or infinite values")
         if usable:
-            if self.settings.method == "gptq":
-                fallbacks |= self._round_by_gptq(block, weights, steps, inputs, arguments, short)
+            if self.settings.method == "gptq" or self.settings.corrects:
+                fallbacks |= rounding(block, weights, steps, inputs, arguments, short, moments)
             if self.settings.learns:
                 learned = {name: weight for name, weight in weights.items() if name not in short}
-                for name, rounding in self._learned_roundings(learned, steps, generator).items():
-                    _quantized_linear(block, name).rounding = rounding
+                for name, learned_rounding in self._learned_roundings(learned, steps, generator).items():
+                    quantized_linear(block, name).rounding = learned_rounding
         learning = learn_block(
             block,
             inputs,
@@ -118,18 +133,13 @@ class BlockQuantizer:
         )
         fix_weights(block, self.dtype)
         layers = {}
-        for group in self.family.linear_groups:
-            for name in group:
-                linear = _quantized_linear(block, name)
-                if not torch.isfinite(linear.rounding()).all():
-                    linear.rounding, fallbacks[name] = nearest[name], "learning ended in NaN or infinite values"
-                tokens, weight = samples[group[0]].tokens, weights[name].float()
-                layers[name] = LayerReport(
-                    _output_error(tokens, weight, nearest[name]),
-                    _output_error(tokens, weight, linear.rounding),
-                    fallbacks[name],
-                )
-        return QuantizedBlock(ranges, learning, layers)
+        for name, weight in weights.items():
+            linear = quantized_linear(block, name)
+            if not torch.isfinite(linear.rounding()).all():
+                linear.rounding, fallbacks[name] = rounded[name], "learning ended in NaN or infinite values"
+            after = self._output_error(block, name, weight, samples)
+            layers[name] = LayerReport(before[name], after, fallbacks[name])
+        return QuantizedBlock(ranges, clips, learning, layers)
 
     def _samples(
         self, block: nn.Module, inputs: HiddenStates, arguments: dict[str, Any], generator: torch.Generator
@@ -146,8 +156,8 @@ class BlockQuantizer:
         """SmoothQuant on every group that has a producer; the samples become those of the smoothed block."""
         activation = self.settings.bits.activation
         activation_bits = 8 if activation is None else activation.bits
-        # As a server holds them: a float32 model's too, which it runs in bfloat16. 1 + w of a small gain would suffer most.
-        stored = torch.float16 if self.config.dtype == torch.float16 else torch.bfloat16
+        # As a server holds them. 1 + w of a small gain would suffer most.
+        stored = served_in(self.config)
         # From the last to the first: smoothing what a layer puts out changes the weights by which its own input is smoothed.
         for group, producer_name in reversed(list(zip(self.family.linear_groups, self.family.producers, strict=True))):
             if producer_name is None:
@@ -184,16 +194,21 @@ class BlockQuantizer:
             ranges |= dict.fromkeys(group, found)
         return ranges
 
-    def _activations(self, ranges: Mapping[str, StepAndZeroPoint]) -> dict[str, ActivationQuantizer | None]:
-        return {name: activation_quantizer(self.settings.bits.activation, ranges.get(name)) for name in self.family.linears}
+    def _clips(self, block: nn.Module, samples: Mapping[str, InputSample]) -> dict[str, Tensor]:
+        rule = self.settings.bits.activation
+        if rule is None or not rule.symmetric:
+            return {}
+        clips: dict[str, Tensor] = {}
+        for group in self.family.linear_groups:
+            weight = torch.cat([_linear(block, name).weight.float() for name in group])
+            clips |= dict.fromkeys(group, best_clip(samples[group[0]].tokens, weight, rule.bits))
+        return clips
 
-    def _steps(self, weight: Tensor) -> StepAndZeroPoint:
-        return search_steps(weight, self.settings.bits.weight_bits, self.settings.group_size, symmetric=self.settings.symmetric)
-
-    def _nearest(self, weight: Tensor, steps: StepAndZeroPoint) -> FixedRounding:
-        grouped = weight.float().unflatten(1, (steps.step.shape[1], -1))
-        q = quantize(grouped, steps.step.unsqueeze(2), steps.zero_point.unsqueeze(2), self.settings.bits.weight_bits)
-        return FixedRounding(q.flatten(1).to(torch.uint8), steps, self.dtype)
+    def _activations(
+        self, ranges: Mapping[str, StepAndZeroPoint], clips: Mapping[str, Tensor]
+    ) -> dict[str, ActivationQuantizer | None]:
+        rule = self.settings.bits.activation
+        return {name: activation_quantizer(rule, ranges.get(name), clips.get(name)) for name in self.family.linears}
 
     def _learned_roundings(
         self, weights: Mapping[str, Tensor], steps: Mapping[str, StepAndZeroPoint], generator: torch.Generator
@@ -213,53 +228,19 @@ class BlockQuantizer:
             learned = LrqScale(own, own_steps, bits, rank, generator, self.dtype, renews=renews, ranks=self.ranks)
         return learned if self.ranks.size == 1 else ShardedRounding(learned, self.ranks)
 
-    def _round_by_gptq(
-        self,
-        block: nn.Module,
-        weights: Mapping[str, Tensor],
-        steps: Mapping[str, StepAndZeroPoint],
-        inputs: HiddenStates,
-        arguments: dict[str, Any],
-        short: frozenset[str],
-    ) -> dict[str, str | None]:
-        """GPTQ stage by stage, each on the inputs that the layers before it, already rounded, produce.
-
-        By layer that is not ``short`` of tokens: why it was rounded to nearest instead (None: it was not).
-        """
-        fallbacks: dict[str, str | None] = {}
-        for stage in self.family.stages:
-            groups = [group for group in stage if not short.issuperset(group)]
-            totals = {group[0]: HessianSum() for group in groups}
-            observers = {name: _of_quantized(_quantized_linear(block, name), total) for name, total in totals.items()}
-            watch_inputs(block, inputs, arguments, observers, self.settings.batch_size // self.ranks.size, self.dtype)
-            for group in groups:
-                hessian = totals[group[0]].value(self.ranks)
-                for name in group:
-                    result = gptq(weights[name], hessian, steps[name], self.settings.bits.weight_bits)
-                    logger.info("%s: GPTQ with damping %s", name, result.damping)
-                    _quantized_linear(block, name).rounding = FixedRounding(result.q, steps[name], self.dtype)
-                    fallbacks[name] = None if result.damping is not None else "its inputs' Hessian could not be inverted"
-        return fallbacks
-
-
-def _quantized_linear(block: nn.Module, name: str) -> FakeQuantizedLinear:
-    linear = block.get_submodule(name)
-    assert isinstance(linear, FakeQuantizedLinear)
-    return linear
+    def _output_error(self, block: nn.Module, name: str, weight: Tensor, samples: Mapping[str, InputSample]) -> float:
+        """|W_hat x + U V^T x - W x|^2 / |W x|^2 over the sampled tokens x; with a correction, W_hat Q(x)."""
+        tokens = samples[next(group[0] for group in self.family.linear_groups if name in group)].tokens
+        layer, outputs = quantized_linear(block, name), tokens @ weight.float().T
+        x = layer.quantized_input(tokens) if self.settings.corrects else tokens
+        found = x @ layer.rounding().float().T
+        if layer.low_rank_u is not None and layer.low_rank_v is not None:
+            found += tokens @ layer.low_rank_v.float() @ layer.low_rank_u.float().T
+        size = outputs.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
+        return ((found - outputs).square().sum() / size).item()
 
 
 def _linear(block: nn.Module, name: str) -> nn.Linear:
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     return linear
-
-
-def _of_quantized(layer: FakeQuantizedLinear, observer: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """Shows the observer what the layer multiplies with."""
-    return lambda x: observer(layer.quantized_input(x))
-
-
-def _output_error(tokens: Tensor, weight: Tensor, rounding: Rounding) -> float:
-    """|(W_hat - W) x|^2 / |W x|^2 over the sampled tokens."""
-    error = (tokens @ (rounding().float() - weight).T).square().sum()
-    return (error / (tokens @ weight.T).square().sum().clamp(min=torch.finfo(torch.float32).tiny)).item()

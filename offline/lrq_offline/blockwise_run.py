@@ -20,6 +20,7 @@ from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import empty_model, load_block, restore_constants
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
+from lrq_offline.input_rotation import InputRotation
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.ranks import Ranks
 from lrq_offline.source_model import SourceModel
@@ -69,29 +70,36 @@ class BlockwiseRun:
         model = empty_model(self.source.config)
         inputs = self._first_block_inputs(model, ranks.share(self.windows))
         store = HiddenStatesStore(device, self.machine.cache_bytes(device), self.folder)
-        caches = [store.like(tuple(inputs.hidden.shape), inputs.hidden.dtype) for _ in range(2)]
+        caches = [store.like(tuple(inputs.hidden.shape), inputs.hidden.dtype) for _ in range(self.settings.caches)]
         for cache in caches:
             cache.put(slice(None), inputs.hidden)
         arguments = _on_device(inputs.arguments, device)
         for index, name in enumerate(self.source.block_names):
-            on_block(self._block(model, name, index, caches[0], caches[1], arguments[index], ranks))
+            on_block(self._block(model, name, index, caches, arguments[index], ranks))
 
     def _block(
         self,
         model: nn.Module,
         name: str,
         index: int,
-        float_hidden: HiddenStates,
-        quantized_hidden: HiddenStates,
+        caches: list[HiddenStates],
         arguments: dict[str, Any],
         ranks: Ranks,
     ) -> FinishedBlock:
-        """One block: both caches hold its inputs before and its outputs after."""
+        """One block. The first two caches, the float and the quantized model's, hold its inputs before and its outputs after; a
+        third keeps the float model's inputs.
+        """
         started = time.monotonic()
+        float_hidden, quantized_hidden, *kept = caches
         dtype = product_dtype(float_hidden.device)
-        # 16-bit weights stay as they are where products are 16-bit, unless smoothing is going to change them.
-        as_stored = dtype == torch.bfloat16 and not self.settings.smooths
+        # 16-bit weights stay as they are where products are 16-bit, unless something is going to change them.
+        as_stored = dtype == torch.bfloat16 and not self.settings.changes_weights
         block = load_block(model, name, self.source.read, None if as_stored else torch.float32, float_hidden.device)
+        rotation = InputRotation.of(self.manifest, name)
+        if rotation is not None:
+            rotation.install(block)
+        for cache in kept:
+            cache.copy(float_hidden)
         run_block(block, float_hidden, float_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
         if self.settings.kv_bits is not None:
             quantize_kv_cache(block, self.settings.kv_bits)
@@ -102,7 +110,8 @@ class BlockwiseRun:
             quantizer = BlockQuantizer(self.settings, self.source.family, self.source.config, dtype, ranks)
             # Of the block alone, so that a run that goes on draws what an uninterrupted one would.
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index)
-            result = quantizer.quantize(block, quantized_hidden, float_hidden, arguments, generator)
+            float_inputs = kept[0] if kept else None
+            result = quantizer.quantize(block, quantized_hidden, float_hidden, arguments, generator, float_inputs, rotation)
         run_block(block, quantized_hidden, quantized_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
         return FinishedBlock(index, name, block, result, time.monotonic() - started)
 

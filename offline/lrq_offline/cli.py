@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lrq_offline.config import DEVICES, FULL_RANK, METHODS, PRESETS, QuantizeSettings
+from lrq_offline.config import DEVICES, FULL_RANK, METHODS, PRESETS, STATISTICS, QuantizeSettings, default_method
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.cli_errors import exit_code_of
 from lrq_vllm.errors import SettingsError, one_paragraph
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     trial.add_argument("config", type=Path, metavar="CONFIG", help="config.json, or the folder that holds it")
     trial.add_argument("--scheme", choices=list(SCHEMES), default="w4a16", help="default: %(default)s")
-    trial.add_argument("--method", choices=METHODS, default="lrq", help="default: %(default)s")
+    trial.add_argument("--method", choices=METHODS, help="default: lrq, but gptq for w4a4")
     trial.add_argument("--group-size", type=int, metavar="N", help="a step per N inputs (16-bit activations)")
     trial.set_defaults(command=_try)
 
@@ -153,7 +153,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     default = PRESETS["default"]
     parser.add_argument("model_dir", type=Path, help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer)")
     parser.add_argument("--scheme", required=True, choices=list(SCHEMES), help="bits of weights (w) and activations (a)")
-    parser.add_argument("--method", choices=METHODS, default="lrq", help="default: %(default)s")
+    parser.add_argument("--method", choices=METHODS, help="default: lrq, but gptq for w4a4")
     parser.add_argument("--preset", choices=list(PRESETS), default="default", help="how long to learn (default: %(default)s)")
     parser.add_argument(
         "--group-size", type=int, metavar="N", help="a step per N inputs (16-bit activations; default: a channel)"
@@ -174,6 +174,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=int, help=f"tokens per window (default preset: {default.seq_len})")
     parser.add_argument("--batch-size", type=int, help=f"windows per step (default preset: {default.batch_size})")
     parser.add_argument("--kv-bits", type=int, choices=[8], help="keys and values to learn and serve with (default: 16)")
+    _add_correction(parser)
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--calibration", metavar="TEXT",
@@ -185,6 +186,38 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_correction(parser: argparse.ArgumentParser) -> None:
+    """What stands beside the integers: LRC's low-rank pairs and QuaRot's rotations."""
+    default = QuantizeSettings("w4a16")
+    parser.add_argument(
+        "--correction-rank", type=_correction_rank, metavar="K",
+        help="rank of a 16-bit correction of each layer: a number, or a share of its smaller side such as 10%% (gptq, rtn)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--correction-statistics",
+        choices=STATISTICS,
+        default=default.correction_statistics,
+        help="inputs it is found with: what quantized blocks produce, or the float model's (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--correction-rounds", type=int, default=default.correction_rounds, metavar="T",
+        help="how often weight and correction are found in turn (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rotate",
+        action=argparse.BooleanOptionalAction,
+        help="spread outliers over all channels by Hadamard rotations (default: for w4a4)",
+    )
+    parser.add_argument(
+        "--hadamard-block", type=int, metavar="N",
+        help="inputs of down_proj that are rotated together (default: all, which no tensor parallelism divides)",
+    )  # fmt: skip
+
+
+def _correction_rank(text: str) -> int | str:
+    return text if text.endswith("%") else int(text)
+
+
 def _rank(text: str) -> int | str:
     return text if text == FULL_RANK else int(text)
 
@@ -194,9 +227,11 @@ def _settings(parsed: argparse.Namespace) -> QuantizeSettings:
         iters=parsed.iters, samples=parsed.samples, seq_len=parsed.seq_len, batch_size=parsed.batch_size
     )
     return QuantizeSettings(
-        scheme=parsed.scheme, method=parsed.method, group_size=parsed.group_size, symmetric=parsed.symmetric,
-        rank=parsed.rank, learning_rate=parsed.lr, weight_decay=parsed.weight_decay, renew=parsed.renew,
-        kv_bits=parsed.kv_bits, seed=parsed.seed, calibration=parsed.calibration, **vars(preset),
+        scheme=parsed.scheme, method=parsed.method or default_method(parsed.scheme), group_size=parsed.group_size,
+        symmetric=parsed.symmetric, rank=parsed.rank, learning_rate=parsed.lr, weight_decay=parsed.weight_decay,
+        renew=parsed.renew, kv_bits=parsed.kv_bits, correction_rank=parsed.correction_rank,
+        correction_statistics=parsed.correction_statistics, correction_rounds=parsed.correction_rounds, rotate=parsed.rotate,
+        hadamard_block=parsed.hadamard_block, seed=parsed.seed, calibration=parsed.calibration, **vars(preset),
     )  # fmt: skip
 
 
@@ -264,7 +299,7 @@ def _plan(parsed: argparse.Namespace, console: Console) -> None:
 def _try(parsed: argparse.Namespace, console: Console) -> None:
     from lrq_offline.trial import try_config
 
-    settings = QuantizeSettings(parsed.scheme, parsed.method, group_size=parsed.group_size)
+    settings = QuantizeSettings(parsed.scheme, parsed.method or default_method(parsed.scheme), group_size=parsed.group_size)
     with console.status("") as status:
         trial = try_config(parsed.config, settings, status.update)
     rows = [

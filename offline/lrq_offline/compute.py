@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import torch.utils.deterministic
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from lrq_vllm.errors import SettingsError
 
-__all__ = ["Machine", "block_output", "choose_device", "device_name", "product_dtype", "products_in"]
+__all__ = ["Machine", "block_output", "choose_device", "device_name", "product_dtype", "products_in", "served_in"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor multiplies it natively, else float32. Quantizers stay in float32 throughout."""
     native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if native else torch.float32
+
+
+def served_in(config: PreTrainedConfig) -> torch.dtype:
+    """The 16-bit dtype in which a server runs a model: its own, or bfloat16 for a float32 model."""
+    return torch.float16 if config.dtype == torch.float16 else torch.bfloat16
 
 
 def block_output(block: nn.Module, x: Tensor, arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:

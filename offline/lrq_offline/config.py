@@ -5,12 +5,19 @@ from dataclasses import dataclass, replace
 from lrq_vllm.checkpoint.schema import GROUP_UNIT, SCHEMES, Scheme, WeightFormat
 from lrq_vllm.errors import SettingsError, one_paragraph
 
-__all__ = ["DEVICES", "FULL_RANK", "METHODS", "PRESETS", "Preset", "QuantizeSettings"]
+__all__ = ["DEVICES", "FULL_RANK", "METHODS", "PRESETS", "STATISTICS", "Preset", "QuantizeSettings", "default_method"]
 
 DEVICES = ("auto", "cpu", "cuda")
 METHODS = ("lrq", "flexround", "gptq", "smoothquant-rtn", "rtn")
+STATISTICS = ("quantized", "float")
 
 FULL_RANK = "full"
+
+
+def default_method(scheme: str) -> str:
+    """The method where none is named: lrq, but for schemes that nothing learns with."""
+    activation = SCHEMES[scheme].activation
+    return "gptq" if activation is not None and activation.symmetric else "lrq"
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,10 @@ class QuantizeSettings:
     weight_decay: of S2's matrix, per step and unit of learning rate; None means the default, 0 learns as the papers do.
     renew: whether LRQ's factors begin anew after each tenth of the steps, on top of what they learned (None: if it pays).
     kv_bits: 8 fake-quantizes keys and values per token and head while learning; None leaves them in 16 bits.
+    correction_rank: of each layer's low-rank correction: a number, or like ``"10%"`` a share of the layer's smaller side.
+    correction_statistics: whether it is found with the inputs that the quantized blocks produce, or with the float model's.
+    correction_rounds: how often weight and correction are found in turn. rotate: QuaRot's rotations (None: for 4-bit
+    activations). hadamard_block: how many inputs of down_proj are rotated together; None means all.
     Raises SettingsError with every problem found.
     """
 
@@ -75,6 +86,11 @@ class QuantizeSettings:
     seq_len: int = PRESETS["default"].seq_len
     batch_size: int = PRESETS["default"].batch_size
     kv_bits: int | None = None
+    correction_rank: int | str | None = None
+    correction_statistics: str = "quantized"
+    correction_rounds: int = 1
+    rotate: bool | None = None
+    hadamard_block: int | None = None
     seed: int = 0
     calibration: str | None = None
 
@@ -91,6 +107,7 @@ class QuantizeSettings:
                 ("seq-len", self.seq_len, 2),
                 ("batch-size", self.batch_size, 1),
                 ("rank", self.rank if isinstance(self.rank, int) else 1, 1),
+                ("correction-rounds", self.correction_rounds, 1),
                 ("seed", self.seed, 0),
             )
             if value < least
@@ -103,7 +120,7 @@ class QuantizeSettings:
             problems.append(f"weight-decay is {self.weight_decay}, but must lie between 0 and 100")
         if self.kv_bits not in (None, 8):
             problems.append(f"kv-bits is {self.kv_bits}, but keys and values have 8 bits or stay as they are")
-        problems += self._group_problems()
+        problems += self._group_problems() + self._correction_problems() + self._rotation_problems()
         if problems:
             raise SettingsError("The settings do not fit: " + one_paragraph(problems, "Change these options."))
 
@@ -116,6 +133,36 @@ class QuantizeSettings:
         if size <= 0 or size % GROUP_UNIT:
             return [f"group-size is {size}, but must be a multiple of {GROUP_UNIT}"]
         return []
+
+    def _correction_problems(self) -> list[str]:
+        if self.method in ("lrq", "flexround") and self._clips:
+            return [f"method {self.method} does not learn with clipped activations ({self.scheme}); gptq and rtn go with them"]
+        problems = []
+        if self.correction_statistics not in STATISTICS:
+            problems.append(f"correction-statistics is {self.correction_statistics!r}, but must be {' or '.join(STATISTICS)}")
+        if self.correction_rank is None:
+            return problems
+        if self.learns:
+            problems.append(f"correction-rank does not go with method {self.method}, which learns without it; gptq and rtn do")
+        try:
+            least = self.correction_rank_of((1000, 1000))
+        except ValueError:
+            least = 0
+        if least < 1 or (isinstance(self.correction_rank, str) and least > 1000):
+            problems.append(f"correction-rank is {self.correction_rank!r}, but must be a number from 1 up, or a share like 10%")
+        return problems
+
+    def _rotation_problems(self) -> list[str]:
+        problems = []
+        if self.rotates and self.smooths:
+            problems.append(
+                "rotate does not go with SmoothQuant, whose scales a rotation would mix; leave it out, or choose method rtn"
+            )
+        if self.hadamard_block is not None and not self.rotates:
+            problems.append("hadamard-block is for rotated models; pass rotate too")
+        elif self.hadamard_block is not None and self.hadamard_block < 2:
+            problems.append(f"hadamard-block is {self.hadamard_block}, but must be at least 2")
+        return problems
 
     @property
     def bits(self) -> Scheme:
@@ -132,6 +179,39 @@ class QuantizeSettings:
         """Whether SmoothQuant comes first: where activations are static, unless the method is plain rounding."""
         static = self.bits.activation is not None and self.bits.activation.static
         return self.method == "smoothquant-rtn" or (static and self.method != "rtn")
+
+    @property
+    def _clips(self) -> bool:
+        return self.bits.activation is not None and self.bits.activation.symmetric
+
+    @property
+    def rotates(self) -> bool:
+        """Whether QuaRot's rotations come first."""
+        return self._clips and not self.smooths if self.rotate is None else self.rotate
+
+    @property
+    def corrects(self) -> bool:
+        """Whether layers get a low-rank correction."""
+        return self.correction_rank is not None
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the weights that are quantized are not those that the source holds."""
+        return self.smooths or self.rotates
+
+    @property
+    def caches(self) -> int:
+        """How many caches of hidden states a run keeps: of both models, and the float model's of the block before."""
+        return 3 if self.corrects and self.correction_statistics == "float" else 2
+
+    def correction_rank_of(self, shape: tuple[int, ...]) -> int:
+        """The rank of the correction of a weight of this shape. Only where there is one."""
+        rank = self.correction_rank
+        assert rank is not None
+        if isinstance(rank, int):
+            return rank
+        share = float(rank.removesuffix("%")) / 100
+        return max(round(share * min(shape)), 1) if 0 < share else 0
 
     @property
     def learns(self) -> bool:

@@ -103,6 +103,11 @@ class Family:
         return tuple(name for group, producer in groups if producer in self.linears for name in group)
 
     @property
+    def reads_mlp(self) -> tuple[str, ...]:
+        """The linear layers that read the MLP's inner values."""
+        return tuple(name for name in self.cut_along_inputs if name != self.attention_output)
+
+    @property
     def norms_read_residual(self) -> bool:
         """Whether norms, and nothing else, read the residual stream: a server then adds and normalizes in one operation."""
         return all(reader in self.norms for reader, _ in self.residual)

@@ -35,6 +35,10 @@ class HiddenStates:
         """Replace those samples, rounding to the cache's dtype."""
         self.stored[rows].copy_(values)
 
+    def copy(self, other: "HiddenStates") -> None:
+        """Replace all samples by those of another cache."""
+        self.stored.copy_(other.stored)
+
     def slices(self, size: int) -> Iterator[slice]:
         """All samples in order, ``size`` at a time."""
         for start in range(0, len(self), size):

@@ -41,12 +41,26 @@ def inspect_checkpoint(folder: Path) -> CheckpointSummary:
     layers = tuple(_layer(module, manifest, tensors) for module in manifest.quantized)
     weight, activation = manifest.weight, manifest.activation
     granularity = "per channel" if weight.group_size is None else f"per group of {weight.group_size}"
-    inputs = "16-bit" if activation is None else f"8-bit, {'static per tensor' if activation.static else 'dynamic per token'}"
+    inputs = "16-bit"
+    if activation is not None:
+        inputs = f"{activation.bits}-bit, {'static per tensor' if activation.static else 'dynamic per token'}"
+        inputs += ", clipped" if activation.symmetric else ""
+    correction, hadamard = manifest.correction, manifest.online_hadamard
+    ranks = [] if correction is None else sorted(set(correction.rank.values()))
+    corrected = "none"
+    if correction is not None:
+        between = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        corrected = f"{between} for {len(correction.rank)} layers, {manifest.correction_bytes:,} bytes"
+    rotated = "none"
+    if hadamard is not None:
+        rotated = f"{len(hadamard.modules)} inputs while serving, {hadamard.block} values together"
     return CheckpointSummary(
         headline=(
             f"scheme       {manifest.scheme} (written by lrq {manifest.tool_version})",
             f"weights      {weight.bits}-bit {granularity}, {'symmetric' if weight.symmetric else 'asymmetric'}",
             f"activations  {inputs}",
+            f"correction   {corrected}",
+            f"rotations    {rotated}",
             f"kv cache     {manifest.kv_bits or 16}-bit",
             f"serves on    {sizes_in_words(manifest.tensor_parallel_sizes)}",
             f"quantized    {len(layers)} linear layers, {sum(layer.stored_bytes for layer in layers):,} bytes",

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.affine import fake_quantize, fake_quantize_per_token
+from lrq_offline.affine import fake_quantize, fake_quantize_clipped, fake_quantize_per_token
 from lrq_offline.learned_scales import FixedRounding, Rounding
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 from lrq_vllm.checkpoint.schema import ActivationFormat
@@ -17,6 +17,7 @@ __all__ = [
     "activation_quantizer",
     "fix_weights",
     "held_weights",
+    "quantized_linear",
     "replace_linears",
 ]
 
@@ -24,26 +25,46 @@ __all__ = [
 ActivationQuantizer = Callable[[Tensor, torch.dtype], Tensor]
 
 
-def activation_quantizer(rule: ActivationFormat | None, static: StepAndZeroPoint | None) -> ActivationQuantizer | None:
-    """What a scheme does to a layer's input: nothing, one fixed step (``static``), or a step for each token."""
+def activation_quantizer(
+    rule: ActivationFormat | None, static: StepAndZeroPoint | None, clip: Tensor | None = None
+) -> ActivationQuantizer | None:
+    """What a scheme does to a layer's input: nothing, one fixed step (``static``), or a step for each token.
+
+    clip: the ratio [1] of symmetric schemes.
+    """
     if rule is None:
         return None
+    if clip is not None:
+        return lambda x, dtype: fake_quantize_clipped(x, clip, rule.bits, dtype)
     if static is None:
         return lambda x, dtype: fake_quantize_per_token(x, rule.bits, dtype)
     return lambda x, dtype: fake_quantize(x, static, rule.bits, dtype)
 
 
 class FakeQuantizedLinear(nn.Module):
-    """y = Q(x) W_hat^T + bias, where ``rounding`` gives W_hat and Q is the activations' fake quantizer (None: x as is)."""
+    """y = Q(x) W_hat^T + bias, where ``rounding`` gives W_hat and Q is the activations' fake quantizer (None: x as is).
+
+    With a correction, + (x V) U^T for U [out, k] and V [in, k], which are buffers.
+    """
 
     bias: Tensor | None
+    low_rank_u: Tensor | None
+    low_rank_v: Tensor | None
 
     def __init__(self, rounding: Rounding, bias: Tensor | None, activation: ActivationQuantizer | None) -> None:
         super().__init__()
         self.rounding = rounding
         self.register_buffer("bias", bias)
+        self.register_buffer("low_rank_u", None)
+        self.register_buffer("low_rank_v", None)
         self.activation = activation
         self._held: Tensor | None = None
+        self._factors: tuple[Tensor, Tensor] | None = None
+
+    def correct(self, u: Tensor, v: Tensor, dtype: torch.dtype) -> None:
+        """Add U and V, in the 16 bits that they are stored in; ``dtype``: of the products with them."""
+        self.low_rank_u, self.low_rank_v = u, v
+        self._factors = u.to(dtype), v.T.to(dtype)
 
     def hold_weight(self, held: bool) -> None:
         """Compute W_hat once, without gradients, and use it until it is let go."""
@@ -58,7 +79,11 @@ class FakeQuantizedLinear(nn.Module):
         """x [..., in] to [..., out], in the weight's dtype or what autocast makes of it."""
         weight = self.rounding() if self._held is None else self._held
         # Autocast to that dtype then finds nothing left to do, which saves a pass over x.
-        return nn.functional.linear(self.quantized_input(x, weight.dtype), weight, self.bias)
+        y = nn.functional.linear(self.quantized_input(x, weight.dtype), weight, self.bias)
+        if self._factors is None:
+            return y
+        u, transposed_v = self._factors
+        return y + nn.functional.linear(nn.functional.linear(x.to(u.dtype), transposed_v), u)
 
 
 @contextmanager
@@ -89,3 +114,10 @@ def replace_linears(
         linear = block.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         block.set_submodule(name, FakeQuantizedLinear(rounding, linear.bias, activations.get(name)))
+
+
+def quantized_linear(block: nn.Module, name: str) -> FakeQuantizedLinear:
+    """The layer ``name`` of a block whose linear layers have been replaced."""
+    linear = block.get_submodule(name)
+    assert isinstance(linear, FakeQuantizedLinear)
+    return linear

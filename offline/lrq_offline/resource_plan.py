@@ -11,7 +11,7 @@ from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import FAMILIES
 from lrq_offline.hidden_states import HiddenStatesStore
-from lrq_offline.pipeline import manifest_of
+from lrq_offline.pipeline import manifest_of, open_source
 from lrq_offline.source_model import SourceModel
 from lrq_vllm.checkpoint.schema import Manifest
 
@@ -42,7 +42,7 @@ class ResourcePlan:
 
 def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> ResourcePlan:
     """Estimate a run of ``settings``. Reads headers only and times one matrix product. Raises LrqError's children."""
-    source = SourceModel.open(model_dir)
+    source = open_source(model_dir, settings)
     manifest = manifest_of(source.config, settings)
     device = choose_device(machine.device)
     config = source.config
@@ -52,10 +52,12 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
     cache = tokens * config.hidden_size * (config.dtype or torch.bfloat16).itemsize
     computing = step_memory(shapes, settings, config, product_dtype(device))
     store = HiddenStatesStore(device, machine.cache_bytes(device), Path())
-    places = [store.place_for(cache) for _ in range(2)]
-    largest = max(source.stored_bytes(name) for name in source.tensors)
+    places = [store.place_for(cache) for _ in range(settings.caches)]
+    largest = max(source.stored_bytes(name) for name in source.names())
+    # A tensor outside the blocks is rotated in float32, beside what it was.
+    largest *= 3 if settings.rotates else 1
     output = manifest.quantized_bytes + sum(
-        source.stored_bytes(name) for name in source.tensors if name.removesuffix(".weight") not in manifest.quantized
+        source.stored_bytes(name) for name in source.names() if name.removesuffix(".weight") not in manifest.quantized
     )
     return ResourcePlan(
         blocks=blocks,
@@ -75,7 +77,7 @@ def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, confi
     """Bytes at the peak of quantizing one block with linear layers of these (out, in), apart from cached hidden states."""
     elements = sum(rows * columns for rows, columns in shapes)
     # W, W rounded to nearest and its integers.
-    total = elements * ((4 if settings.smooths else dtype.itemsize) + dtype.itemsize + 1)
+    total = elements * ((4 if settings.changes_weights else dtype.itemsize) + dtype.itemsize + 1)
     if settings.learns:
         rank = settings.matrix_rank(config.hidden_size)
         learned = elements if rank is None else sum(min(rank, *shape) * sum(shape) for shape in shapes)
@@ -84,6 +86,12 @@ def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, confi
         # W_hat, S2's matrix and the gradients of both; the weight under earlier factors, and its best values.
         total += elements * 2 * (dtype.itemsize + (4 if rank is None else dtype.itemsize))
         total += elements * 2 * dtype.itemsize if settings.renews else 0
+    if settings.corrects:
+        # Moments in float64: three of each input (of one after the other, or all at once), as many again while one is solved,
+        # and a few matrices of the layer's size.
+        inputs = [columns**2 for _, columns in shapes]
+        kept = sum(inputs) if settings.correction_statistics == "float" else max(inputs)
+        total += 8 * (3 * kept + 3 * max(inputs) + 4 * max(rows * columns for rows, columns in shapes))
     # What a step keeps for its backward pass, roughly: a dozen tensors of the block's width, four of the MLP's.
     tokens = settings.batch_size * settings.seq_len
     experts = FAMILIES[config.model_type].experts

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lrq_offline.decoder_blocks import FAMILIES, Family, block_names, empty_model, family_of
+from lrq_vllm.checkpoint.schema import TensorSpec
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
 from lrq_vllm.errors import ModelFolderError, one_paragraph
 
@@ -46,9 +47,17 @@ class SourceModel:
         """Full names of the decoder blocks, in order."""
         return block_names(self.config, self.family)
 
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self.tensors)
+
+    def spec_of(self, name: str) -> TensorSpec:
+        """Dtype and shape in which one tensor is stored, from its header."""
+        return self.tensors.spec(name)
+
     def stored_bytes(self, name: str) -> int:
-        """Size of one tensor, from its header."""
-        return self.tensors.spec(name).nbytes
+        """Size of one tensor."""
+        return self.spec_of(name).nbytes
 
     def read(self, name: str) -> Tensor:
         """One tensor as stored. Raises ModelFolderError if it holds NaN or infinity."""

@@ -1,0 +1,150 @@
+"""A block's layers rounded stage by stage, each on the inputs that the layers before it, already rounded, produce.
+
+By GPTQ, and with a low-rank correction by whatever rounds: low_rank_correction.py has the mathematics.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrq_offline.config import QuantizeSettings
+from lrq_offline.decoder_blocks import Family
+from lrq_offline.gptq import HessianSum, gptq
+from lrq_offline.hidden_states import HiddenStates
+from lrq_offline.layer_inputs import watch_inputs
+from lrq_offline.learned_scales import FixedRounding
+from lrq_offline.low_rank_correction import Moments, MomentSums, corrected
+from lrq_offline.quantized_block import ActivationQuantizer, quantized_linear
+from lrq_offline.ranks import Ranks
+from lrq_offline.step_search import search_steps
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint, quantize
+
+__all__ = ["StageRounding", "nearest", "steps_of"]
+
+logger = logging.getLogger(__name__)
+
+_NOT_INVERTED = "its inputs' Hessian could not be inverted"
+
+
+@dataclass(frozen=True)
+class StageRounding:
+    """What is the same for all blocks of a run. dtype: of matrix products. factor_dtype: of U and V in the checkpoint."""
+
+    settings: QuantizeSettings
+    family: Family
+    dtype: torch.dtype
+    factor_dtype: torch.dtype
+    ranks: Ranks
+
+    def __call__(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, Tensor],
+        steps: Mapping[str, StepAndZeroPoint],
+        inputs: HiddenStates,
+        arguments: dict[str, Any],
+        short: frozenset[str],
+        moments: Mapping[str, Moments] | None = None,
+    ) -> dict[str, str | None]:
+        """Round the layers of ``block``, which compute with fake-quantized inputs already, in place.
+
+        moments: for corrections, by the first layer of each group; None takes them of the quantized block itself. Returns by
+        layer that is not ``short`` of tokens: why it was rounded to nearest instead (None: it was not).
+        """
+        fallbacks: dict[str, str | None] = {}
+        for stage in self.family.stages:
+            groups = [group for group in stage if not short.issuperset(group)]
+            if self.settings.corrects:
+                found = moments or self._moments(block, groups, inputs, arguments)
+                for group in groups:
+                    for name in group:
+                        fallbacks[name] = self._correct(block, name, weights[name], found[group[0]])
+                continue
+            totals = {group[0]: HessianSum() for group in groups}
+            self._watch(block, inputs, arguments, {name: _observer(block, name, total) for name, total in totals.items()})
+            for group in groups:
+                hessian = totals[group[0]].value(self.ranks)
+                for name in group:
+                    result = gptq(weights[name], hessian, steps[name], self.settings.bits.weight_bits)
+                    logger.info("%s: GPTQ with damping %s", name, result.damping)
+                    quantized_linear(block, name).rounding = FixedRounding(result.q, steps[name], self.dtype)
+                    fallbacks[name] = None if result.damping is not None else _NOT_INVERTED
+        return fallbacks
+
+    def float_moments(
+        self,
+        block: nn.Module,
+        activations: Mapping[str, ActivationQuantizer | None],
+        inputs: HiddenStates,
+        arguments: dict[str, Any],
+    ) -> dict[str, Moments]:
+        """By the first layer of each group, of what a float ``block`` gives its layers for ``inputs``."""
+        totals = {group[0]: MomentSums() for group in self.family.linear_groups}
+
+        def observer(name: str) -> Callable[[Tensor], None]:
+            activation = activations[name]
+            return lambda x: totals[name](x, x if activation is None else activation(x, torch.float32))
+
+        self._watch(block, inputs, arguments, {name: observer(name) for name in totals})
+        return {name: total.value(self.ranks) for name, total in totals.items()}
+
+    def _moments(
+        self, block: nn.Module, groups: list[tuple[str, ...]], inputs: HiddenStates, arguments: dict[str, Any]
+    ) -> dict[str, Moments]:
+        totals = {group[0]: MomentSums() for group in groups}
+
+        def observer(name: str) -> Callable[[Tensor], None]:
+            layer = quantized_linear(block, name)
+            return lambda x: totals[name](x, layer.quantized_input(x))
+
+        self._watch(block, inputs, arguments, {name: observer(name) for name in totals})
+        return {name: total.value(self.ranks) for name, total in totals.items()}
+
+    def _correct(self, block: nn.Module, name: str, weight: Tensor, moments: Moments) -> str | None:
+        layer, settings = quantized_linear(block, name), self.settings
+        bits = settings.bits.weight_bits
+
+        def rounded(target: Tensor) -> FixedRounding:
+            own_steps = steps_of(target, settings)
+            if settings.method != "gptq":
+                return nearest(target, own_steps, bits)
+            return FixedRounding(gptq(target, moments.yy.float(), own_steps, bits).q, own_steps)
+
+        result = corrected(weight, moments, settings.correction_rank_of(weight.shape), rounded, settings.correction_rounds)
+        if result is None:
+            return _NOT_INVERTED
+        logger.info("%s: corrected, relative error on calibration data %s", name, result.objectives)
+        layer.rounding = FixedRounding(*result.rounding.quantized(), self.dtype)
+        layer.correct(result.pair.u.to(self.factor_dtype), result.pair.v.to(self.factor_dtype), self.dtype)
+        return None
+
+    def _watch(
+        self,
+        block: nn.Module,
+        inputs: HiddenStates,
+        arguments: dict[str, Any],
+        observers: Mapping[str, Callable[[Tensor], None]],
+    ) -> None:
+        watch_inputs(block, inputs, arguments, observers, self.settings.batch_size // self.ranks.size, self.dtype)
+
+
+def steps_of(weight: Tensor, settings: QuantizeSettings) -> StepAndZeroPoint:
+    """The first steps of a weight [out, in], as the settings say."""
+    return search_steps(weight, settings.bits.weight_bits, settings.group_size, symmetric=settings.symmetric)
+
+
+def nearest(weight: Tensor, steps: StepAndZeroPoint, bits: int, dtype: torch.dtype = torch.float32) -> FixedRounding:
+    """A weight [out, in] rounded to nearest with these steps [out, groups]."""
+    grouped = weight.float().unflatten(1, (steps.step.shape[1], -1))
+    q = quantize(grouped, steps.step.unsqueeze(2), steps.zero_point.unsqueeze(2), bits)
+    return FixedRounding(q.flatten(1).to(torch.uint8), steps, dtype)
+
+
+def _observer(block: nn.Module, name: str, total: HessianSum) -> Callable[[Tensor], None]:
+    """Shows ``total`` what the layer multiplies with."""
+    layer = quantized_linear(block, name)
+    return lambda x: total(layer.quantized_input(x))
