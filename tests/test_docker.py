@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import shlex
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def test_a_dockerfile_starts_from_pinned_images_and_only_calls_our_scripts(docke
         assert (DOCKER / name).exists()
 
 
+def test_the_router_is_installed_by_our_script_and_runs_without_rights() -> None:
+    found = instructions(DOCKER / "Dockerfile.router")
+    assert [argument for name, argument in found if name == "RUN"] == ['["/opt/lrq/docker/install.sh", "router"]']
+    assert ("USER", f"{UID}:{UID}") in found and ("ENTRYPOINT", '["vllm-router"]') in found
+    pinned = re.search(r"vllm-router==([\d.]+)", (DOCKER / "install.sh").read_text())
+    assert pinned is not None and pinned[1] == version("vllm-router")  # what tests/test_replaced_server.py tries
+
+
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
 def test_an_image_serves_offline_tested_and_without_rights(dockerfile: Path) -> None:
     environment = settings(dockerfile)
@@ -115,7 +124,7 @@ def check_handed_on(options: list[str]) -> None:
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
 def test_every_service_of_a_compose_file_is_whole(path: Path) -> None:
     content = interpolated(path)
-    assert set(content) <= {"name", "services", "volumes", "configs"}
+    assert set(content) <= {"name", "services", "volumes", "x-replica"}
     for name, service in content["services"].items():
         assert set(service) <= SERVICE_KEYS, name
         if "build" in service:
@@ -137,7 +146,11 @@ def test_every_service_of_a_compose_file_is_whole(path: Path) -> None:
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
 def test_services_of_ours_run_what_lrq_server_understands(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = interpolated(path)
-    ours = {name: service for name, service in content["services"].items() if service["image"].startswith("lrq")}
+    ours = {
+        name: service
+        for name, service in content["services"].items()
+        if service["image"].startswith("lrq") and name != "router"
+    }
     assert ours
     for service in ours.values():
         assert service["read_only"] and service["cap_drop"] == ["ALL"]
