@@ -31,8 +31,8 @@ from lrq_offline.config import PRESETS, QuantizeSettings
 from lrq_offline.evaluate import compare
 from lrq_offline.pipeline import quantize_model
 from lrq_offline.reference_model import load_model
-from lrq_offline.report_data import REPORT_NAME
 from lrq_offline.source_model import load_tokenizer
+from lrq_vllm.checkpoint.report import REPORT_NAME
 
 CELLS = [f"{method}:{scheme}" for scheme in ("w8a8", "w4a8", "w4a16", "w3a16") for method in ("rtn", "lrq")]
 

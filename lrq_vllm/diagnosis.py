@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from importlib.util import find_spec
@@ -14,14 +15,16 @@ import torch
 from lrq_vllm import layer_self_test
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import SCHEMES
+from lrq_vllm.checkpoint.seal import HASH_VARIABLE
+from lrq_vllm.kernel_choice import Named
 from lrq_vllm.kernels.reference import integer_weight
 from lrq_vllm.vllm_environment import vllm_executable
 from lrq_vllm.vllm_versions import SUPPORTED, supports
 
-__all__ = ["Finding", "diagnose"]
+__all__ = ["Finding", "diagnose", "kernel_candidates", "quiet", "vllm_findings"]
 
 _SIDE = 512  # of the layer that kernels are asked about
-_VARIABLES = ("LRQ_KERNEL", layer_self_test.VARIABLE, "VLLM_PLUGINS", "CUDA_VISIBLE_DEVICES")
+_VARIABLES = ("LRQ_KERNEL", layer_self_test.VARIABLE, HASH_VARIABLE, "VLLM_PLUGINS", "CUDA_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,16 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Look at versions, the plugin, the devices and each kernel. Imports vLLM if it is there; needs no model."""
-    logging.disable(logging.WARNING)  # what vLLM tells while it is imported
+    with quiet():
+        return [*_python(), *vllm_findings(), *_devices(), *_kernels(), *_variables()]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what vLLM tells while it is imported."""
+    logging.disable(logging.WARNING)
     try:
-        return [*_python(), *_vllm(), *_devices(), *_kernels(), *_variables()]
+        yield
     finally:
         logging.disable(logging.NOTSET)
 
@@ -53,7 +63,8 @@ def _python() -> Iterator[Finding]:
             yield Finding(package, f"not installed; {needed} it")
 
 
-def _vllm() -> Iterator[Finding]:
+def vllm_findings() -> Iterator[Finding]:
+    """Whether vLLM is here, in a version that the plugin works with, and finds the plugin. Imports vLLM."""
     install = "pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU"
     if find_spec("vllm") is None:
         yield Finding("vllm", "not installed", install)
@@ -97,32 +108,38 @@ def _devices() -> Iterator[Finding]:
     )
 
 
-def _kernels() -> Iterator[Finding]:
-    """For each scheme, the kernel that runs it here and why those before it do not, for a layer of no odd size."""
+def kernel_candidates(scheme: str) -> list[tuple[Named, str | None]]:
+    """Every kernel for a layer of no odd size, the best first, and the reason why it cannot run here, or None if it can.
+
+    Raises ImportError without vLLM.
+    """
     from lrq_vllm.integer_backends import LayerInput, integer_candidates
     from lrq_vllm.weight_only_backends import PackedWeight, weight_only_candidates
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name, scheme in SCHEMES.items():
-        bits = scheme.weight_bits
-        qweight = pack(torch.zeros(_SIDE, _SIDE, dtype=torch.int64), bits).to(device)
-        step = torch.ones(_SIDE, 1, device=device)
-        zero_point = torch.zeros(_SIDE, 1, dtype=torch.uint8, device=device)
+    bits, activation = SCHEMES[scheme].weight_bits, SCHEMES[scheme].activation
+    qweight = pack(torch.zeros(_SIDE, _SIDE, dtype=torch.int64), bits).to(device)
+    step = torch.ones(_SIDE, 1, device=device)
+    zero_point = torch.zeros(_SIDE, 1, dtype=torch.uint8, device=device)
+    if activation is None:
+        packed = PackedWeight(qweight, step, zero_point, bits, _SIDE, torch.bfloat16)
+        return [*weight_only_candidates(packed)]
+    weight = integer_weight(qweight, step, zero_point, bits, _SIDE)
+    return [*integer_candidates(weight, LayerInput(_SIDE, torch.bfloat16, static=activation.static))]
+
+
+def _kernels() -> Iterator[Finding]:
+    """For each scheme, the kernel that runs it here and why those before it do not."""
+    for scheme in SCHEMES:
         try:
-            if scheme.activation is None:
-                packed = PackedWeight(qweight, step, zero_point, bits, _SIDE, torch.bfloat16)
-                candidates = [(backend.name, reason) for backend, reason in weight_only_candidates(packed)]
-            else:
-                weight = integer_weight(qweight, step, zero_point, bits, _SIDE)
-                x = LayerInput(_SIDE, torch.bfloat16, static=scheme.activation.static)
-                candidates = [(backend.name, reason) for backend, reason in integer_candidates(weight, x)]
+            candidates = [(kernel.name, reason) for kernel, reason in kernel_candidates(scheme)]
         except ImportError as error:  # vLLM's extension
-            yield Finding(name, f"not known: {error}", "install vLLM")
+            yield Finding(scheme, f"not known: {error}", "install vLLM")
             continue
         runs = next((kernel for kernel, reason in candidates if reason is None), None)
         others = "; ".join(f"{kernel}: {reason}" for kernel, reason in candidates if reason is not None)
         cure = "" if runs else "serve on an NVIDIA GPU of the Ampere generation or later, or an x86 CPU with vLLM's CPU build"
-        yield Finding(name, f"runs on {runs or 'no kernel'}" + (f" ({others})" if others else ""), cure)
+        yield Finding(scheme, f"runs on {runs or 'no kernel'}" + (f" ({others})" if others else ""), cure)
 
 
 def _variables() -> Iterator[Finding]:

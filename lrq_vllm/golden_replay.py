@@ -9,6 +9,7 @@ import torch
 
 from lrq_vllm.checkpoint.golden import TOLERANCE, GoldenText, mean_difference, read_golden
 from lrq_vllm.errors import CheckpointError
+from lrq_vllm.kernel_choice import kernels_by_layer
 
 __all__ = ["Replayed", "kernels_in_use", "kernels_of", "prompt_log_probabilities", "replay", "replay_through"]
 
@@ -66,7 +67,7 @@ def kernels_in_use(llm: Any) -> set[str]:
 
 def kernels_of(model: torch.nn.Module) -> set[str]:
     """The names of the kernels that the quantized layers of one rank's model run on."""
-    return {str(module.lrq_kernel) for module in model.modules() if hasattr(module, "lrq_kernel")}
+    return set(kernels_by_layer(model).values())
 
 
 def prompt_log_probabilities(answer: Any, tokens: Sequence[int]) -> list[float]:

@@ -8,7 +8,7 @@ import torch
 
 from lrq_vllm.errors import SettingsError
 
-__all__ = ["HOPPER", "TRITON", "first_that_can"]
+__all__ = ["HOPPER", "TRITON", "Named", "first_that_can", "kernels_by_layer"]
 
 HOPPER, TRITON = "hopper", "triton"
 
@@ -42,3 +42,8 @@ def first_that_can(candidates: Sequence[tuple[Candidate, str | None]], device: t
         f"No kernel runs these layers on {device} ({reasons}). Serve on an NVIDIA GPU of the Ampere generation or later, or on "
         "an x86 CPU with vLLM's CPU build."
     )
+
+
+def kernels_by_layer(model: torch.nn.Module) -> dict[str, str]:
+    """Name of each quantized layer of one rank's model, as vLLM fuses them, and the kernel that it runs on."""
+    return {name: str(module.lrq_kernel) for name, module in model.named_modules() if hasattr(module, "lrq_kernel")}

@@ -9,7 +9,7 @@ import vllm
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from lrq_vllm.checkpoint.schema import QUANT_METHOD, Manifest
-from lrq_vllm.checkpoint.seal import check_seal
+from lrq_vllm.checkpoint.seal import check_seal, hashing_wanted
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
 from lrq_vllm.cpu_compilation import round_where_operations_do
 from lrq_vllm.errors import CheckpointError
@@ -72,7 +72,7 @@ class LrqConfig(QuantizationConfig):
         if folder.is_dir() and any(folder.glob("*.safetensors")):
             tensors = TensorFolder(folder)
             check_tensors(tensors, self.manifest)
-            check_seal(tensors)
+            check_seal(tensors, content=hashing_wanted())
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Follow a model that renames its modules, so that the lists keep matching."""

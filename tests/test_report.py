@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lrq_offline.report_data import read_report
 from lrq_offline.report_html import write_report
 from lrq_offline.report_pictures import amount, scientific
+from lrq_vllm.checkpoint.report import read_report
 from lrq_vllm.errors import CheckpointError
 from tests.html_pages import Page, loads_nothing
 

@@ -7,7 +7,7 @@ tensor from the right one, and nothing else would notice a config.json whose nor
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from torch import Tensor
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
 from lrq_vllm.errors import CheckpointError, one_paragraph
 
-__all__ = ["SEAL_NAME", "check_seal", "write_seal"]
+__all__ = ["HASH_VARIABLE", "SEAL_NAME", "check_seal", "hashing_wanted", "write_seal"]
 
 SEAL_NAME = "lrq_seal.json"
+HASH_VARIABLE = "LRQ_HASH"
+"""Environment variable; 0 keeps servers from reading a checkpoint whole before they load it."""
 _READERS = 8
 
 
@@ -30,15 +32,23 @@ def write_seal(folder: Path, config: Mapping[str, Any]) -> None:
     (folder / SEAL_NAME).write_text(json.dumps(seal, indent=1) + "\n")
 
 
-def check_seal(tensors: TensorFolder) -> None:
+def hashing_wanted() -> bool:
+    """Whether a server should compare the content of tensors too."""
+    return os.environ.get(HASH_VARIABLE) != "0"
+
+
+def check_seal(tensors: TensorFolder, *, content: bool = True, on_read: Callable[[int], None] = lambda _: None) -> None:
     """Read every tensor of a checkpoint (at the disk's speed) and compare all with the seal.
+
+    content: False compares config.json and the names of tensors alone, and reads none. on_read: is told the bytes of each
+    tensor once it is read.
 
     Raises CheckpointError naming each key of config.json and each tensor that was changed, removed or added, and
     ModelFolderError if a file cannot be read.
     """
     folder = tensors.folder
     seal = _read_seal(folder)
-    config, digests = read_config(folder), _digests(tensors)
+    config, digests = read_config(folder), _digests(tensors, on_read) if content else dict.fromkeys(tensors, "")
     problems = [
         f"{key} in config.json {_difference(seal['config'], config, key)}"
         for key in sorted({*seal["config"], *config})
@@ -49,7 +59,7 @@ def check_seal(tensors: TensorFolder) -> None:
             problems.append(f"tensor {name} is missing")
         elif name not in seal["tensors"]:
             problems.append(f"tensor {name} is new")
-        elif digests[name] != seal["tensors"][name]:
+        elif content and digests[name] != seal["tensors"][name]:
             problems.append(f"tensor {name} has other content")
     if problems:
         raise CheckpointError(
@@ -89,11 +99,14 @@ def _read_seal(folder: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{path} is damaged ({error!r}). Copy or quantize the model again.") from error
 
 
-def _digests(tensors: TensorFolder) -> dict[str, str]:
+def _digests(tensors: TensorFolder, on_read: Callable[[int], None] = lambda _: None) -> dict[str, str]:
     """Name -> SHA-256 of dtype, shape and bytes. Threads, because hashing lets go of the interpreter."""
-    names = sorted(tensors)
+    names, digests = sorted(tensors), {}
     with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(lambda name: _digest(tensors.get(name)), names), strict=True))
+        for name, digest in zip(names, pool.map(lambda name: _digest(tensors.get(name)), names), strict=True):
+            digests[name] = digest
+            on_read(tensors.spec(name).nbytes)
+    return digests
 
 
 def _digest(tensor: Tensor) -> str:

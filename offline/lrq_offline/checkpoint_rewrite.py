@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lrq_offline.output_folder import carry_over, check_output, new_folder
-from lrq_offline.report_data import REPORT_NAME
 from lrq_vllm.checkpoint.golden import GOLDEN_NAME
+from lrq_vllm.checkpoint.report import REPORT_NAME
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.checkpoint.seal import SEAL_NAME, check_seal
 from lrq_vllm.checkpoint.store import ShardWriter, TensorFolder, check_tensors, read_config, read_manifest

@@ -27,10 +27,10 @@ from lrq_offline.output_folder import carry_over, check_output, new_folder
 from lrq_offline.parallel_sizes import tensor_parallel_sizes
 from lrq_offline.progress import Progress, fingerprint
 from lrq_offline.rank_processes import started_ranks
-from lrq_offline.report_data import REPORT_NAME
 from lrq_offline.source_model import SourceModel, load_tokenizer
 from lrq_offline.stored_block import block_tensors
 from lrq_vllm.checkpoint.golden import write_golden
+from lrq_vllm.checkpoint.report import REPORT_NAME
 from lrq_vllm.checkpoint.schema import Manifest, undivided_layers
 from lrq_vllm.checkpoint.seal import write_seal
 from lrq_vllm.checkpoint.store import ShardWriter

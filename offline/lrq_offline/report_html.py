@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from lrq_offline.report_data import BlockResult, RunReport, Scalar, read_report
 from lrq_offline.report_pictures import (
     amount,
     change_map,
@@ -16,6 +15,7 @@ from lrq_offline.report_pictures import (
     scientific,
     size_chart,
 )
+from lrq_vllm.checkpoint.report import BlockResult, RunReport, Scalar, read_report
 from lrq_vllm.pages.html import figure, page, section, settings_list, table, text, write_page
 
 __all__ = ["write_report"]

@@ -10,7 +10,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from lrq_offline.report_data import BlockResult, Curve, LayerResult, RunReport
+from lrq_vllm.checkpoint.report import BlockResult, Curve, LayerResult, RunReport
 from lrq_vllm.pages.pictures import AFTER, BEFORE, INK, LEVELS, PAPER, RAMPS, REST, WARN, logarithmic, span, svg
 
 __all__ = ["amount", "change_map", "curves_of_blocks", "error_chart", "error_map", "learning_curve", "scientific", "size_chart"]

@@ -1,27 +1,42 @@
-"""lrq-server serve: check the checkpoint, then become ``vllm serve``, or with LRQ_SELFTEST=1 checked_server.py."""
+"""lrq-server serve: what can go wrong is found first, then vLLM serves from this process (engine.py)."""
 
 import argparse
 import os
 import sys
+from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from lrq_server.vllm_process import vllm_command
-from lrq_vllm.checkpoint import TensorFolder, check_tensors, read_manifest
+from lrq_server import preflight
+from lrq_server.json_logs import json_logs
+from lrq_server.serve_settings import LOG_FORMATS, ServeSettings
+from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.checkpoint.seal import HASH_VARIABLE, hashing_wanted
+from lrq_vllm.checkpoint.store import read_manifest
 from lrq_vllm.kv_cache import CACHE_OPTION, cache_dtype
-from lrq_vllm.layer_self_test import VARIABLE as SELF_TEST
-from lrq_vllm.tensor_parallel import RANKS_OPTIONS, check_ranks
+from lrq_vllm.tensor_parallel import RANKS_OPTIONS
 from lrq_vllm.vllm_environment import serving_environment
 
 __all__ = ["add_to"]
 
-_ABOUT = """Options after MODEL are handed to vLLM as they are: see `vllm serve --help`. A checkpoint made with --kv-bits 8 is
-served with 8-bit keys and values unless --kv-cache-dtype says otherwise.
+_ABOUT = """Check an LRQ checkpoint and this machine, then serve it over vLLM's OpenAI API, with /lrq/live, /lrq/ready,
+/lrq/info and more metrics. Other options are vLLM's, as they are: see `vllm serve --help`. A checkpoint made with --kv-bits 8
+is served with 8-bit keys and values unless --kv-cache-dtype says otherwise.
 
 With LRQ_SELFTEST=1 in the environment each layer's kernel is compared with the reference while the server loads, and the texts
 in the checkpoint are read before it answers anyone: it does not serve what differs.
+"""
+
+_EXAMPLES = """examples:
+  lrq-server serve ./Llama-3-8B-lrq-w4a16
+  lrq-server serve ./Llama-3-8B-lrq-w8a8 --port 8080 --tensor-parallel-size 2 --max-model-len 8192
+  lrq-server serve ./Llama-3-8B-lrq-w8a8 --max-concurrent-requests 256 --log-format json --drain-seconds 120
+  LRQ_SELFTEST=1 lrq-server serve ./Llama-3-8B-lrq-w8a8 --api-key "$KEY"
+
+Exit code 0: told to stop (SIGTERM), and requests had their time to end. 1: vLLM's engine did not start, or died. 2: something
+to put right, found before anything was loaded or by the self-test. 130: told to stop while it was loading.
 """
 
 
@@ -31,26 +46,67 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "serve",
         help="check a checkpoint's files, then serve it",
         description=_ABOUT,
+        epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # of vLLM's options, one may begin as one of ours
     )
     serve.add_argument("model", type=Path, help="LRQ checkpoint folder")
     serve.add_argument(
         *RANKS_OPTIONS, type=int, default=1, metavar="N", help="GPUs to cut the model for (default: %(default)s)"
     )
+    default = ServeSettings()
+    serve.add_argument(
+        "--max-request-mb", type=float, metavar="MB", default=default.max_request_mb,
+        help="a larger request gets 413 (default: %(default)s)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--max-concurrent-requests", type=int, metavar="N", default=default.max_concurrent_requests,
+        help="with so many inside, running or waiting, another one gets 429 (default: %(default)s)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--drain-seconds", type=float, metavar="S", default=default.drain_seconds,
+        help="that requests have to end after SIGTERM (default: %(default)s)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--log-format", choices=LOG_FORMATS, default=default.log_format,
+        help="json: one object per line, from vLLM's processes too (default: %(default)s)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--skip-hash", action="store_true", help="do not read the whole checkpoint to compare it with its seal before loading"
+    )
     serve.set_defaults(run=_run, hands_on_unknown=True)
 
 
-def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> NoReturn:
+def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
+    settings = ServeSettings(
+        max_request_mb=parsed.max_request_mb,
+        max_concurrent_requests=parsed.max_concurrent_requests,
+        drain_seconds=parsed.drain_seconds,
+        log_format=parsed.log_format,
+        hash_files=hashing_wanted() and not parsed.skip_hash,
+    )
     manifest = read_manifest(parsed.model)
-    check_tensors(TensorFolder(parsed.model), manifest)
-    check_ranks(manifest, parsed.tensor_parallel_size)
-    options = ["--quantization", "lrq", *vllm_options]
-    if parsed.tensor_parallel_size > 1:
-        options += [RANKS_OPTIONS[0], str(parsed.tensor_parallel_size)]
+    ranks = parsed.tensor_parallel_size
+    os.environ |= serving_environment(ranks)
+    arguments = [str(parsed.model), "--quantization", "lrq", RANKS_OPTIONS[0], str(ranks), *vllm_options]
     if manifest.kv_bits is not None and not any(option.split("=")[0] == CACHE_OPTION for option in vllm_options):
-        options += [CACHE_OPTION, cache_dtype(on_cpu=not torch.cuda.is_available())]
-    command = vllm_command(parsed.model, *options)
-    if os.environ.get(SELF_TEST) == "1":
-        command = [sys.executable, "-m", "lrq_server.checked_server", str(parsed.model), *options]
+        arguments += [CACHE_OPTION, cache_dtype(on_cpu=not torch.cuda.is_available())]
+    with json_logs() if settings.log_format == "json" else nullcontext():
+        return _checked_and_served(parsed.model, manifest, settings, arguments)
+
+
+def _checked_and_served(folder: Path, manifest: Manifest, settings: ServeSettings, arguments: list[str]) -> int:
+    problems = [
+        *preflight.environment_problems(),
+        *preflight.file_problems(folder, manifest, hash_files=settings.hash_files),
+    ]
+    if find_spec("vllm") is None:
+        preflight.raise_all(folder, problems)
+    from lrq_server import engine
+
+    options = engine.parsed_options(arguments)
+    problems += [*engine.refused_options(options), *preflight.start_problems(folder, manifest, options)]
+    preflight.raise_all(folder, problems)
+    os.environ[HASH_VARIABLE] = "0"  # vLLM's side need not do again what was done, or was not wanted
     sys.stdout.flush()
-    os.execvpe(command[0], command, serving_environment())
+    return engine.serve(options, manifest, settings)
