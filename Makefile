@@ -17,7 +17,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cpu
+	$(BIN)/hadolint docker/Dockerfile*
 	$(BIN)/shellcheck docker/*.sh scripts/*.sh .ci/run
 
 format: setup

@@ -5,6 +5,7 @@
 #   install.sh packages             what Debian's slim images lack: a C++ compiler, which torch calls, and libnuma for vLLM
 #   install.sh lrq WHEELS           install that wheel beside the vLLM that is there
 #   install.sh lrq-cpu WHEELS       install that wheel with the CPU builds of vLLM and torch
+#   install.sh router               install vLLM's router
 #   install.sh home                 make $HOME, the one folder that a container writes to, and give it to $LRQ_UID
 #
 # PYTHON names the interpreter to install into (default: python3). pip reads its own settings (PIP_INDEX_URL, ...).
@@ -44,6 +45,9 @@ case "${1:-}" in
   lrq-cpu)
     wheel=$(wheel_with "${2:?WHEELS is missing}" server,cpu)
     PIP_BREAK_SYSTEM_PACKAGES=1 PIP_NO_CACHE_DIR=1 "$here/../scripts/install_cpu_vllm.sh" "$python" "$wheel"
+    ;;
+  router)
+    pip install --quiet vllm-router==0.1.17
     ;;
   home)
     mkdir -p "$HOME"

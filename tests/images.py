@@ -5,6 +5,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +53,15 @@ class Image:
         """docker run IMAGE ARGUMENTS."""
         return self.run(self.folder / "docker" / "entrypoint.sh", *arguments, **changes)
 
+    def start(self, log: Path, *arguments: str | Path, **changes: str) -> "subprocess.Popen[bytes]":
+        """docker run --detach IMAGE ARGUMENTS, with its output in ``log``."""
+        command = [str(part) for part in (self.folder / "docker" / "entrypoint.sh", *arguments)]
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                command, cwd=self.home, env=self.environment(**changes), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True, **other_user(),
+            )  # fmt: skip
+
     def install(self, *step: str | Path, **changes: str) -> "subprocess.CompletedProcess[str]":
         """A RUN of the Dockerfile, as this test's user, without a network."""
         command = [str(part) for part in (self.folder / "docker" / "install.sh", *step)]
@@ -91,6 +103,32 @@ def context(destination: Path) -> Path:
             else:
                 shutil.copy(source, copy)
     return destination
+
+
+@contextmanager
+def folder_for_others() -> Iterator[Path]:
+    """A temporary folder that users without rights may read, as they may not read pytest's."""
+    with tempfile.TemporaryDirectory(prefix="lrq-images-") as made:
+        Path(made).chmod(0o755)
+        yield Path(made)
+
+
+def build_wheel(folder: Path) -> Path:
+    """The first stage: a folder with a wheel, built from the build context alone."""
+    ended = new_image(folder / "wheel").install("wheel", context(folder / "context"), folder / "wheels")
+    assert ended.returncode == 0, ended.stderr
+    return folder / "wheels"
+
+
+def build_image(folder: Path, step: str, wheels: Path) -> Image:
+    """The second stage of Dockerfile (step lrq), and of Dockerfile.cpu (lrq-cpu)."""
+    made = new_image(folder)
+    # The CPU build asks for packages that do not work and are removed again: they are not here to be found.
+    changes = {"PIP_NO_DEPS": "1"} if step == "lrq-cpu" else {}
+    for command in ((step, wheels), ("home",)):
+        ended = made.install(*command, **changes)
+        assert ended.returncode == 0, ended.stderr
+    return made
 
 
 def new_image(folder: Path) -> Image:

@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import shlex
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,20 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry
 
 from lrq_server import bench_command, serve_command
+from lrq_server.app import loading_app
 from lrq_server.cli import main
+from lrq_server.readiness import Readiness
+from lrq_server.server_metrics import ClippingMetrics, ServerMetrics
 from lrq_vllm.vllm_versions import supports
 from tests.images import ROOT
 
 DOCKER = ROOT / "docker"
 DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cpu"]
 COMPOSE = sorted(DOCKER.glob("compose*.yaml"))
-PATHS = {"/lrq/live", "/lrq/ready"}
 UID = 10001
-OPTIONS_TO_COME = ("--drain-seconds", "--log-format", "--max-concurrent-requests", "--max-request-mb")
 # Keys of the Compose Specification (compose-spec.io) that are in use here: a misspelt one is not among them.
 SERVICE_KEYS = {
     "build", "cap_drop", "command", "configs", "depends_on", "deploy", "environment", "extends", "healthcheck", "image",
@@ -62,6 +65,14 @@ def test_a_dockerfile_starts_from_pinned_images_and_only_calls_our_scripts(docke
     assert json.loads(healthcheck.partition("CMD ")[2]) == ["python3", "/opt/lrq/docker/healthcheck.py"]
     for name in ("install.sh", "entrypoint.sh", "healthcheck.py"):
         assert (DOCKER / name).exists()
+
+
+def test_the_router_is_installed_by_our_script_and_runs_without_rights() -> None:
+    found = instructions(DOCKER / "Dockerfile.router")
+    assert [argument for name, argument in found if name == "RUN"] == ['["/opt/lrq/docker/install.sh", "router"]']
+    assert ("USER", f"{UID}:{UID}") in found and ("ENTRYPOINT", '["vllm-router"]') in found
+    pinned = re.search(r"vllm-router==([\d.]+)", (DOCKER / "install.sh").read_text())
+    assert pinned is not None and pinned[1] == version("vllm-router")  # what tests/test_replaced_server.py tries
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
@@ -115,7 +126,7 @@ def check_handed_on(options: list[str]) -> None:
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
 def test_every_service_of_a_compose_file_is_whole(path: Path) -> None:
     content = interpolated(path)
-    assert set(content) <= {"name", "services", "volumes", "configs"}
+    assert set(content) <= {"name", "services", "volumes", "x-replica"}
     for name, service in content["services"].items():
         assert set(service) <= SERVICE_KEYS, name
         if "build" in service:
@@ -137,7 +148,11 @@ def test_every_service_of_a_compose_file_is_whole(path: Path) -> None:
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
 def test_services_of_ours_run_what_lrq_server_understands(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = interpolated(path)
-    ours = {name: service for name, service in content["services"].items() if service["image"].startswith("lrq")}
+    ours = {
+        name: service
+        for name, service in content["services"].items()
+        if service["image"].startswith("lrq") and name != "router"
+    }
     assert ours
     for service in ours.values():
         assert service["read_only"] and service["cap_drop"] == ["ALL"]
@@ -152,9 +167,8 @@ def test_services_of_ours_run_what_lrq_server_understands(path: Path, monkeypatc
 
 def check_serving(parsed: argparse.Namespace, handed_on: list[str], grace_s: int) -> None:
     """Requests have their time to end before the container is killed; the rest is vLLM's."""
-    ours = [option for option in handed_on if option.startswith(OPTIONS_TO_COME)]
-    assert any(option.startswith("--drain-seconds") for option in ours) and grace_s > 0
-    check_handed_on([option for option in handed_on if option not in ours])
+    assert 0 < parsed.drain_seconds < grace_s
+    check_handed_on(handed_on)
 
 
 @pytest.fixture
@@ -178,7 +192,8 @@ def test_the_pod_runs_what_lrq_server_understands_and_asks_for_routes_that_exist
     assert {kind: probe["path"] for kind, probe in probes.items()} == {
         "startup": "/lrq/ready", "readiness": "/lrq/ready", "liveness": "/lrq/live",
     }  # fmt: skip
-    assert {probe["path"] for probe in probes.values()} <= PATHS
+    routes = {route.path for route in loading_app(Readiness()).routes}
+    assert {probe["path"] for probe in probes.values()} <= routes
     (port,) = container["ports"]
     assert {probe["port"] for probe in probes.values()} == {port["name"]} and port["containerPort"] == 8000
     parsed, handed_on = parsed_by_server(container["args"], monkeypatch)
@@ -217,12 +232,18 @@ def test_every_metric_on_the_dashboard_is_one_that_a_server_has() -> None:
     queries.append(dashboard["templating"]["list"][0]["query"]["query"])
     used = {name for query in queries for name in re.findall(r"\b(?:vllm:|lrq_)\w+", query)}
     assert len(used) > 10
-    assert used <= metrics_of_vllm() | OUR_METRICS
-    assert OUR_METRICS <= used
+    ours = our_metrics()
+    assert used <= metrics_of_vllm() | ours
+    assert {"lrq_ready", "lrq_info", "lrq_layers", "lrq_requests_rejected_total", "lrq_clipped_share"} <= used & ours
     assert {target["datasource"]["uid"] for panel in dashboard["panels"] for target in panel["targets"]} == {source["uid"]}
 
 
-OUR_METRICS = {"lrq_info", "lrq_layers", "lrq_ready", "lrq_requests_rejected_total", "lrq_clipped_share"}
+def our_metrics() -> set[str]:
+    """As a server of ours registers them."""
+    registry = CollectorRegistry()
+    ServerMetrics(registry).rejected("draining")
+    ClippingMetrics(registry).show([])
+    return {name for metric in registry.collect() for name in (metric.name, f"{metric.name}_total")}
 
 
 def metrics_of_vllm() -> set[str]:

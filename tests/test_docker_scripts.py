@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import TINY
-from tests.images import ROOT, Image, context, new_image
+from tests.images import ROOT, Image, build_image, build_wheel, folder_for_others, new_image
 
 
 def has_cpu_build() -> bool:
@@ -34,31 +33,18 @@ CPU = pytest.param("lrq-cpu", marks=pytest.mark.skipif(not has_cpu_build(), reas
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """That others may read, as pytest's own may not."""
-    with tempfile.TemporaryDirectory(prefix="lrq-images-") as made:
-        Path(made).chmod(0o755)
-        yield Path(made)
+    with folder_for_others() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def wheels(folder: Path) -> Path:
-    """The first stage: a wheel, built from the build context alone."""
-    image = new_image(folder / "wheel")
-    ended = image.install("wheel", context(folder / "context"), folder / "wheels")
-    assert ended.returncode == 0, ended.stderr
-    return folder / "wheels"
+    return build_wheel(folder)
 
 
 @pytest.fixture(scope="module", params=["lrq", CPU])
 def image(request: pytest.FixtureRequest, folder: Path, wheels: Path) -> Image:
-    """The second stage of Dockerfile, and of Dockerfile.cpu."""
-    made = new_image(folder / request.param)
-    # The CPU build asks for packages that do not work and are removed again: they are not here to be found.
-    changes = {"PIP_NO_DEPS": "1"} if request.param == "lrq-cpu" else {}
-    for step in ((request.param, wheels), ("home",)):
-        ended = made.install(*step, **changes)
-        assert ended.returncode == 0, ended.stderr
-    return made
+    return build_image(folder / request.param, request.param, wheels)
 
 
 def test_the_wheel_holds_every_file_of_the_three_packages(wheels: Path) -> None:
