@@ -92,6 +92,8 @@ def test_a_default_dtype_changes_no_matrix() -> None:
     try:
         assert paley_matrix(28).dtype == torch.float32 and torch.equal(paley_matrix(28), wanted)
         assert paley_matrix(12).dtype == paley_matrix(1).dtype == torch.float32
+        kernel._padded_paley.cache_clear()
+        assert kernel._padded_paley(12, 16, torch.device("cpu")).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -55,7 +55,7 @@ def _rows(order: int, size: int) -> int:
 
 @cache
 def _padded_paley(order: int, rows: int, device: torch.device) -> Tensor:
-    padded = torch.zeros(rows, rows, device=device)
+    padded = torch.zeros(rows, rows, dtype=torch.float32, device=device)
     padded[:order, :order] = paley_matrix(order)[:rows, :rows]
     return padded
 
