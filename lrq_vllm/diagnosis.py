@@ -23,6 +23,7 @@ from lrq_vllm.vllm_versions import SUPPORTED, supports
 
 __all__ = ["Finding", "diagnose", "kernel_candidates", "quiet", "vllm_findings"]
 
+_INSTALL = "pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU"
 _SIDE = 512  # of the layer that kernels are asked about
 _VARIABLES = ("LRQ_KERNEL", layer_self_test.VARIABLE, HASH_VARIABLE, "VLLM_PLUGINS", "CUDA_VISIBLE_DEVICES")
 
@@ -39,7 +40,7 @@ class Finding:
 def diagnose() -> list[Finding]:
     """Look at versions, the plugin, the devices and each kernel. Imports vLLM if it is there; needs no model."""
     with quiet():
-        return [*_python(), *vllm_findings(), *_devices(), *_kernels(), *_variables()]
+        return [*_python(), *vllm_findings(), *_command(), *_devices(), *_kernels(), *_variables()]
 
 
 @contextmanager
@@ -65,16 +66,15 @@ def _python() -> Iterator[Finding]:
 
 def vllm_findings() -> Iterator[Finding]:
     """Whether vLLM is here, in a version that the plugin works with, and finds the plugin. Imports vLLM."""
-    install = "pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU"
     if find_spec("vllm") is None:
-        yield Finding("vllm", "not installed", install)
+        yield Finding("vllm", "not installed", _INSTALL)
         return
     try:
         import vllm
         from vllm.model_executor.layers.quantization import get_quantization_config
         from vllm.plugins import load_general_plugins
     except Exception as error:  # a broken installation fails in any way
-        yield Finding("vllm", f"cannot be imported ({type(error).__name__}: {error})", install)
+        yield Finding("vllm", f"cannot be imported ({type(error).__name__}: {error})", _INSTALL)
         return
     cure = "" if supports(vllm.__version__) else f"install a version from {SUPPORTED}"
     yield Finding(
@@ -91,8 +91,12 @@ def vllm_findings() -> Iterator[Finding]:
         return
     load_general_plugins()
     yield Finding("plugin", f"found by vLLM as {get_quantization_config('lrq').__name__}")
+
+
+def _command() -> Iterator[Finding]:
+    """`vllm serve` and `vllm bench`; lrq-server serve does without."""
     command = vllm_executable()
-    yield Finding("command", command or "no vllm command", "" if command else install)
+    yield Finding("command", command or "no vllm command", "" if command else _INSTALL)
 
 
 def _devices() -> Iterator[Finding]:

@@ -20,7 +20,7 @@ _EXAMPLES = """examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 2 for a problem that the message tells how to fix; a good ``serve`` does not return."""
+    """Run one command. Returns its exit code: 2 for a problem that the message tells how to fix."""
     parser = argparse.ArgumentParser(
         prog="lrq-server",
         description="Serve LRQ checkpoints with vLLM's OpenAI server, and measure servers.",

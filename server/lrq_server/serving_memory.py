@@ -10,6 +10,7 @@ import psutil
 
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.checkpoint.store import TensorFolder
+from lrq_vllm.errors import SettingsError
 
 __all__ = ["MemoryNeed", "available_host_bytes", "cpu_kv_space_bytes", "in_gib", "memory_need"]
 
@@ -83,6 +84,14 @@ def in_gib(size: int) -> str:
 
 
 def cpu_kv_space_bytes() -> int | None:
-    """That vLLM takes for keys and values on a CPU, each rank; None if the environment does not say."""
+    """That vLLM takes for keys and values on a CPU, each rank; None if the environment does not say.
+
+    Raises SettingsError if it says something else than a number.
+    """
     space = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    return int(float(space) * 2**30) if space else None
+    try:
+        return int(float(space) * 2**30) if space else None
+    except ValueError as error:
+        raise SettingsError(
+            f"VLLM_CPU_KVCACHE_SPACE is {space!r}, which is no number of GiB. Correct it or unset it."
+        ) from error
