@@ -19,7 +19,7 @@ import yaml
 
 from lrq_server.vllm_process import VllmServer
 from tests.checkpoints import Checkpoints
-from tests.images import ROOT, Image, build_image, build_wheel, folder_for_others
+from tests.images import ROOT, Image, Images
 
 pytestmark = [
     pytest.mark.server,
@@ -34,21 +34,10 @@ OPTIONS = ("--max-model-len", "256", "--enforce-eager", "--host", "127.0.0.1")
 
 
 @pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with folder_for_others() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def image(folder: Path) -> Image:
-    return build_image(folder / "image", "lrq-cpu", build_wheel(folder))
-
-
-@pytest.fixture(scope="module")
-def models(folder: Path, checkpoints: Checkpoints) -> dict[str, Path]:
+def models(images: Images, checkpoints: Checkpoints) -> dict[str, Path]:
     """/models: what is served, and what will be."""
     return {
-        name: shutil.copytree(checkpoints(scheme, "lrq"), folder / "models" / name)
+        name: shutil.copytree(checkpoints(scheme, "lrq"), images.folder / "models" / name)
         for name, scheme in (("old", "w8a8"), ("new", "w4a16"))
     }
 
@@ -134,7 +123,8 @@ class Clients:
             await asyncio.sleep(0.05)
 
 
-def test_a_server_is_replaced_under_load_and_no_request_fails(image: Image, models: dict[str, Path], folder: Path) -> None:
+def test_a_server_is_replaced_under_load_and_no_request_fails(images: Images, models: dict[str, Path]) -> None:
+    image, folder = images.made("lrq-cpu"), images.folder
     ports, at = [free_port(), free_port()], free_port()
     urls, routed = [f"http://127.0.0.1:{port}" for port in ports], f"http://127.0.0.1:{at}"
 
