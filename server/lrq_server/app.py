@@ -47,8 +47,7 @@ def with_additions(app: FastAPI, additions: Additions) -> ASGIApp:
     Around, not in it: vLLM's app comes with its own middleware closed.
     """
     app.include_router(_router(additions))
-    served: ASGIApp = LimitRequests(RefreshMetrics(app, additions.refresh_metrics), additions.gate)
-    return served if additions.silent is None else LogRequests(served, additions.silent)
+    return LogRequests(LimitRequests(RefreshMetrics(app, additions.refresh_metrics), additions.gate), additions.silent)
 
 
 def loading_app(readiness: Readiness) -> ASGIApp:
