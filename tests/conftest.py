@@ -1,6 +1,7 @@
 """Seeds, the device, the Triton interpreter where there is no GPU, and checkpoints that several tests share."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ if not torch.cuda.is_available():
 
 # After the line above: what this imports may import Triton.
 from tests.checkpoints import Checkpoints, checkpoint_maker
+from tests.images import Images, folder_for_others
 
 # The same examples in every run, no time limit for one example, nothing remembered on disk.
 settings.register_profile("lrq", derandomize=True, deadline=None, database=None, max_examples=60)
@@ -28,6 +30,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """Checkpoints of the tiny model, by scheme and method."""
     return checkpoint_maker(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def images() -> Iterator[Images]:
+    """What the Dockerfiles make, each made once per session."""
+    with folder_for_others() as folder:
+        yield Images(folder)
 
 
 @pytest.fixture

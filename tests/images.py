@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -113,22 +114,30 @@ def folder_for_others() -> Iterator[Path]:
         yield Path(made)
 
 
-def build_wheel(folder: Path) -> Path:
-    """The first stage: a folder with a wheel, built from the build context alone."""
-    ended = new_image(folder / "wheel").install("wheel", context(folder / "context"), folder / "wheels")
-    assert ended.returncode == 0, ended.stderr
-    return folder / "wheels"
+class Images:
+    """Made once each, in a folder that others may read."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-def build_image(folder: Path, step: str, wheels: Path) -> Image:
-    """The second stage of Dockerfile (step lrq), and of Dockerfile.cpu (lrq-cpu)."""
-    made = new_image(folder)
-    # The CPU build asks for packages that do not work and are removed again: they are not here to be found.
-    changes = {"PIP_NO_DEPS": "1"} if step == "lrq-cpu" else {}
-    for command in ((step, wheels), ("home",)):
-        ended = made.install(*command, **changes)
+    @cached_property
+    def wheels(self) -> Path:
+        """The first stage: a folder with a wheel, built from the build context alone."""
+        wheels = self.folder / "wheels"
+        ended = new_image(self.folder / "wheel").install("wheel", context(self.folder / "context"), wheels)
         assert ended.returncode == 0, ended.stderr
-    return made
+        return wheels
+
+    @cache  # noqa: B019 - there is one for a whole run
+    def made(self, step: str) -> Image:
+        """The second stage of Dockerfile (step lrq), and of Dockerfile.cpu (lrq-cpu)."""
+        image = new_image(self.folder / step)
+        # The CPU build asks for packages that do not work and are removed again: they are not here to be found.
+        changes = {"PIP_NO_DEPS": "1"} if step == "lrq-cpu" else {}
+        for command in ((step, self.wheels), ("home",)):
+            ended = image.install(*command, **changes)
+            assert ended.returncode == 0, ended.stderr
+        return image
 
 
 def new_image(folder: Path) -> Image:

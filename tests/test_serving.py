@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -38,7 +39,15 @@ PATIENCE_S = 120
 
 @contextmanager
 def serving(checkpoint: Path, folder: Path, *options: str) -> Iterator[VllmServer]:
-    """A server, ready to answer."""
+    """A server that answers."""
+    with starting(checkpoint, folder, *options) as server:
+        server.wait_until_ready()
+        yield server
+
+
+@contextmanager
+def starting(checkpoint: Path, folder: Path, *options: str) -> Iterator[VllmServer]:
+    """A server that may still load."""
     template = folder / "template.jinja"
     template.write_text(TEMPLATE)
     command = [
@@ -49,7 +58,6 @@ def serving(checkpoint: Path, folder: Path, *options: str) -> Iterator[VllmServe
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setenv("LRQ_SELFTEST", "1")
         with start_server(command, folder / "log") as server:
-            server.wait_until_ready()
             yield server
 
 
@@ -334,6 +342,23 @@ def test_it_ends_when_its_engine_is_killed(checkpoint: Path, tmp_path: Path) -> 
         asyncio.run(test(server))
         assert server.process.wait(PATIENCE_S) == 1
     assert "vLLM's engine died while it served" in server.log.read_text()
+
+
+def test_told_to_stop_while_it_loads_it_ends_with_its_engine(checkpoint: Path, tmp_path: Path) -> None:
+    with starting(checkpoint, tmp_path) as server:
+        with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as asking:
+            deadline = time.monotonic() + PATIENCE_S
+            # The engine's process is there, and the model is not.
+            while not any("EngineCore" in child.name() for child in psutil.Process(server.process.pid).children()):
+                assert time.monotonic() < deadline
+                with pytest.raises(subprocess.TimeoutExpired):
+                    server.process.wait(0.2)
+            assert asking.get("/lrq/ready").json() == {"status": "loading"}
+            children = psutil.Process(server.process.pid).children(recursive=True)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE_S) == 130
+        _, left = psutil.wait_procs(children, PATIENCE_S)
+        assert not left
 
 
 async def is_ready(asking: httpx.AsyncClient) -> bool:

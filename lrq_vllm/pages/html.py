@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: no script, nothing loaded from elsewhere, everything escaped, light and dark.
+"""Self-contained HTML pages: nothing loaded from elsewhere, everything escaped, light and dark.
 
 The functions return HTML. Where a parameter is said to be HTML it is taken as it is, everything else is escaped.
 """
@@ -18,11 +18,13 @@ _WIDE, _NARROW = 900, 380
 
 
 def page(
-    kind: str, title: str, heading: str, subtitle: str, tiles: Iterable[tuple[str, Scalar, str]], sections: str, footer: str
-) -> str:
+    kind: str, title: str, heading: str, subtitle: str, tiles: Iterable[tuple[str, Scalar, str]], sections: str, footer: str,
+    script: str = "",
+) -> str:  # fmt: skip
     """A whole page.
 
     kind: what page it is, above the heading. tiles: name, value and note of each headline number. sections, footer: HTML.
+    script: ours, for a page that shows what its server says; a page in a file has none, and may not ask anybody.
     """
     template = Template((files("lrq_vllm.pages") / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
@@ -32,6 +34,8 @@ def page(
             for name, value, note in tiles
         ),
         sections=sections, footer=footer,
+        policy="; script-src 'unsafe-inline'; connect-src 'self'" if script else "",
+        script=f"<script>\n{script}</script>\n" if script else "",
     )  # fmt: skip
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lrq_server.limits import LimitRequests, RequestGate
+from lrq_server.live_page import live_page
 from lrq_server.openai_errors import error_response
 from lrq_server.readiness import Readiness
 from lrq_server.request_log import LogRequests
@@ -21,7 +22,7 @@ from lrq_server.server_metrics import RefreshMetrics
 
 __all__ = ["Additions", "loading_app", "with_additions"]
 
-_LIVE, _READY, _INFO = "/lrq/live", "/lrq/ready", "/lrq/info"
+_LIVE, _READY, _INFO, _REPORT = "/lrq/live", "/lrq/ready", "/lrq/info", "/lrq/report"
 _LOADING_RETRY_S = 5
 
 
@@ -46,8 +47,7 @@ def with_additions(app: FastAPI, additions: Additions) -> ASGIApp:
     Around, not in it: vLLM's app comes with its own middleware closed.
     """
     app.include_router(_router(additions))
-    served: ASGIApp = LimitRequests(RefreshMetrics(app, additions.refresh_metrics), additions.gate)
-    return served if additions.silent is None else LogRequests(served, additions.silent)
+    return LogRequests(LimitRequests(RefreshMetrics(app, additions.refresh_metrics), additions.gate), additions.silent)
 
 
 def loading_app(readiness: Readiness) -> ASGIApp:
@@ -86,6 +86,11 @@ def _router(additions: Additions) -> APIRouter:
         if digests and not _has_key(request, digests):
             return error_response(HTTPStatus.UNAUTHORIZED, "This route needs the server's API key: Authorization: Bearer KEY.")
         return JSONResponse(dict(additions.info))
+
+    @router.get(_REPORT)
+    async def report() -> HTMLResponse:
+        """A page that shows the metrics as they change, and with the key what is served."""
+        return HTMLResponse(live_page(bool(digests)))
 
     return router
 

@@ -80,7 +80,7 @@ def refused_options(parsed: Namespace) -> list[str]:
 def serve(parsed: Namespace, manifest: Manifest, settings: ServeSettings) -> int:
     """Serve until told to stop. Returns 0 then, and 1 if the engine did not start or died.
 
-    Raises CheckpointError for a checkpoint that does not answer as it should, KeyboardInterrupt if told to stop while loading.
+    Raises CheckpointError for a checkpoint that does not answer as it should, SystemExit (130) if told to stop while loading.
     """
     import uvloop
 
@@ -94,7 +94,8 @@ async def _serve(parsed: Namespace, manifest: Manifest, settings: ServeSettings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the one place where all of these versions have it
         from vllm.entrypoints.openai import api_server
-    signal.signal(signal.SIGTERM, _interrupt)  # until the web server has a handler of its own
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the web server has handlers of its own
+        signal.signal(number, _stop_loading)
     address, listener = _bound(api_server, parsed)
     options, readiness = _uvicorn_options(parsed), Readiness()
     with closing(listener), ExitStack() as loading:
@@ -224,5 +225,7 @@ def _first_of(names: Sequence[str]) -> Any:
     raise SettingsError("This vLLM keeps its command line where lrq does not find it. Use vLLM 0.25 to 0.33.")
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+def _stop_loading(*_: Any) -> None:
+    """Not by a KeyboardInterrupt: vLLM swallows those that come while its engine starts, and waits for ten minutes."""
+    print("lrq-server: told to stop while it was loading.", file=sys.stderr)
+    raise SystemExit(130)

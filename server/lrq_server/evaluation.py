@@ -49,10 +49,11 @@ class Evaluation:
 
     def measure(self, role: str, endpoint: Endpoint) -> Answers:
         """Everything that is asked of one server. Raises LrqError's children."""
+        if self._tasks is not None:
+            self._tokenizer = self._tokenizer or endpoint.tokenizer()  # before anything that takes long
         reported = None if self._texts is None else self._read(role, endpoint, self._texts)
         scores: tuple[TaskScore, ...] = ()
-        if self._tasks is not None:
-            self._tokenizer = self._tokenizer or endpoint.tokenizer()
+        if self._tasks is not None and self._tokenizer is not None:
             folder = self._task_folder / role
             self._console.print(f"lm-eval asks the {role} {endpoint.short_name} (log: {folder / 'lm-eval.log'})")
             scores = run_tasks(endpoint, self._tokenizer, self._tasks, folder)

@@ -24,12 +24,12 @@ _WATCHED = frozenset(["/lrq/live", "/lrq/ready", "/metrics", "/metrics/", "/heal
 class LogRequests:
     """Middleware. A request without an id gets one, which vLLM then uses too, and every answer carries it.
 
-    silent: paths that are not logged at all.
+    silent: paths that are not logged at all; None logs nothing.
     """
 
-    def __init__(self, app: ASGIApp, silent: Collection[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, silent: Collection[str] | None = ()) -> None:
         self._app = app
-        self._silent = frozenset(silent)
+        self._silent = silent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -58,7 +58,7 @@ class LogRequests:
 
     def _log(self, scope: Scope, request_id: str, status: int, ended: bool, milliseconds: float) -> None:
         path = scope["path"]
-        if path in self._silent:
+        if self._silent is None or path in self._silent:
             return
         fields = {
             "request_id": request_id, "method": scope["method"], "path": path, "status": status,
