@@ -10,12 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.errors import SettingsError
 from lrq_vllm.kernels import ops
 from lrq_vllm.kernels.reference import InputGrid
 
-__all__ = ["VARIABLE", "clipped_counts", "count_clipped", "start_counting"]
+__all__ = ["VARIABLE", "check_countable", "clipped_counts", "count_clipped", "start_counting"]
 
 VARIABLE = "LRQ_SATURATION"
+
+
+def check_countable(manifest: Manifest) -> None:
+    """Raises SettingsError for a checkpoint whose activations have no calibrated range."""
+    if manifest.activation is None or not manifest.activation.static:
+        raise SettingsError(
+            f"A {manifest.scheme} checkpoint has no calibrated ranges that activations could leave: only w8a8 has them. Leave "
+            "out --count-clipped."
+        )
 
 
 def start_counting(layer: torch.nn.Module, device: torch.device) -> None:

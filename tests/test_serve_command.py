@@ -102,6 +102,13 @@ def test_serve_hands_a_number_of_gpus_on_that_can_serve(option: str, checkpoint:
     assert served[0].tensor_parallel_size == 2 and served[3]["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
+def test_serve_counts_what_is_clipped_only_where_something_can_be(
+    checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(checkpoints("w4a8", "lrq")), "--count-clipped"]) == 2
+    assert "w4a8 checkpoint has no calibrated ranges" in capsys.readouterr().err
+
+
 def test_serve_refuses_an_unquantized_model(served: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(TINY)]) == 2
     assert "lrq-offline quantize" in capsys.readouterr().err

@@ -3,10 +3,7 @@
 import json
 import logging.config
 import os
-import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -72,16 +69,11 @@ def test_workers_say_which_kernel_each_layer_runs_on() -> None:
     assert Worker(model).lrq_kernels() == {"0": "hopper", "1": "triton"}
 
 
-def test_workers_say_what_was_clipped_if_something_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "lrq_vllm.saturation"
-    model = torch.nn.Linear(2, 2)
-    monkeypatch.setattr("lrq_vllm.worker_extension.find_spec", lambda _: None)
-    assert Worker(model).lrq_clipped_counts() is None
-    module = ModuleType(name)
-    module.clipped_counts = lambda model: {"layer": (1, model.in_features)}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr("lrq_vllm.worker_extension.find_spec", lambda asked: ModuleSpec(asked, None))
-    assert Worker(model).lrq_clipped_counts() == {"layer": (1, 2)}
+def test_workers_say_what_was_clipped() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert Worker(model).lrq_clipped_counts() == {}
+    model[0].register_buffer("lrq_clipped", torch.tensor([1, 256]))
+    assert Worker(model).lrq_clipped_counts() == {"0": (1, 256)}
 
 
 def test_json_logging_reaches_vllms_processes_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

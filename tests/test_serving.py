@@ -70,7 +70,7 @@ def checkpoint(checkpoints: Checkpoints) -> Path:
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     folder = tmp_path_factory.mktemp("serving")
     limits = ("--max-request-mb", "2", "--max-concurrent-requests", "24", "--drain-seconds", str(PATIENCE_S))
-    with serving(checkpoint, folder, *limits, "--log-format", "json") as running:
+    with serving(checkpoint, folder, *limits, "--log-format", "json", "--count-clipped") as running:
         yield running
 
 
@@ -207,6 +207,16 @@ def test_metrics_show_vllms_and_ours_without_a_key(server: VllmServer) -> None:
     assert found['lrq_layers{kernel="onednn",scheme="w8a8"}'] == 16 and found["lrq_ready"] == 1
     assert [value for name, value in found.items() if name.startswith('lrq_info{scheme="w8a8"')] == [1]
     assert any(name.startswith("vllm:generation_tokens_total") for name in found)
+
+
+def test_what_leaves_the_calibrated_range_is_shown_for_each_layer(server: VllmServer, client: openai.OpenAI) -> None:
+    before = metrics(server)["lrq_quantized_values_total"]
+    complete(client)
+    found = metrics(server)
+    assert found["lrq_quantized_values_total"] > before
+    shares = {name: share for name, share in found.items() if name.startswith("lrq_clipped_share{")}
+    assert 'lrq_clipped_share{module="model.layers.0.mlp.down_proj"}' in shares and len(shares) == 16
+    assert all(0 <= share < 0.1 for share in shares.values())
 
 
 def test_a_busy_server_makes_no_errors(server: VllmServer) -> None:

@@ -171,7 +171,7 @@ async def _served_model(engine: Any, parsed: Namespace) -> ServedModel:
 async def _refresher(engine: Any, readiness: Readiness, metrics: ServerMetrics) -> Callable[[], Awaitable[None]]:
     """What brings the metrics up to date. The engine is asked only if its workers count something."""
     counted = await engine.collective_rpc("lrq_clipped_counts")
-    clipping = None if None in counted else ClippingMetrics()
+    clipping = ClippingMetrics() if any(counted) else None
 
     async def refresh() -> None:
         metrics.show_ready(readiness.ready)

@@ -16,6 +16,8 @@ from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.checkpoint.seal import HASH_VARIABLE, hashing_wanted
 from lrq_vllm.checkpoint.store import read_manifest
 from lrq_vllm.kv_cache import CACHE_OPTION, cache_dtype
+from lrq_vllm.saturation import VARIABLE as COUNT_CLIPPED
+from lrq_vllm.saturation import check_countable
 from lrq_vllm.tensor_parallel import RANKS_OPTIONS
 from lrq_vllm.vllm_environment import serving_environment
 
@@ -33,6 +35,7 @@ _EXAMPLES = """examples:
   lrq-server serve ./Llama-3-8B-lrq-w4a16
   lrq-server serve ./Llama-3-8B-lrq-w8a8 --port 8080 --tensor-parallel-size 2 --max-model-len 8192
   lrq-server serve ./Llama-3-8B-lrq-w8a8 --max-concurrent-requests 256 --log-format json --drain-seconds 120
+  lrq-server serve ./Llama-3-8B-lrq-w8a8 --count-clipped
   LRQ_SELFTEST=1 lrq-server serve ./Llama-3-8B-lrq-w8a8 --api-key "$KEY"
 
 Exit code 0: told to stop (SIGTERM), and requests had their time to end. 1: vLLM's engine did not start, or died. 2: something
@@ -74,6 +77,10 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     serve.add_argument(
         "--skip-hash", action="store_true", help="do not read the whole checkpoint to compare it with its seal before loading"
     )
+    serve.add_argument(
+        "--count-clipped", action="store_true",
+        help="w8a8: show in /metrics the share of activations outside the calibrated range; a small kernel a layer",
+    )  # fmt: skip
     serve.set_defaults(run=_run, hands_on_unknown=True)
 
 
@@ -84,8 +91,12 @@ def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
         drain_seconds=parsed.drain_seconds,
         log_format=parsed.log_format,
         hash_files=hashing_wanted() and not parsed.skip_hash,
+        count_clipped=parsed.count_clipped,
     )
     manifest = read_manifest(parsed.model)
+    if settings.count_clipped:
+        check_countable(manifest)
+        os.environ[COUNT_CLIPPED] = "1"
     ranks = parsed.tensor_parallel_size
     os.environ |= serving_environment(ranks)
     arguments = [str(parsed.model), "--quantization", "lrq", RANKS_OPTIONS[0], str(ranks), *vllm_options]
