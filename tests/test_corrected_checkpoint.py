@@ -11,9 +11,10 @@ from lrq_offline.cli import main
 from lrq_offline.compute import Machine
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.evaluate import Quality, evaluate_folder
-from lrq_offline.pipeline import manifest_of, quantize_model
+from lrq_offline.pipeline import quantize_model
 from lrq_offline.reference_linear import ReferenceLinear
 from lrq_offline.resource_plan import plan_run
+from lrq_offline.run_manifest import manifest_of
 from lrq_offline.source_model import SourceModel
 from lrq_offline.verification import check_files
 from lrq_vllm.checkpoint.affine import clipped_token_step_and_zero_point

@@ -13,9 +13,10 @@ from lrq_offline.compute import Machine
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import empty_model
 from lrq_offline.expert_tokens import TOO_FEW
-from lrq_offline.pipeline import manifest_of, quantize_model
+from lrq_offline.pipeline import quantize_model
 from lrq_offline.reference_model import load_model
 from lrq_offline.resource_plan import block_flops
+from lrq_offline.run_manifest import manifest_of
 from lrq_offline.source_model import SourceModel, model_config
 from lrq_vllm.checkpoint.store import read_manifest
 from lrq_vllm.errors import ModelFolderError, SettingsError

@@ -14,9 +14,10 @@ from lrq_offline.cli import main
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import blocks_of, empty_model, family_of, restore_constants
 from lrq_offline.input_rotation import InputRotation
-from lrq_offline.pipeline import manifest_of, open_source, quantize_model
+from lrq_offline.pipeline import open_source, quantize_model
 from lrq_offline.reference_model import load_model
 from lrq_offline.rotation import rotation_of
+from lrq_offline.run_manifest import manifest_of
 from lrq_offline.source_model import SourceModel
 from lrq_vllm.checkpoint.store import TensorFolder, read_config, read_manifest
 from lrq_vllm.errors import SettingsError

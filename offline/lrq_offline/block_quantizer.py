@@ -1,7 +1,7 @@
 """One decoder block from float weights to integers: smooth, find ranges and steps, round or learn."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,8 @@ class BlockQuantizer:
         rounding = StageRounding(self.settings, self.family, self.dtype, served_in(self.config), self.ranks)
         moments = None
         if usable and float_inputs is not None:
-            moments = rounding.float_moments(block, activations, float_inputs, arguments)
+            quantizers = {group[0]: _in_float32(activations[group[0]]) for group in self.family.linear_groups}
+            moments = rounding.moments(block, quantizers, float_inputs, arguments)
         linears = {name: _linear(block, name) for name in self.family.linears}
         weights = {name: linear.weight.detach() for name, linear in linears.items()}
         steps = {name: steps_of(weight, self.settings) for name, weight in weights.items()}
@@ -244,3 +245,7 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     return linear
+
+
+def _in_float32(activation: ActivationQuantizer | None) -> Callable[[Tensor], Tensor]:
+    return lambda x: x if activation is None else activation(x, torch.float32)

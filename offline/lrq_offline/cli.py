@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lrq_offline.config import DEVICES, FULL_RANK, METHODS, PRESETS, STATISTICS, QuantizeSettings, default_method
+from lrq_offline.config import DEVICES, METHODS, QuantizeSettings, default_method
+from lrq_offline.settings_options import add_settings, settings_of
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.cli_errors import exit_code_of
 from lrq_vllm.errors import SettingsError, one_paragraph
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     quantize = commands.add_parser("quantize", help="quantize a model folder into an LRQ checkpoint")
-    _add_settings(quantize)
+    add_settings(quantize)
     quantize.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs to learn each block on (default: 1)")
     quantize.add_argument("-o", "--output", type=Path, metavar="OUT", help="default: ./<model>-lrq-<scheme>")
     quantize.add_argument("--eval-text", metavar="TEXT", help="what you will evaluate on: warns if it was learned from")
@@ -74,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     quantize.set_defaults(command=_quantize)
 
     plan = commands.add_parser("plan", help="what a quantization will need: memory, disk, minutes (reads headers only)")
-    _add_settings(plan)
+    add_settings(plan)
     plan.set_defaults(command=_plan)
 
     trial = commands.add_parser(
@@ -148,98 +149,11 @@ def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argu
     )
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """The options that make a :class:`QuantizeSettings` and a machine."""
-    default = PRESETS["default"]
-    parser.add_argument("model_dir", type=Path, help="folder of a Hugging Face model (config.json, *.safetensors, tokenizer)")
-    parser.add_argument("--scheme", required=True, choices=list(SCHEMES), help="bits of weights (w) and activations (a)")
-    parser.add_argument("--method", choices=METHODS, help="default: lrq, but gptq for w4a4")
-    parser.add_argument("--preset", choices=list(PRESETS), default="default", help="how long to learn (default: %(default)s)")
-    parser.add_argument(
-        "--group-size", type=int, metavar="N", help="a step per N inputs (16-bit activations; default: a channel)"
-    )
-    parser.add_argument("--symmetric", action="store_true", help="symmetric weights (default: asymmetric)")
-    parser.add_argument(
-        "--rank", type=_rank, metavar="K", help=f"rank of LRQ's scale matrix, or {FULL_RANK} (default: width / 4)"
-    )
-    parser.add_argument("--iters", type=int, help=f"most steps per block (default preset: {default.iters})")
-    parser.add_argument("--lr", type=float, help="learning rate (default: by method and scheme, docs/quantize.md)")
-    parser.add_argument("--weight-decay", type=float, metavar="X", help="of the scale matrix; 0 as in the papers")
-    parser.add_argument(
-        "--renew",
-        action=argparse.BooleanOptionalAction,
-        help="let LRQ's factors begin anew (default: from 300 steps on, below 8 bits)",
-    )
-    parser.add_argument("--samples", type=int, help=f"calibration windows (default preset: {default.samples})")
-    parser.add_argument("--seq-len", type=int, help=f"tokens per window (default preset: {default.seq_len})")
-    parser.add_argument("--batch-size", type=int, help=f"windows per step (default preset: {default.batch_size})")
-    parser.add_argument("--kv-bits", type=int, choices=[8], help="keys and values to learn and serve with (default: 16)")
-    _add_correction(parser)
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--calibration", metavar="TEXT",
-        help='.jsonl with "text" or chat "messages", plain text, or a dataset\'s name (default: what ships with lrq)',
-    )  # fmt: skip
-    parser.add_argument("--device", choices=DEVICES, default="auto", help="default: the GPU if there is one")
-    parser.add_argument(
-        "--max-gpu-gb", type=float, metavar="GB", help="for cached hidden states (default: half of what is free)"
-    )
-
-
-def _add_correction(parser: argparse.ArgumentParser) -> None:
-    """What stands beside the integers: LRC's low-rank pairs and QuaRot's rotations."""
-    default = QuantizeSettings("w4a16")
-    parser.add_argument(
-        "--correction-rank", type=_correction_rank, metavar="K",
-        help="rank of a 16-bit correction of each layer: a number, or a share of its smaller side such as 10%% (gptq, rtn)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--correction-statistics",
-        choices=STATISTICS,
-        default=default.correction_statistics,
-        help="inputs it is found with: what quantized blocks produce, or the float model's (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--correction-rounds", type=int, default=default.correction_rounds, metavar="T",
-        help="how often weight and correction are found in turn (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rotate",
-        action=argparse.BooleanOptionalAction,
-        help="spread outliers over all channels by Hadamard rotations (default: for w4a4)",
-    )
-    parser.add_argument(
-        "--hadamard-block", type=int, metavar="N",
-        help="inputs of down_proj that are rotated together (default: all, which no tensor parallelism divides)",
-    )  # fmt: skip
-
-
-def _correction_rank(text: str) -> int | str:
-    return text if text.endswith("%") else int(text)
-
-
-def _rank(text: str) -> int | str:
-    return text if text == FULL_RANK else int(text)
-
-
-def _settings(parsed: argparse.Namespace) -> QuantizeSettings:
-    preset = PRESETS[parsed.preset].with_given(
-        iters=parsed.iters, samples=parsed.samples, seq_len=parsed.seq_len, batch_size=parsed.batch_size
-    )
-    return QuantizeSettings(
-        scheme=parsed.scheme, method=parsed.method or default_method(parsed.scheme), group_size=parsed.group_size,
-        symmetric=parsed.symmetric, rank=parsed.rank, learning_rate=parsed.lr, weight_decay=parsed.weight_decay,
-        renew=parsed.renew, kv_bits=parsed.kv_bits, correction_rank=parsed.correction_rank,
-        correction_statistics=parsed.correction_statistics, correction_rounds=parsed.correction_rounds, rotate=parsed.rotate,
-        hadamard_block=parsed.hadamard_block, seed=parsed.seed, calibration=parsed.calibration, **vars(preset),
-    )  # fmt: skip
-
-
 def _quantize(parsed: argparse.Namespace, console: Console) -> None:
     from lrq_offline.compute import Machine
     from lrq_offline.pipeline import BlockReport, quantize_model
 
-    settings = _settings(parsed)
+    settings = settings_of(parsed)
     output: Path = parsed.output or Path(f"{parsed.model_dir.resolve().name}-lrq-{parsed.scheme}")
     spent: list[float] = []
 
@@ -276,7 +190,7 @@ def _plan(parsed: argparse.Namespace, console: Console) -> None:
     from lrq_offline.compute import Machine
     from lrq_offline.resource_plan import plan_run
 
-    plan = plan_run(parsed.model_dir, _settings(parsed), Machine(parsed.device, parsed.max_gpu_gb))
+    plan = plan_run(parsed.model_dir, settings_of(parsed), Machine(parsed.device, parsed.max_gpu_gb))
 
     def gigabytes(size: int) -> str:
         return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"

@@ -106,7 +106,7 @@ def corrected(
         return None
     pair = first_pair(wide, regular, rank, lower_y)
     best, objectives = None, []
-    scale = objective(wide, regular, torch.zeros_like(wide))
+    scale = float((wide @ regular.xx * wide).sum())
     for _ in range(rounds):
         target = _divided((wide - pair.u @ pair.v.T) @ regular.xy, lower_y)
         rounding = rounded(target.float())

@@ -11,7 +11,8 @@ from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import FAMILIES
 from lrq_offline.hidden_states import HiddenStatesStore
-from lrq_offline.pipeline import manifest_of, open_source
+from lrq_offline.pipeline import open_source
+from lrq_offline.run_manifest import manifest_of
 from lrq_offline.source_model import SourceModel
 from lrq_vllm.checkpoint.schema import Manifest
 
@@ -87,11 +88,11 @@ def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, confi
         total += elements * 2 * (dtype.itemsize + (4 if rank is None else dtype.itemsize))
         total += elements * 2 * dtype.itemsize if settings.renews else 0
     if settings.corrects:
-        # Moments in float64: three of each input (of one after the other, or all at once), as many again while one is solved,
-        # and a few matrices of the layer's size.
+        # Moments in float64: three of each input (of one after the other, or of all at once). While one is solved: regularized,
+        # their Cholesky factors and what is divided by them, and a few matrices of the layer's size.
         inputs = [columns**2 for _, columns in shapes]
         kept = sum(inputs) if settings.correction_statistics == "float" else max(inputs)
-        total += 8 * (3 * kept + 3 * max(inputs) + 4 * max(rows * columns for rows, columns in shapes))
+        total += 8 * (3 * kept + 7 * max(inputs) + 4 * max(rows * columns for rows, columns in shapes))
     # What a step keeps for its backward pass, roughly: a dozen tensors of the block's width, four of the MLP's.
     tokens = settings.batch_size * settings.seq_len
     experts = FAMILIES[config.model_type].experts
@@ -104,7 +105,7 @@ def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, confi
 
 
 def block_flops(source: SourceModel, manifest: Manifest, settings: QuantizeSettings) -> float:
-    """Of learning one block and of the passes over it; a token is multiplied by the experts that it meets alone."""
+    """Of learning or correcting one block and of the passes over it. Of experts a token is multiplied by those it meets."""
     experts, config = source.family.experts, source.config
     met = 1.0 if experts is None else getattr(config, experts.choices) / source.family.expert_count
     elements = per_token = 0.0
@@ -113,8 +114,13 @@ def block_flops(source: SourceModel, manifest: Manifest, settings: QuantizeSetti
         per_token += rows * columns * (met if experts is not None and f".{experts.module}." in name else 1)
     rank = min(settings.matrix_rank(config.hidden_size) or 0, config.hidden_size)
     step = 6 * (per_token * settings.batch_size * settings.seq_len + elements * rank)
-    steps = settings.iters if settings.learns else 0
-    return steps * step + _PASSES * 2 * per_token * settings.samples * settings.seq_len
+    steps, tokens = settings.iters if settings.learns else 0, settings.samples * settings.seq_len
+    moments = 0.0
+    if settings.corrects:
+        # Three moments of each input, in float64: two products' worth of time each, if not more.
+        inputs = [manifest.quantized[f"{source.block_names[0]}.{group[0]}"][1] for group in source.family.linear_groups]
+        moments = sum(3 * 2 * 2 * tokens * columns**2 for columns in inputs)
+    return steps * step + _PASSES * 2 * per_token * tokens + moments
 
 
 def _flops_per_second(device: torch.device) -> float:

@@ -18,7 +18,7 @@ from lrq_offline.hidden_states import HiddenStates
 from lrq_offline.layer_inputs import watch_inputs
 from lrq_offline.learned_scales import FixedRounding
 from lrq_offline.low_rank_correction import Moments, MomentSums, corrected
-from lrq_offline.quantized_block import ActivationQuantizer, quantized_linear
+from lrq_offline.quantized_block import quantized_linear
 from lrq_offline.ranks import Ranks
 from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, quantize
@@ -59,13 +59,14 @@ class StageRounding:
         for stage in self.family.stages:
             groups = [group for group in stage if not short.issuperset(group)]
             if self.settings.corrects:
-                found = moments or self._moments(block, groups, inputs, arguments)
+                quantizers = {group[0]: quantized_linear(block, group[0]).quantized_input for group in groups}
+                found = moments or self.moments(block, quantizers, inputs, arguments)
                 for group in groups:
                     for name in group:
                         fallbacks[name] = self._correct(block, name, weights[name], found[group[0]])
                 continue
             totals = {group[0]: HessianSum() for group in groups}
-            self._watch(block, inputs, arguments, {name: _observer(block, name, total) for name, total in totals.items()})
+            self._watch(block, inputs, arguments, {name: _shown(block, name, total) for name, total in totals.items()})
             for group in groups:
                 hessian = totals[group[0]].value(self.ranks)
                 for name in group:
@@ -75,31 +76,18 @@ class StageRounding:
                     fallbacks[name] = None if result.damping is not None else _NOT_INVERTED
         return fallbacks
 
-    def float_moments(
+    def moments(
         self,
         block: nn.Module,
-        activations: Mapping[str, ActivationQuantizer | None],
+        quantizers: Mapping[str, Callable[[Tensor], Tensor]],
         inputs: HiddenStates,
         arguments: dict[str, Any],
     ) -> dict[str, Moments]:
-        """By the first layer of each group, of what a float ``block`` gives its layers for ``inputs``."""
-        totals = {group[0]: MomentSums() for group in self.family.linear_groups}
+        """Of what ``block`` gives some layers for ``inputs``, and of what their quantizers, by the same names, make of it."""
+        totals = {name: MomentSums() for name in quantizers}
 
         def observer(name: str) -> Callable[[Tensor], None]:
-            activation = activations[name]
-            return lambda x: totals[name](x, x if activation is None else activation(x, torch.float32))
-
-        self._watch(block, inputs, arguments, {name: observer(name) for name in totals})
-        return {name: total.value(self.ranks) for name, total in totals.items()}
-
-    def _moments(
-        self, block: nn.Module, groups: list[tuple[str, ...]], inputs: HiddenStates, arguments: dict[str, Any]
-    ) -> dict[str, Moments]:
-        totals = {group[0]: MomentSums() for group in groups}
-
-        def observer(name: str) -> Callable[[Tensor], None]:
-            layer = quantized_linear(block, name)
-            return lambda x: totals[name](x, layer.quantized_input(x))
+            return lambda x: totals[name](x, quantizers[name](x))
 
         self._watch(block, inputs, arguments, {name: observer(name) for name in totals})
         return {name: total.value(self.ranks) for name, total in totals.items()}
@@ -144,7 +132,7 @@ def nearest(weight: Tensor, steps: StepAndZeroPoint, bits: int, dtype: torch.dty
     return FixedRounding(q.flatten(1).to(torch.uint8), steps, dtype)
 
 
-def _observer(block: nn.Module, name: str, total: HessianSum) -> Callable[[Tensor], None]:
+def _shown(block: nn.Module, name: str, total: HessianSum) -> Callable[[Tensor], None]:
     """Shows ``total`` what the layer multiplies with."""
     layer = quantized_linear(block, name)
     return lambda x: total(layer.quantized_input(x))

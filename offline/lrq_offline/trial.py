@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.pipeline import manifest_of, quantize_model
+from lrq_offline.pipeline import quantize_model
 from lrq_offline.random_model import shrunk_config, write_byte_tokenizer, write_random_model
+from lrq_offline.run_manifest import manifest_of
 from lrq_offline.source_model import model_config
 from lrq_offline.verification import check_files, check_loading, check_serving
 from lrq_vllm.checkpoint.store import read_config

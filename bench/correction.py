@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""What 4-bit activations cost, and what rotations and low-rank corrections win back: perplexity and KL by text, extra bytes.
+
+    .venv/bin/python bench/correction.py small --text docs=docs.jsonl prose=prose.jsonl --out correction.json
+
+A cell is words joined by colons: a scheme and a method, then, where wanted, the correction's rank (10%), ``float`` (found with
+the float model's inputs), ``rounds=2``, ``rotate`` or ``no-rotate``, and ``svd``: in place of LRC's pair the one of that rank
+nearest to W - W_hat, beside the integers of the same cell without a correction. Evaluated by the reference path.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import tempfile
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lrq_offline.calibration import token_windows
+from lrq_offline.calibration_text import read_texts, shipped_calibration
+from lrq_offline.compute import Machine, choose_device, device_name
+from lrq_offline.config import METHODS, STATISTICS, QuantizeSettings
+from lrq_offline.evaluate import compare
+from lrq_offline.pipeline import open_source, quantize_model
+from lrq_offline.reference_model import load_model
+from lrq_offline.run_manifest import manifest_of
+from lrq_offline.source_model import load_tokenizer
+from lrq_vllm.checkpoint.correction import LOW_RANK_SUFFIXES
+from lrq_vllm.checkpoint.schema import SCHEMES
+from lrq_vllm.checkpoint.store import read_config, read_manifest
+from lrq_vllm.kernels.reference import dequantize_weight
+
+CELLS = [
+    "w4a4:gptq",
+    "w4a4:gptq:10%",
+    "w4a4:gptq:30%",
+    "w4a4:gptq:10%:svd",
+    "w4a4:gptq:10%:float",
+    "w4a4:gptq:5%",
+    "w4a4:gptq:20%",
+    "w4a4:rtn",
+    "w4a4:gptq:no-rotate",
+    "w4a4:gptq:10%:no-rotate",
+    "w4a8:gptq",
+    "w4a8:gptq:2%",
+]
+
+
+def main() -> None:
+    arguments = parsed()
+    device = choose_device(arguments.device)
+    tokenizer = load_tokenizer(arguments.model)
+    texts = dict(text.split("=", 1) for text in arguments.text)
+    windows = {
+        name: token_windows(tokenizer, read_texts(path, tokenizer), arguments.windows, arguments.seq_len).to(device)
+        for name, path in texts.items()
+    }
+    reference = load_model(arguments.model).to(device)
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "machine": device_name(device),
+        "versions": {name: version(name) for name in ("lrq", "torch", "transformers")} | {"python": platform.python_version()},
+        "model": arguments.model.name,
+        "calibration": Path(arguments.calibration or shipped_calibration()).name,
+        "calibration_tokens": arguments.samples * arguments.calibration_seq_len,
+        "texts": [f"{name}={Path(path).name}" for name, path in texts.items()],
+        "rows": [],
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        for cell in arguments.cells:
+            settings, svd = settings_of(cell, arguments)
+            output = Path(scratch, "model")
+            made = replace(settings, correction_rank=None) if svd else settings
+            report = quantize_model(arguments.model, output, made, machine=Machine(arguments.device), overwrite=True)
+            if svd:
+                add_svd(arguments.model, output, settings)
+            manifest = read_manifest(output)
+            model = load_model(output).to(device)
+            row = {
+                "cell": cell,
+                "scheme": settings.scheme,
+                "method": settings.method,
+                "rotated": settings.rotates,
+                "correction": ("svd" if svd else "lrc") if settings.corrects else None,
+                "correction_rank": settings.correction_rank,
+                "statistics": settings.correction_statistics if settings.corrects and not svd else None,
+                "rounds": settings.correction_rounds,
+                "bytes": manifest.quantized_bytes,
+                "correction_bytes": manifest.correction_bytes,
+                "float_bytes": report["quantized_linears"]["float_bytes"],
+                "seconds": report["seconds"],
+                "texts": {name: asdict(compare(model, reference, tokens)) for name, tokens in windows.items()},
+            }
+            result["rows"].append(row)
+            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+            print(line_of(row, result["rows"]), flush=True)
+
+
+def line_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A row for people; closed: the share of the gap in perplexity between the first row and the float model that is gone."""
+    shown = []
+    for name, quality in row["texts"].items():
+        least, most = quality["reference_perplexity"], rows[0]["texts"][name]["perplexity"]
+        closed = (most - quality["perplexity"]) / (most - least)
+        shown.append(f"{name} {quality['perplexity']:.2f} (float {least:.2f}, closed {closed:.0%}) KL {quality['kl']:.4f}")
+    extra = row["correction_bytes"] / row["float_bytes"]
+    return f"{row['cell']:<24} {'  '.join(shown)}  +{extra:.1%} of bf16 bytes, {row['seconds']:.0f} s"
+
+
+def settings_of(cell: str, arguments: argparse.Namespace) -> tuple[QuantizeSettings, bool]:
+    """A cell's settings, and whether its correction is an SVD."""
+    found: dict[str, Any] = {}
+    words = cell.split(":")
+    for word in words:
+        if word in SCHEMES:
+            found["scheme"] = word
+        elif word in METHODS:
+            found["method"] = word
+        elif word.endswith("%"):
+            found["correction_rank"] = word
+        elif word in STATISTICS:
+            found["correction_statistics"] = word
+        elif word in ("rotate", "no-rotate"):
+            found["rotate"] = word == "rotate"
+        elif word.startswith("rounds="):
+            found["correction_rounds"] = int(word.removeprefix("rounds="))
+        elif word != "svd":
+            raise SystemExit(f"bench/correction.py: {word!r} in cell {cell} is not known")
+    lengths = {"samples": arguments.samples, "seq_len": arguments.calibration_seq_len}
+    return QuantizeSettings(**found, **lengths, calibration=arguments.calibration), "svd" in words
+
+
+def add_svd(model: Path, folder: Path, settings: QuantizeSettings) -> None:
+    """Give a checkpoint without a correction the pair that is nearest to W - W_hat, at the rank that the settings say."""
+    source, before = open_source(model, settings), read_manifest(folder)
+    manifest = replace(before, correction=manifest_of(source.config, settings).correction)
+    assert manifest.correction is not None
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        for module in [name for name in manifest.quantized if f"{name}.qweight" in tensors]:
+            stored = [tensors[f"{module}.{suffix}"] for suffix in ("qweight", "weight_step", "weight_zero_point")]
+            w_hat = dequantize_weight(*stored, manifest.weight.bits, manifest.quantized[module][1])
+            u, energy, vt = torch.linalg.svd(source.read(f"{module}.weight").float() - w_hat, full_matrices=False)
+            rank = manifest.correction.rank[module]
+            for suffix, factor in zip(LOW_RANK_SUFFIXES, (u[:, :rank] * energy[:rank], vt[:rank].T), strict=True):
+                tensors[f"{module}.{suffix}"] = factor.to(manifest.correction.dtype).contiguous()
+        save_file(tensors, path, metadata={"format": "pt"})
+    config = read_config(folder) | {"quantization_config": manifest.to_dict()}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE", help="held-out texts")
+    parser.add_argument("--cells", nargs="*", default=CELLS, metavar="CELL", help="default: %(default)s")
+    parser.add_argument("--calibration", help="default: what ships with lrq")
+    parser.add_argument("--samples", type=int, default=64, help="calibration windows (default: %(default)s)")
+    parser.add_argument("--calibration-seq-len", type=int, default=256, help="tokens of each (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=16, help="of each text (default: %(default)s)")
+    parser.add_argument("--seq-len", type=int, default=512, help="of evaluation windows (default: %(default)s)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
