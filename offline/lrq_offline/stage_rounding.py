@@ -95,12 +95,15 @@ class StageRounding:
     def _correct(self, block: nn.Module, name: str, weight: Tensor, moments: Moments) -> str | None:
         layer, settings = quantized_linear(block, name), self.settings
         bits = settings.bits.weight_bits
+        dampings: list[float | None] = []
 
         def rounded(target: Tensor) -> FixedRounding:
             own_steps = steps_of(target, settings)
             if settings.method != "gptq":
                 return nearest(target, own_steps, bits)
-            return FixedRounding(gptq(target, moments.yy.float(), own_steps, bits).q, own_steps)
+            result = gptq(target, moments.yy.float(), own_steps, bits)
+            dampings.append(result.damping)
+            return FixedRounding(result.q, own_steps)
 
         result = corrected(weight, moments, settings.correction_rank_of(weight.shape), rounded, settings.correction_rounds)
         if result is None:
@@ -108,7 +111,7 @@ class StageRounding:
         logger.info("%s: corrected, relative error on calibration data %s", name, result.objectives)
         layer.rounding = FixedRounding(*result.rounding.quantized(), self.dtype)
         layer.correct(result.pair.u.to(self.factor_dtype), result.pair.v.to(self.factor_dtype), self.dtype)
-        return None
+        return _NOT_INVERTED if None in dampings else None
 
     def _watch(
         self,
