@@ -31,8 +31,8 @@ def choose_low_rank(device: torch.device) -> LowRank:
     return InPlace() if device.type == "cuda" else Composed()
 
 
-class _Factors:
-    """V of all parts side by side, as one product reads x once; U of each."""
+class InPlace:
+    """A GPU, as one opaque op: y is read and written once more, and no sum of both products is ever stored apart."""
 
     def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
         """Fill ranks up with zeros to what tensor cores take at a time: products of other sizes are several times slower."""
@@ -41,33 +41,37 @@ class _Factors:
         def wide(factor: Tensor, rank: int) -> Tensor:
             return pad(factor, (0, rank - factor.shape[1])).to(dtype)
 
-        layer.lrq_ranks = ranks
-        v = torch.cat([wide(v, rank) for (_, v), rank in zip(pairs, ranks, strict=True)], dim=1)
-        layer.lrq_low_rank_v = Parameter(v, requires_grad=False)
-        for part, ((u, _), rank) in enumerate(zip(pairs, ranks, strict=True)):
-            # Transposed, [k, out]: a product of few tokens reads it row by row.
-            setattr(layer, f"lrq_low_rank_u{part}", Parameter(wide(u, rank).t().contiguous(), requires_grad=False))
-
-    def _u(self, layer: Any) -> list[Tensor]:
-        return [getattr(layer, f"lrq_low_rank_u{part}") for part in range(len(layer.lrq_ranks))]
-
-
-class InPlace(_Factors):
-    """A GPU, as one opaque op: y is read and written once more, and no sum of both products is ever stored apart."""
+        _keep(layer, [(wide(u, rank), wide(v, rank)) for (u, v), rank in zip(pairs, ranks, strict=True)])
 
     def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
         """Two products in 16 bits with float32 sums."""
         from lrq_vllm.kernels import ops
 
-        ops.add_low_rank_(y, x, layer.lrq_low_rank_v, self._u(layer))
+        ops.add_low_rank_(y, x, layer.lrq_low_rank_v, _u_of(layer))
         return y
 
 
-class Composed(_Factors):
-    """A CPU: torch's own products."""
+class Composed:
+    """A CPU: rounded exactly where the reference rounds, which takes float32 factors, twice the memory."""
+
+    def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
+        """The factors are rounded to 16 bits, and then kept in float32."""
+        _keep(layer, [(u.to(dtype).float(), v.to(dtype).float()) for u, v in pairs])
 
     def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
-        """V^T x is rounded to x's dtype, and so is what is added."""
-        shrunk = (x @ layer.lrq_low_rank_v).split(layer.lrq_ranks, dim=1)
-        added = torch.cat([part @ u for part, u in zip(shrunk, self._u(layer), strict=True)], dim=1)
-        return (y.float() + added.float()).to(y.dtype)
+        """torch's own products."""
+        shrunk = (x.float() @ layer.lrq_low_rank_v).to(x.dtype).float().split(layer.lrq_ranks, dim=1)
+        added = torch.cat([part @ u for part, u in zip(shrunk, _u_of(layer), strict=True)], dim=1)
+        return (y.float() + added).to(y.dtype)
+
+
+def _keep(layer: Any, pairs: Sequence[Pair]) -> None:
+    """On the layer: V of all parts side by side, as one product reads x once; U^T [k, out] of each, read row by row."""
+    layer.lrq_ranks = [u.shape[1] for u, _ in pairs]
+    layer.lrq_low_rank_v = Parameter(torch.cat([v for _, v in pairs], dim=1), requires_grad=False)
+    for part, (u, _) in enumerate(pairs):
+        setattr(layer, f"lrq_low_rank_u{part}", Parameter(u.t().contiguous(), requires_grad=False))
+
+
+def _u_of(layer: Any) -> list[Tensor]:
+    return [getattr(layer, f"lrq_low_rank_u{part}") for part in range(len(layer.lrq_ranks))]

@@ -97,9 +97,10 @@ def test_an_input_that_is_not_quantized_has_one_moment() -> None:
 @pytest.mark.parametrize("rank", [1, 2])
 def test_the_pair_of_a_rounded_weight_is_the_best_of_all(shape: tuple[int, int], rank: int) -> None:
     weight, x, y = problem(*shape)
-    regular, wide, w_hat = moments_of(x, y).regularized(), weight.double(), to_nearest(weight)().double()
-    target = wide - w_hat @ regular.xy.T @ torch.linalg.inv(regular.xx)
-    found = objective(wide, regular, w_hat, best_pair(target, regular.xx, rank))
+    result = corrected(weight, moments_of(x, y), rank, to_nearest)
+    assert result is not None
+    regular, wide, w_hat = moments_of(x, y).regularized(), weight.double(), result.rounding().double()
+    found = objective(wide, regular, w_hat, result.pair)
 
     def cost(u: Tensor, v: Tensor) -> Tensor:
         left = wide - u @ v.T

@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 AGREEMENT = Path(__file__).parents[1] / "bench" / "served_agreement.py"
-CORRECTED = "w4a4-rotated-corrected"
+ROTATED, CORRECTED = "w4a4-rotated", "w4a16-rotated-corrected"
 MEAN_DIFFERENCE, GREEDY_AGREEMENT = 0.02, 0.97  # nats; share of tokens
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 32
 OPTIONS = ("--max-model-len", "512")
@@ -82,9 +82,14 @@ def measured(
     # vLLM runs OLMo 2 as transformers' own code, which it compiles in another order than its own (cpu_compilation.py).
     compiled = {scheme: checkpoints(scheme, "lrq") for scheme in SCHEMES if scheme != "w8a8"} | {"olmo2": families["olmo2"]}
     eager = {model_type: folder for model_type, folder in families.items() if model_type not in compiled}
-    compiled[CORRECTED] = tmp_path_factory.mktemp("corrected") / CORRECTED
-    quantize_model(TINY, compiled[CORRECTED], QuantizeSettings("w4a4", "gptq", correction_rank="10%", **QUICK))
     folder = tmp_path_factory.mktemp("agreement")
+    # Not both at once: a correction is summed up in another order, and 4-bit activations magnify that (docs/correction.md).
+    for name, settings in {
+        ROTATED: QuantizeSettings("w4a4", "gptq", **QUICK),
+        CORRECTED: QuantizeSettings("w4a16", "gptq", correction_rank="10%", rotate=True, **QUICK),
+    }.items():
+        eager[name] = folder / name
+        quantize_model(TINY, eager[name], settings)
 
     def measure(mode: str, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
         command = [
@@ -169,7 +174,7 @@ def test_served_numbers_are_those_of_the_reference_path(checkpoints: Checkpoints
     assert_agreement(checkpoints("w8a8", "lrq"), served)
 
 
-@pytest.mark.parametrize("name", [*(scheme for scheme in SCHEMES if scheme != "w8a8"), CORRECTED, *FAMILIES])
+@pytest.mark.parametrize("name", [*(scheme for scheme in SCHEMES if scheme != "w8a8"), ROTATED, CORRECTED, *FAMILIES])
 def test_schemes_and_families_compute_in_the_engine_as_the_reference_path_does(
     name: str, measured: dict[str, dict[str, Any]]
 ) -> None:
