@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
-from lrq_vllm import layer_self_test
+from lrq_vllm import kernel_choice, layer_self_test, saturation, served_rank
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.checkpoint.seal import HASH_VARIABLE
@@ -25,7 +25,10 @@ __all__ = ["Finding", "diagnose", "kernel_candidates", "quiet", "vllm_findings"]
 
 _INSTALL = "pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU"
 _SIDE = 512  # of the layer that kernels are asked about
-_VARIABLES = ("LRQ_KERNEL", layer_self_test.VARIABLE, HASH_VARIABLE, "VLLM_PLUGINS", "CUDA_VISIBLE_DEVICES")
+_VARIABLES = (
+    kernel_choice.VARIABLE, layer_self_test.VARIABLE, saturation.VARIABLE, served_rank.VARIABLE, HASH_VARIABLE, "VLLM_PLUGINS",
+    "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import torch
 
 from lrq_vllm.errors import SettingsError
 
-__all__ = ["HOPPER", "TRITON", "Named", "first_that_can", "kernels_by_layer"]
+__all__ = ["HOPPER", "TRITON", "VARIABLE", "Named", "first_that_can", "kernels_by_layer"]
 
 HOPPER, TRITON = "hopper", "triton"
+VARIABLE = "LRQ_KERNEL"
 
 
 class Named(Protocol):
@@ -27,7 +28,7 @@ def first_that_can(candidates: Sequence[tuple[Candidate, str | None]], device: t
 
     Raises SettingsError with every reason if there is none, and if LRQ_KERNEL asks for one that cannot run.
     """
-    wanted = os.environ.get("LRQ_KERNEL")
+    wanted = os.environ.get(VARIABLE)
     if wanted and wanted not in [candidate.name for candidate, _ in candidates]:
         names = ", ".join(candidate.name for candidate, _ in candidates)
         raise SettingsError(f"LRQ_KERNEL is {wanted!r}, but these layers run on one of {names}. Name one of them or unset it.")

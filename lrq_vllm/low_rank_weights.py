@@ -11,6 +11,7 @@ from lrq_vllm.checkpoint.correction import LOW_RANK_SUFFIXES
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.fused_parts import part_of
 from lrq_vllm.low_rank import Pair
+from lrq_vllm.served_rank import served_rank
 
 __all__ = ["LowRankWeights"]
 
@@ -55,13 +56,17 @@ class LowRankWeights:
         layer.register_parameter(_V, BasevLLMParameter(data=v, weight_loader=checked(_V, load_v)))
 
     def take(self, layer: Any) -> list[Pair]:
-        """U and V of each part as loaded, none if the layer has none; the layer keeps nothing of them."""
+        """U and V of each part as loaded, as many columns as are served; none if the layer has none, and it keeps none."""
         if not any(self._ranks):
             return []
         u, v = layer.low_rank_u.data.split(self._rows), layer.low_rank_v.data.chunk(len(self._ranks))
         delattr(layer, _U)
         delattr(layer, _V)
-        return [(u[part][:, :rank], v[part][:, :rank]) for part, rank in enumerate(self._ranks)]
+        most = served_rank()
+        if most == 0:
+            return []
+        ranks = [rank if most is None else min(rank, most) for rank in self._ranks]
+        return [(u[part][:, :rank], v[part][:, :rank]) for part, rank in enumerate(ranks)]
 
 
 def _widened(tensor: Tensor, width: int) -> Tensor:

@@ -10,9 +10,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from lrq_vllm.checkpoint.schema import QUANT_METHOD, Manifest
 from lrq_vllm.checkpoint.seal import check_seal, hashing_wanted
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
+from lrq_vllm.compilation_key import tell_apart
 from lrq_vllm.cpu_compilation import round_where_operations_do
 from lrq_vllm.errors import CheckpointError
 from lrq_vllm.kv_cache import check_cache_dtype
+from lrq_vllm.served_rank import check_rank
 from lrq_vllm.tensor_parallel import check_ranks
 from lrq_vllm.vllm_versions import check_version
 
@@ -95,7 +97,9 @@ class LrqConfig(QuantizationConfig):
         # The first layer that asks is the embedding; all others are built after it.
         if current_platform.is_cpu():
             round_where_operations_do(config.compilation_config)
+        tell_apart(config)
         check_ranks(self.manifest, config.parallel_config.tensor_parallel_size)
+        check_rank(self.manifest)
         if hasattr(layer, "moe_config"):
             return self._experts_method(prefix, layer.moe_config)
         if not isinstance(layer, LinearBase):

@@ -312,3 +312,38 @@ def test_what_static_quantization_clips_is_counted_when_asked_for(monkeypatch: p
 def test_other_schemes_have_no_calibrated_range_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(saturation.VARIABLE, "1")
     assert saturation.clipped_counts(loaded_layer(manifest_for("w4a8", OUTPUT)).layer) == {}
+
+
+@pytest.mark.parametrize("served", [0, 10, 1000])
+def test_the_first_columns_of_a_correction_are_served_when_asked_for(served: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRQ_CORRECTION_RANK", str(served))
+    ranks = {module: RANKS["all"][module] for module in QKV}
+    loaded = loaded_layer(manifest_for("w4a16", QKV, correction=Correction(torch.bfloat16, ranks)))
+    for tensors in loaded.tensors.values():
+        for suffix in ("low_rank_u", "low_rank_v"):
+            tensors[suffix][:, served:] = 0
+    x = torch.randn(7, 256, dtype=torch.bfloat16)
+    expected = loaded.expected(x, None).float()
+    assert (loaded.layer(x).float() - expected).norm() <= 6e-3 * expected.norm()
+
+
+@pytest.mark.parametrize(("given", "said"), [("half", "whole number of columns"), ("8", "no low-rank correction")])
+def test_a_rank_that_cannot_be_served_is_refused(given: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRQ_CORRECTION_RANK", given)
+    with pytest.raises(SettingsError, match=said):
+        empty_layer(manifest_for("w4a16", OUTPUT))
+
+
+@pytest.mark.parametrize("name", ["LRQ_KERNEL", "LRQ_SATURATION", "LRQ_CORRECTION_RANK"])
+def test_models_compiled_with_other_layers_are_told_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig
+
+    from lrq_vllm.compilation_key import tell_apart
+
+    hashes = []
+    for value in ("", "1"):
+        config = VllmConfig()
+        monkeypatch.setenv(name, value)
+        tell_apart(config)
+        hashes.append(config.compute_hash())
+    assert hashes[0] != hashes[1]

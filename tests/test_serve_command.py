@@ -109,6 +109,13 @@ def test_serve_counts_what_is_clipped_only_where_something_can_be(
     assert "w4a8 checkpoint has no calibrated ranges" in capsys.readouterr().err
 
 
+def test_serve_refuses_columns_of_a_correction_that_is_not_there(
+    checkpoint: Path, served: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(checkpoint), "--correction-rank", "8"]) == 2
+    assert "no low-rank correction" in capsys.readouterr().err and not served
+
+
 def test_serve_refuses_an_unquantized_model(served: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(TINY)]) == 2
     assert "lrq-offline quantize" in capsys.readouterr().err

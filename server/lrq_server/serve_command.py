@@ -15,9 +15,13 @@ from lrq_server.serve_settings import LOG_FORMATS, ServeSettings
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.checkpoint.seal import HASH_VARIABLE, hashing_wanted
 from lrq_vllm.checkpoint.store import read_manifest
+from lrq_vllm.errors import SettingsError
 from lrq_vllm.kv_cache import CACHE_OPTION, cache_dtype
+from lrq_vllm.layer_self_test import VARIABLE as SELF_TEST
 from lrq_vllm.saturation import VARIABLE as COUNT_CLIPPED
 from lrq_vllm.saturation import check_countable
+from lrq_vllm.served_rank import VARIABLE as SERVED_RANK
+from lrq_vllm.served_rank import check_rank, served_rank
 from lrq_vllm.tensor_parallel import RANKS_OPTIONS
 from lrq_vllm.vllm_environment import serving_environment
 
@@ -81,6 +85,9 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "--count-clipped", action="store_true",
         help="w8a8: show in /metrics the share of activations outside the calibrated range; a small kernel a layer",
     )  # fmt: skip
+    serve.add_argument(
+        "--correction-rank", metavar="{all,N}", help="columns of a low-rank correction to serve, 0 for none (default: all)"
+    )
     serve.set_defaults(run=_run, hands_on_unknown=True)
 
 
@@ -97,6 +104,9 @@ def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
     if settings.count_clipped:
         check_countable(manifest)
         os.environ[COUNT_CLIPPED] = "1"
+    if parsed.correction_rank is not None:
+        os.environ[SERVED_RANK] = parsed.correction_rank
+    _check_rank(manifest)
     ranks = parsed.tensor_parallel_size
     os.environ |= serving_environment(ranks)
     arguments = [str(parsed.model), "--quantization", "lrq", RANKS_OPTIONS[0], str(ranks), *vllm_options]
@@ -104,6 +114,15 @@ def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
         arguments += [CACHE_OPTION, cache_dtype(on_cpu=not torch.cuda.is_available())]
     with json_logs() if settings.log_format == "json" else nullcontext():
         return _checked_and_served(parsed.model, manifest, settings, arguments)
+
+
+def _check_rank(manifest: Manifest) -> None:
+    check_rank(manifest)
+    if served_rank() is not None and os.environ.get(SELF_TEST) == "1":
+        raise SettingsError(
+            f"The self-test ({SELF_TEST}=1) compares with texts that were read with the whole correction. Leave out "
+            f"--correction-rank and {SERVED_RANK}, or the self-test."
+        )
 
 
 def _checked_and_served(folder: Path, manifest: Manifest, settings: ServeSettings, arguments: list[str]) -> int:
