@@ -120,8 +120,8 @@ def kernel_candidates(scheme: str) -> list[tuple[Named, str | None]]:
 
     Raises ImportError without vLLM.
     """
-    from lrq_vllm.input_kind import input_kind
     from lrq_vllm.integer_backends import LayerInput, integer_candidates
+    from lrq_vllm.layer_input import input_kind
     from lrq_vllm.weight_only_backends import PackedWeight, weight_only_candidates
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

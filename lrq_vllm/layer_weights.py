@@ -63,12 +63,10 @@ class LayerWeights:
                 register(name, ChannelQuantScaleParameter, (out_features, 1), dtype, output_dim=0)
             else:
                 register(name, GroupQuantScaleParameter, (out_features, groups), dtype, input_dim=1, output_dim=0)
-        if self._manifest.activation is not None and self._manifest.activation.static:
-            parts = len(self._modules)  # vLLM may have more of them: it counts parts that the checkpoint has fused
-            register("input_step", PerTensorScaleParameter, (parts,), torch.float32)
-            register("input_zero_point", PerTensorScaleParameter, (parts,), torch.uint8)
-        if self._manifest.activation is not None and self._manifest.activation.symmetric:
-            register("input_clip", PerTensorScaleParameter, (len(self._modules),), torch.float32)
+        parts = len(self._modules)  # vLLM may have more of them: it counts parts that the checkpoint has fused
+        for name, spec in self._manifest.tensors_of(self._modules[0]).items():
+            if name.startswith("input_"):
+                register(name, PerTensorScaleParameter, (parts,), spec.dtype)
         self._pairs.create(layer, input_size_per_partition, output_partition_sizes, weight_loader, self._checked)
 
     def take(self, layer: Any) -> tuple[tuple[Tensor, Tensor, Tensor], list[Pair]]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad
 
+from lrq_vllm.kernels import reference
+
 __all__ = ["LowRank", "Pair", "choose_low_rank"]
 
 _RANK_UNIT = 16
@@ -27,7 +29,7 @@ class LowRank(Protocol):
 
 
 def choose_low_rank(device: torch.device) -> LowRank:
-    """By device: cuBLAS adds where y stands already; on a CPU torch.compile fuses what it can."""
+    """By device: cuBLAS adds where y stands already; on a CPU torch adds as the reference says."""
     return InPlace() if device.type == "cuda" else Composed()
 
 
@@ -35,43 +37,43 @@ class InPlace:
     """A GPU, as one opaque op: y is read and written once more, and no sum of both products is ever stored apart."""
 
     def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
-        """Fill ranks up with zeros to what tensor cores take at a time: products of other sizes are several times slower."""
-        ranks = [-(-u.shape[1] // _RANK_UNIT) * _RANK_UNIT for u, _ in pairs]
+        """V of all parts stand side by side, as one product reads x once; U of each is U^T [k, out], read row by row.
 
-        def wide(factor: Tensor, rank: int) -> Tensor:
-            return pad(factor, (0, rank - factor.shape[1])).to(dtype)
+        Ranks are filled up with zeros to what tensor cores take at a time: products of other sizes are several times slower.
+        """
 
-        _keep(layer, [(wide(u, rank), wide(v, rank)) for (u, v), rank in zip(pairs, ranks, strict=True)])
+        def wide(factor: Tensor) -> Tensor:
+            return pad(factor, (0, -factor.shape[1] % _RANK_UNIT)).to(dtype)
+
+        _keep(layer, "u", [wide(u).t() for u, _ in pairs])
+        _keep(layer, "v", [torch.cat([wide(v) for _, v in pairs], dim=1)])
 
     def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
         """Two products in 16 bits with float32 sums."""
         from lrq_vllm.kernels import ops
 
-        ops.add_low_rank_(y, x, layer.lrq_low_rank_v, _u_of(layer))
+        ops.add_low_rank_(y, x, *_kept(layer, "v"), _kept(layer, "u"))
         return y
 
 
 class Composed:
-    """A CPU: rounded exactly where the reference rounds, which takes float32 factors, twice the memory."""
+    """A CPU: the reference itself, with float32 factors, which take twice the memory."""
 
     def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
         """The factors are rounded to 16 bits, and then kept in float32."""
-        _keep(layer, [(u.to(dtype).float(), v.to(dtype).float()) for u, v in pairs])
+        for letter, factors in zip("uv", zip(*pairs, strict=True), strict=True):
+            _keep(layer, letter, [factor.to(dtype).float() for factor in factors])
 
     def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
         """torch's own products."""
-        shrunk = (x.float() @ layer.lrq_low_rank_v).to(x.dtype).float().split(layer.lrq_ranks, dim=1)
-        added = torch.cat([part @ u for part, u in zip(shrunk, _u_of(layer), strict=True)], dim=1)
-        return (y.float() + added).to(y.dtype)
+        return reference.add_low_rank(y, x, list(zip(_kept(layer, "u"), _kept(layer, "v"), strict=True)))
 
 
-def _keep(layer: Any, pairs: Sequence[Pair]) -> None:
-    """On the layer: V of all parts side by side, as one product reads x once; U^T [k, out] of each, read row by row."""
-    layer.lrq_ranks = [u.shape[1] for u, _ in pairs]
-    layer.lrq_low_rank_v = Parameter(torch.cat([v for _, v in pairs], dim=1), requires_grad=False)
-    for part, (u, _) in enumerate(pairs):
-        setattr(layer, f"lrq_low_rank_u{part}", Parameter(u.t().contiguous(), requires_grad=False))
+def _keep(layer: Any, letter: str, factors: Sequence[Tensor]) -> None:
+    for part, factor in enumerate(factors):
+        setattr(layer, f"lrq_low_rank_{letter}{part}", Parameter(factor.contiguous(), requires_grad=False))
+    setattr(layer, f"lrq_low_rank_{letter}s", len(factors))
 
 
-def _u_of(layer: Any) -> list[Tensor]:
-    return [getattr(layer, f"lrq_low_rank_u{part}") for part in range(len(layer.lrq_ranks))]
+def _kept(layer: Any, letter: str) -> list[Tensor]:
+    return [getattr(layer, f"lrq_low_rank_{letter}{part}") for part in range(getattr(layer, f"lrq_low_rank_{letter}s"))]

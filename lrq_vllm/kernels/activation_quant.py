@@ -13,23 +13,17 @@ __all__ = ["quantize_clipped", "quantize_input", "quantize_per_token", "quantize
 
 def quantize_input(x: Tensor, grid: InputGrid) -> QuantizedTokens:
     """As reference.quantize_input, one program per token. x [T, K], any strides."""
-    match grid.kind:
-        case InputKind.PER_TOKEN:
-            return quantize_per_token(x)
-        case InputKind.STATIC:
-            return quantize_static(x, *grid.calibrated)
-        case InputKind.CLIPPED:
-            return quantize_clipped(x, *grid.calibrated)
+    return _launch(x, grid.kind, *grid.calibrated)
 
 
 def quantize_per_token(x: Tensor) -> QuantizedTokens:
     """As reference.quantize_per_token, one program per token. x [T, K], any strides."""
-    return _launch(x, InputKind.PER_TOKEN, None, None)
+    return _launch(x, InputKind.PER_TOKEN)
 
 
 def quantize_clipped(x: Tensor, ratio: Tensor) -> QuantizedTokens:
     """As reference.quantize_clipped, one program per token. x [T, K], any strides; ratio has one element."""
-    return _launch(x, InputKind.CLIPPED, ratio, None)
+    return _launch(x, InputKind.CLIPPED, ratio)
 
 
 def quantize_static(x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
@@ -42,7 +36,7 @@ def quantize_rows(x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedToken
     return _launch(x, InputKind.STATIC, step, zero_point)
 
 
-def _launch(x: Tensor, kind: InputKind, step: Tensor | None, zero_point: Tensor | None) -> QuantizedTokens:
+def _launch(x: Tensor, kind: InputKind, step: Tensor | None = None, zero_point: Tensor | None = None) -> QuantizedTokens:
     tokens, in_features = x.shape
     out = QuantizedTokens(
         q=torch.empty((tokens, in_features), dtype=torch.int8, device=x.device),

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from lrq_vllm.checkpoint.hadamard import rotate
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.kernels import reference
+from lrq_vllm.layer_input import input_grid, input_kind
 
 __all__ = ["ReferenceLinear"]
 
@@ -44,12 +45,7 @@ class ReferenceLinear(nn.Module):
             y = reference.weight_only_linear(flat, *weight, self._bits, self.bias)
         else:
             integers = reference.integer_weight(*weight, self._bits, self._in_features)
-            y = reference.integer_linear(reference.quantize_input(flat, self._grid()), integers, self.bias, x.dtype)
+            tokens = reference.quantize_input(flat, input_grid(input_kind(self._activation), self))
+            y = reference.integer_linear(tokens, integers, self.bias, x.dtype)
         y = reference.add_low_rank(y, flat, [(self.low_rank_u, self.low_rank_v)] if self._corrected else [])
         return y.view(*x.shape[:-1], -1)
-
-    def _grid(self) -> reference.InputGrid:
-        assert self._activation is not None
-        if self._activation.static:
-            return reference.static_grid(self.input_step, self.input_zero_point)
-        return reference.clipped_grid(self.input_clip) if self._activation.symmetric else reference.PER_TOKEN

@@ -98,10 +98,9 @@ def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
         drain_seconds=parsed.drain_seconds,
         log_format=parsed.log_format,
         hash_files=hashing_wanted() and not parsed.skip_hash,
-        count_clipped=parsed.count_clipped,
     )
     manifest = read_manifest(parsed.model)
-    if settings.count_clipped:
+    if parsed.count_clipped:
         check_countable(manifest)
         os.environ[COUNT_CLIPPED] = "1"
     if parsed.correction_rank is not None:

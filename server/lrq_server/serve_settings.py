@@ -15,7 +15,6 @@ class ServeSettings:
 
     max_request_mb: of a request's body, 10^6 bytes each. max_concurrent_requests: that are worked on or wait, together.
     drain_seconds: that requests have to end after SIGTERM. hash_files: compare the content of all tensors before loading.
-    count_clipped: see lrq_vllm/saturation.py.
     Raises SettingsError for values that no server can have.
     """
 
@@ -24,7 +23,6 @@ class ServeSettings:
     drain_seconds: float = 30
     log_format: str = "text"
     hash_files: bool = True
-    count_clipped: bool = False
 
     def __post_init__(self) -> None:
         problems = []
