@@ -24,9 +24,9 @@ import torch
 from linear import CACHE_BYTES, SHAPES, timed
 
 from lrq_vllm.kernels import cuda_kernel, stream_linear, tile_linear
-from lrq_vllm.kernels.arrange_tokens import arrange_tokens
 from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape
 from lrq_vllm.kernels.hopper_table import STREAM, Tile
+from lrq_vllm.kernels.quantize_tokens import quantize_tokens
 
 TABLE = Path(__file__).parents[1] / "lrq_vllm" / "kernels" / "hopper_table.json"
 FORMS = [
@@ -126,7 +126,7 @@ def measured(weights: list[ArrangedWeight], tokens: int) -> dict[Tile | None, fl
             return lambda x: stream_linear.stream_linear(x, weight, None)
         plan = plan_of(shape, tile)
         if shape.integer:
-            return lambda x: tile_linear.tile_linear(arrange_tokens(x, tile.tokens), weight, None, plan)
+            return lambda x: tile_linear.tile_linear(quantize_tokens(x), weight, None, plan)
         return lambda x: tile_linear.tile_linear(x, weight, None, plan)
 
     return {

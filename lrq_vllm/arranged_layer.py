@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lrq_vllm.input_fusion import Fusion
+from lrq_vllm.kernels import reference
 from lrq_vllm.kernels.arranged_linear import prepare
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 
-__all__ = ["arranged_linear", "keep_arranged"]
+__all__ = ["arranged_linear", "keep_arranged", "quantized_in_graph"]
 
 
 def keep_arranged(layer: Any, weight: ArrangedWeight, dtype: torch.dtype, kind: InputKind = InputKind.PER_TOKEN) -> None:
@@ -27,3 +29,13 @@ def arranged_linear(layer: Any, x: Tensor, bias: Tensor | None, grid: InputGrid 
 
     bits, integer, outputs, *_ = layer.lrq_weight_shape
     return ops.arranged_linear(x, layer.lrq_q, layer.lrq_facts, bits, integer, outputs, bias, grid.kind, list(grid.calibrated))
+
+
+def quantized_in_graph(layer: Any, x: Tensor, bias: Tensor | None, grid: InputGrid, fusion: Fusion) -> Tensor:
+    """The same for a STATIC grid and torch.compile, which fuses the quantization with what makes x."""
+    from lrq_vllm.kernels import ops
+
+    tokens = reference.quantize_input(x, grid)
+    total = tokens.total if fusion is Fusion.INTEGERS_AND_TOTALS else None
+    bits, _, outputs, *_ = layer.lrq_weight_shape
+    return ops.arranged_product(tokens.q, *grid.calibrated, total, layer.lrq_q, layer.lrq_facts, bits, outputs, bias, x.dtype)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lrq_vllm.arranged_layer import arranged_linear, keep_arranged
+from lrq_vllm.arranged_layer import arranged_linear, keep_arranged, quantized_in_graph
 from lrq_vllm.checkpoint.packing import unpack
+from lrq_vllm.input_fusion import Fusion
 from lrq_vllm.kernel_choice import HOPPER, TRITON, first_that_can
 from lrq_vllm.kernels import reference
 from lrq_vllm.kernels.arranged_linear import why_not
@@ -27,6 +28,7 @@ class LayerInput(NamedTuple):
     features: int
     dtype: torch.dtype
     kind: InputKind
+    fusion: Fusion = Fusion.NOTHING
 
 
 class IntegerBackend(Protocol):
@@ -74,9 +76,14 @@ class HopperBackend:
         q = weight.q if weight.bits == 8 else unpack(weight.q, weight.bits, x.features)
         arranged = arrange(q, weight.step, weight.zero_point, weight.total, weight.bits, integer=True)
         keep_arranged(layer, arranged, x.dtype, x.kind)
+        layer.lrq_fusion = x.fusion
 
     def linear(self, layer: Any, x: Tensor, grid: InputGrid, bias: Tensor | None) -> Tensor:
-        """Quantization, product and scaling in one kernel or few, chosen by the number of tokens."""
+        """Quantization, product and scaling in one kernel or few, chosen by the number of tokens; in a compiled graph the
+        quantization is a part of what makes x, where that is faster.
+        """
+        if layer.lrq_fusion is not Fusion.NOTHING and torch.compiler.is_compiling():
+            return quantized_in_graph(layer, x, bias, grid, layer.lrq_fusion)
         return arranged_linear(layer, x, bias, grid)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.model_executor.layers.linear import register_weight_loader_v2_supported_method
 
+from lrq_vllm.input_fusion import fusion_of
 from lrq_vllm.integer_backends import IntegerBackend, LayerInput, choose_integer_backend
 from lrq_vllm.kernels.reference import (
     PER_TOKEN,
@@ -34,7 +35,8 @@ class _IntegerLinearMethod(LrqLinearMethod):
         grid = self._grid(layer)
         # Column sums are taken here, from this rank's share of the inputs.
         weight = integer_weight(*packed, self._bits, layer.lrq_in_features)
-        given = LayerInput(layer.lrq_in_features, layer.lrq_dtype, grid.kind)
+        fusion = fusion_of(self._module, grid.kind, rotated=self._hadamard is not None)
+        given = LayerInput(layer.lrq_in_features, layer.lrq_dtype, grid.kind, fusion)
         self._backend = choose_integer_backend(weight, given)
         self._backend.prepare(layer, weight, given)
         return self._backend.name, lambda x: integer_linear(quantize_input(x, grid), weight, None, x.dtype)

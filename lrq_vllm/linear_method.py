@@ -33,10 +33,11 @@ class LrqLinearMethod(LinearMethodBase, ABC):
 
     def __init__(self, manifest: Manifest, modules: Sequence[str]) -> None:
         self._bits = manifest.weight.bits
-        self._name = f"{manifest.scheme} {modules[0]}"
+        self._module = modules[0]
+        self._name = f"{manifest.scheme} {self._module}"
         self._weights = LayerWeights(manifest, modules)
         hadamard = manifest.online_hadamard
-        self._hadamard = hadamard if hadamard is not None and modules[0] in hadamard.modules else None
+        self._hadamard = hadamard if hadamard is not None and self._module in hadamard.modules else None
         self._low_rank: LowRank | None = None
 
     def create_weights(

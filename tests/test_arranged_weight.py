@@ -9,10 +9,12 @@ from torch import Tensor
 
 from lrq_vllm import arranged_layer
 from lrq_vllm.checkpoint.packing import pack
+from lrq_vllm.input_fusion import Fusion, fusion_of
+from lrq_vllm.integer_backends import HopperBackend
 from lrq_vllm.kernels import arranged_linear, hopper_table, reference, stream_linear, tile_linear
-from lrq_vllm.kernels.arrange_tokens import arrange_tokens
 from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, arrange, arranged_integers
 from lrq_vllm.kernels.hopper_table import STREAM, Tile
+from lrq_vllm.kernels.quantize_tokens import IntegerTokens, quantize_tokens, row_totals
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 from lrq_vllm.kernels.stream_linear import Input, plan
 
@@ -205,7 +207,56 @@ def test_a_layer_compiles_whole_and_for_any_number_of_tokens(grouped: bool) -> N
         assert compiled(torch.zeros(tokens, 256, dtype=torch.bfloat16, device="meta")).shape == (tokens, 96)
 
 
+@pytest.mark.parametrize(
+    ("module", "kind", "rotated", "wanted"),
+    [
+        ("model.layers.0.self_attn.q_proj", InputKind.STATIC, False, Fusion.INTEGERS_AND_TOTALS),
+        ("model.layers.0.mlp.gate_proj", InputKind.STATIC, False, Fusion.INTEGERS_AND_TOTALS),
+        ("model.layers.0.mlp.down_proj", InputKind.STATIC, False, Fusion.INTEGERS),
+        ("model.layers.0.mlp.down_proj", InputKind.STATIC, True, Fusion.NOTHING),
+        ("model.layers.0.self_attn.o_proj", InputKind.STATIC, False, Fusion.NOTHING),
+        ("model.layers.0.self_attn.q_proj", InputKind.PER_TOKEN, False, Fusion.NOTHING),
+        ("model.layers.0.mlp.down_proj", InputKind.CLIPPED, False, Fusion.NOTHING),
+    ],
+)
+def test_only_what_a_compiled_graph_makes_faster_is_quantized_there(
+    module: str, kind: InputKind, rotated: bool, wanted: Fusion
+) -> None:
+    assert fusion_of(module, kind, rotated=rotated) is wanted
+
+
+@pytest.mark.parametrize("fusion", Fusion)
+def test_a_compiled_graph_holds_the_quantization_of_a_layer_that_fuses_it(fusion: Fusion) -> None:
+    meta = torch.device("meta")
+    layer = ArrangedLayer(WeightShape(8, True, 96, 256))
+    layer.lrq_fusion = fusion
+    grid = next(grid for grid in grids(meta, integer=True) if grid.kind is InputKind.STATIC)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=keep)
+    def linear(x: Tensor) -> Tensor:
+        return HopperBackend().linear(layer, x, grid, None)
+
+    assert linear(torch.zeros(5, 256, dtype=torch.bfloat16, device=meta)).shape == (5, 96)
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op in ("call_function", "call_method")]
+    ours = [name.removesuffix(".default") for name in called if name.startswith("lrq.")]
+    assert ours == ["lrq.arranged_linear" if fusion is Fusion.NOTHING else "lrq.arranged_product"]
+    assert any("round" in name for name in called) == (fusion is not Fusion.NOTHING)
+
+
 # --- the kernels, on a GPU ---
+
+
+def integers_of(x: Tensor, grid: InputGrid) -> IntegerTokens:
+    """What a compiled graph hands to the kernels: by the reference, a calibrated grid once for all tokens, and no totals."""
+    tokens = reference.quantize_input(x, grid)
+    step, zero_point = grid.calibrated if grid.kind is InputKind.STATIC else (tokens.step, tokens.zero_point)
+    return IntegerTokens(tokens.q, grid.kind, step, zero_point, None, x.dtype)
+
 
 GPU_SHAPES = [(512, 14336), (200, 4096), (48, 512), (1000, 1040)]
 
@@ -244,6 +295,35 @@ def test_the_streaming_kernel_equals_the_reference(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), GPU_SHAPES)
+def test_activations_become_the_integers_of_the_reference(rows: int, columns: int, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    for x, _ in inputs(70, columns, rows, dtype, device):
+        for grid in grids(device, integer=True):
+            wanted, found = reference.quantize_input(x, grid), quantize_tokens(x, grid)
+            assert torch.equal(found.q, wanted.q) and torch.equal(found.step, wanted.step.flatten())
+            for name in ("zero_point", "total"):
+                assert torch.equal(getattr(found, name), getattr(wanted, name).flatten())
+            assert torch.equal(row_totals(wanted.q), wanted.total.flatten())
+    assert quantize_tokens(x[:0]).q.shape == (0, columns) and row_totals(wanted.q[:0]).shape == (0,)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), GPU_SHAPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_that_a_graph_has_made_give_the_same_product(bits: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    weight = Weight(bits, True, rows, columns, device)
+    for tokens in (0, 1, 3, 8, 27, 64, 300):
+        for x, bias in inputs(tokens, columns, rows, dtype, device):
+            for grid in grids(device, integer=True):
+                found = arranged_linear.arranged_product(integers_of(x, grid), weight.arranged, bias)
+                assert_product(found, weight.product(x, bias, grid), integer=True)
+
+
+@pytest.mark.gpu
 def test_the_streaming_kernel_takes_strided_rows_and_no_rows() -> None:
     device = torch.device("cuda")
     weight = Weight(4, True, 96, 512, device)
@@ -276,7 +356,7 @@ def test_the_tile_kernel_equals_the_reference(bits: int, integer: bool, dtype: t
         for tokens in (1, 7, 64, 100, 300):
             for x, bias in inputs(tokens, columns, rows, dtype, device):
                 for grid in grids(device, integer=integer):
-                    given = arrange_tokens(x, tile.tokens, grid) if integer else x
+                    given = quantize_tokens(x, grid) if integer else x
                     found = tile_linear.tile_linear(given, weight.arranged, bias, chosen)
                     assert_product(found, weight.product(x, bias, grid), integer=integer)
 
@@ -306,7 +386,7 @@ def test_a_block_goes_on_with_the_next_tile(bits: int, integer: bool, tile: Tile
     device = torch.device("cuda")
     weight, x = Weight(bits, integer, 9000, 208, device), torch.randn(1500, 208).to(device, torch.bfloat16)
     chosen = tile_linear.plan(bits, *tile, integer=integer)
-    given = arrange_tokens(x, tile.tokens) if integer else x
+    given = quantize_tokens(x) if integer else x
     found = tile_linear.tile_linear(given, weight.arranged, None, chosen)
     assert_product(found, weight.product(x, None), integer=integer)
 

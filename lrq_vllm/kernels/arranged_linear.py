@@ -10,12 +10,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lrq_vllm.kernels import arrange_tokens, cuda_kernel, stream_linear, tile_linear
+from lrq_vllm.kernels import cuda_kernel, quantize_tokens, stream_linear, tile_linear
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape
 from lrq_vllm.kernels.hopper_table import STREAM, Tile, choices, chosen
+from lrq_vllm.kernels.quantize_tokens import IntegerTokens
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
+from lrq_vllm.kernels.stream_linear import Input
 
-__all__ = ["arranged_linear", "prepare", "why_not"]
+__all__ = ["arranged_linear", "arranged_product", "prepare", "why_not"]
 
 _COMPILING_THREADS = 8
 _MOST_INPUTS = 2**31 // (16 * 15 * 128)  # of 4-bit weights that meet integers: 16 * q for half of the outputs
@@ -39,24 +41,35 @@ def why_not(device: torch.device, weight: WeightShape) -> str | None:
 
 def arranged_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, grid: InputGrid = PER_TOKEN) -> Tensor:
     """y [T, N] for x [T, K], bfloat16 or float16. grid: how x is quantized if ``weight.integer``."""
-    tile = _tile(len(x), weight.shape, x.device, grid.kind)
+    tile = _tile(len(x), weight.shape, x.device, stream_linear.read_as(len(x), weight.shape, grid.kind))
     if tile is STREAM:
         return stream_linear.stream_linear(x, weight, bias, grid)
-    plan = _plan(tile, weight.shape, x.dtype)
-    given = arrange_tokens.arrange_tokens(x, tile.tokens, grid) if weight.shape.integer else x
-    return tile_linear.tile_linear(given, weight, bias, plan)
+    given = quantize_tokens.quantize_tokens(x, grid) if weight.shape.integer else x
+    return tile_linear.tile_linear(given, weight, bias, _plan(tile, weight.shape, x.dtype))
+
+
+def arranged_product(x: IntegerTokens, weight: ArrangedWeight, bias: Tensor | None) -> Tensor:
+    """y [T, N] of tokens that are integers already."""
+    tile = _tile(len(x.q), weight.shape, x.q.device, Input.QUANTIZED)
+    if tile is STREAM:
+        return stream_linear.stream_linear(x, weight, bias)
+    given = x if x.total is not None else x._replace(total=quantize_tokens.row_totals(x.q))
+    return tile_linear.tile_linear(given, weight, bias, _plan(tile, weight.shape, x.dtype))
 
 
 @cache
 def prepare(weight: WeightShape, dtype: torch.dtype, device: torch.device, kind: InputKind) -> None:
-    """Compile every kernel that :func:`arranged_linear` may take for such a weight: a CUDA graph cannot record compiling."""
-    sources = set(arrange_tokens.sources(weight.in_features, dtype, kind)) if weight.integer else set()
+    """Compile every kernel that :func:`arranged_linear` and :func:`arranged_product` may take for such a weight: a CUDA graph
+    cannot record compiling.
+    """
+    sources = set(quantize_tokens.sources(weight.in_features, dtype, kind)) if weight.integer else set()
     for tokens in (*range(1, stream_linear.MOST_TOKENS + 1), *(most + 1 for most, _ in choices(weight) if most is not None)):
-        tile = _tile(tokens, weight, device, kind)
-        if tile is STREAM:
-            sources.add(stream_linear.source(tokens, weight, dtype, device, kind))
-        else:
-            sources.add(_plan(tile, weight, dtype).source())
+        for given in {stream_linear.read_as(tokens, weight, kind), Input.QUANTIZED if weight.integer else Input.AS_IT_IS}:
+            tile = _tile(tokens, weight, device, given)
+            if tile is STREAM:
+                sources.add(stream_linear.source(tokens, weight, dtype, device, given))
+            else:
+                sources.add(_plan(tile, weight, dtype).source())
     with ThreadPoolExecutor(min(_COMPILING_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda one: cuda_kernel.compiled(one, device), sources))
 
@@ -65,8 +78,8 @@ def _plan(tile: Tile, weight: WeightShape, dtype: torch.dtype) -> tile_linear.Pl
     return tile_linear.plan(weight.bits, *tile, integer=weight.integer, float16=dtype == torch.float16, grouped=weight.grouped)
 
 
-def _tile(tokens: int, weight: WeightShape, device: torch.device, kind: InputKind) -> Tile | None:
+def _tile(tokens: int, weight: WeightShape, device: torch.device, x: Input) -> Tile | None:
     tile = chosen(tokens, weight)
-    if tile is STREAM and not stream_linear.takes(tokens, weight, device, kind):
+    if tile is STREAM and not stream_linear.takes(tokens, weight, device, x):
         return Tile(16 if tokens <= 16 else 32, blocks=2)
     return tile

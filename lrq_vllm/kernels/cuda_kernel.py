@@ -120,7 +120,7 @@ def boxes(
     """What a kernel needs to fetch boxes (rows, bytes) of the array at address ``start``; rows are multiples of 16 bytes.
 
     A box has at most 256 rows of 2048 bytes. What of it lies outside the array comes as zeros. stride: bytes from row to row,
-    if more than row_bytes. swizzled: rows of 128 bytes exchange their 16-byte units, as tensor cores read them.
+    if more than row_bytes. swizzled: rows of 64 or 128 bytes exchange their 16-byte units, as tensor cores read them.
     """
     from cuda.bindings import driver
 
@@ -131,7 +131,7 @@ def boxes(
             [long(row_bytes // 8), long(rows)], [long(stride or row_bytes)],
             [short(box[1] // 8), short(box[0])], [short(1), short(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle(3 if swizzled else 0),  # ..._128B, ..._NONE
+            driver.CUtensorMapSwizzle({64: 2, 128: 3}[box[1]] if swizzled else 0),  # ..._64B, ..._128B, ..._NONE
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_NONE,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

@@ -6,7 +6,7 @@
 #define PER_TOKEN 1
 #define STATIC 2
 #define CLIPPED 3
-#define QUANTIZED 4  // already, by arrange_tokens.cu
+#define QUANTIZED 4  // already, by another kernel
 #ifndef KIND  // a file that takes x as it comes
 #define KIND AS_IT_IS
 #endif
@@ -165,6 +165,15 @@ __device__ __forceinline__ u32 quantized_pair(u32 pair, const Grid& grid) {
 #pragma unroll
     for (int i = 0; i < 2; i++) bytes[i] = __float_as_uint(fminf(fmaxf(shifted[i], magic + LOWEST), magic + HIGHEST));
     return __byte_perm(bytes[0], bytes[1], 0x0040);
+}
+
+// Tokens that another kernel quantized, all of one kind. Steps, and the zero-points (int) of PER_TOKEN, are each token's own;
+// those of STATIC are all tokens', the zero-point (u8) on the unsigned grid.
+__device__ __forceinline__ int common_zero(int kind, const u8* zeros) { return kind == STATIC ? *zeros - 128 : 0; }
+__device__ __forceinline__ int own_step(int kind, int token) { return kind == STATIC ? 0 : token; }
+
+__device__ __forceinline__ void fetch_word(void* here, const void* source) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address(here)), "l"(source) : "memory");
 }
 
 // Floats as integers of the same order, and back.

@@ -14,6 +14,7 @@ from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, Quan
 __all__ = [
     "add_low_rank_",
     "arranged_linear",
+    "arranged_product",
     "count_clipped_",
     "integer_linear",
     "quantize_input",
@@ -94,6 +95,28 @@ def _(
     bias: Tensor | None, x_kind: int, x_calibrated: list[Tensor],
 ) -> Tensor:  # fmt: skip
     return torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("lrq::arranged_product", mutates_args=())
+def arranged_product(
+    x_q: Tensor, x_step: Tensor, x_zero_point: Tensor, x_total: Tensor | None,
+    q: Tensor, facts: Tensor, bits: int, out_features: int, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """kernels/arranged_linear.py; what begins with x is a quantize_tokens.IntegerTokens of kind STATIC."""
+    from lrq_vllm.kernels import arranged_linear as kernel
+    from lrq_vllm.kernels.quantize_tokens import IntegerTokens
+
+    tokens = IntegerTokens(x_q, InputKind.STATIC, x_step, x_zero_point, x_total, dtype)
+    weight = ArrangedWeight(q, facts, WeightShape(bits, True, out_features, x_q.shape[1]))
+    return kernel.arranged_product(tokens, weight, bias)
+
+
+@arranged_product.register_fake
+def _(
+    x_q: Tensor, x_step: Tensor, x_zero_point: Tensor, x_total: Tensor | None,
+    q: Tensor, facts: Tensor, bits: int, out_features: int, bias: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return torch.empty((x_q.shape[0], out_features), dtype=dtype, device=x_q.device)
 
 
 @torch.library.custom_op("lrq::add_low_rank_", mutates_args=("y",))

@@ -116,7 +116,7 @@ __device__ __forceinline__ int token_of(int element) { return 8 * (element >> 7)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTER, 1, 1) stream_linear(
     const u8* x, const u8* weight, const Facts* facts, const float* x_step, const u8* x_zero, const unsigned short* bias,
-    unsigned short* y, int has_bias, int tokens, int outputs, int inputs, int x_stride, int chunks, int stripes) {
+    unsigned short* y, int x_kind, int has_bias, int tokens, int outputs, int inputs, int x_stride, int chunks, int stripes) {
     extern __shared__ __align__(128) u8 memory[];
     u8* const ring = memory;
     Shared& shared = *(Shared*)(memory + STAGES * STAGE_BYTES);
@@ -193,18 +193,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
         }
     }
 #elif KIND == QUANTIZED
+    // Before x, whose words are waited for: these loads would take as long again after them.
+    Grid mine = {0.0f, 0.0f, 0, 0};
+    if (thread < tokens) {
+        mine.step = x_step[own_step(x_kind, thread)];
+        mine.zero = x_kind == PER_TOKEN ? ((const int*)x_zero)[thread] : common_zero(x_kind, x_zero);
+    }
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            const int token = tile * 8 + row;
-            const bool inside = warp < WARPS && token < tokens && chunk_at(chunk) < chunks;
-            const u32* const mine = (const u32*)x + ((u64)chunk_at(chunk) * tokens + token) * 16 + quarter;
+            const int token = tile * 8 + row, input = chunk_at(chunk) * 64 + quarter * 16;
+            Words words = load_words(x + (u64)token * x_stride + input, warp < WARPS && token < tokens && input < inputs);
+            transpose(words.at, lane);
 #pragma unroll
-            for (int i = 0; i < 4; i++) xs[chunk][tile][i] = inside ? mine[4 * (i ^ token / 2 % 4)] : 0;
+            for (int i = 0; i < 4; i++) xs[chunk][tile][i] = words.at[i];
         }
     }
-    if (thread < TOKENS) shared.grid[thread] = thread < tokens ? ((const Grid*)x_step)[thread] : Grid{0.0f, 0.0f, 0, 0};
+    if (thread < TOKENS) shared.grid[thread] = mine;
 #else
     // A warp reads its inputs of one token after the other, two neighbours to a lane, and hands them on as bytes.
     u32 pairs[QUANTIZED_HERE][CHUNKS];

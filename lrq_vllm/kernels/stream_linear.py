@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.kernels import cuda_kernel
-from lrq_vllm.kernels.arrange_tokens import aligned, arrange_tokens
 from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape
+from lrq_vllm.kernels.quantize_tokens import IntegerTokens, aligned, quantize_tokens
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 
-__all__ = ["MOST_TOKENS", "Input", "plan", "source", "stream_linear", "takes"]
+__all__ = ["MOST_TOKENS", "Input", "plan", "read_as", "source", "stream_linear", "takes"]
 
 MOST_TOKENS = 32
 
@@ -67,14 +67,21 @@ class Plan:
         return cuda_kernel.source("stream_linear", asdict(self), *headers, shared_bytes=self.shared_bytes)
 
 
-def takes(tokens: int, weight: WeightShape, device: torch.device, kind: InputKind) -> bool:
+def read_as(tokens: int, weight: WeightShape, kind: InputKind) -> Input:
+    """What the kernel reads when :func:`stream_linear` is given so many tokens that are not quantized yet."""
+    if not weight.integer:
+        return Input.AS_IT_IS
+    return Input.QUANTIZED if tokens > _QUANTIZES_UP_TO else Input(kind)
+
+
+def takes(tokens: int, weight: WeightShape, device: torch.device, x: Input) -> bool:
     """Whether the activations of so many tokens fit the registers of one cluster."""
-    return plan(tokens, weight, _input(tokens, weight.integer, kind), cuda_kernel.processors(device)) is not None
+    return plan(tokens, weight, x, cuda_kernel.processors(device)) is not None
 
 
-def source(tokens: int, weight: WeightShape, dtype: torch.dtype, device: torch.device, kind: InputKind) -> cuda_kernel.Source:
+def source(tokens: int, weight: WeightShape, dtype: torch.dtype, device: torch.device, x: Input) -> cuda_kernel.Source:
     """The kernel that :func:`stream_linear` compiles for so many tokens, which it :func:`takes`."""
-    return _plan(tokens, weight, _input(tokens, weight.integer, kind), dtype, device).source()
+    return _plan(tokens, weight, x, dtype, device).source()
 
 
 @cache
@@ -115,33 +122,32 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
     )  # fmt: skip
 
 
-def stream_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, grid: InputGrid = PER_TOKEN) -> Tensor:
-    """y [T, N] in x's dtype, for x [T, K] bfloat16 or float16, T <= MOST_TOKENS.
+def stream_linear(
+    x: IntegerTokens | Tensor, weight: ArrangedWeight, bias: Tensor | None, grid: InputGrid = PER_TOKEN
+) -> Tensor:  # fmt: skip
+    """y [T, N] in x's dtype, for x [T, K] bfloat16 or float16, or its integers, without totals; T <= MOST_TOKENS.
 
-    grid: how x is quantized if the weight's activations are integers. Raises ValueError if :func:`plan` has none.
+    grid: how x is quantized if the weight's activations are integers and x has none yet. Raises ValueError if :func:`plan` has
+    none.
     """
-    given = _input(x.shape[0], weight.shape.integer, grid.kind)
-    if given is not Input.QUANTIZED:
-        return _launch(aligned(x), grid.calibrated, weight, bias, given, x.dtype)
-    arranged = arrange_tokens(x, len(x), grid)
-    return _launch(arranged.words, (arranged.grids,), weight, bias, given, x.dtype)
-
-
-def _input(tokens: int, integer: bool, kind: InputKind) -> Input:
-    if not integer:
-        return Input.AS_IT_IS
-    return Input.QUANTIZED if tokens > _QUANTIZES_UP_TO else Input(kind)
+    if not isinstance(x, IntegerTokens):
+        given = read_as(len(x), weight.shape, grid.kind)
+        if given is not Input.QUANTIZED:
+            return _launch(aligned(x), grid.kind, grid.calibrated, weight, bias, given, x.dtype)
+        x = quantize_tokens(x, grid)  # a kernel of its own
+    return _launch(x.q, x.kind, (x.step, x.zero_point), weight, bias, Input.QUANTIZED, x.dtype)
 
 
 def _launch(
-    x: Tensor, grids: tuple[Tensor, ...], weight: ArrangedWeight, bias: Tensor | None, kind: Input, dtype: torch.dtype
-) -> Tensor:
-    tokens = x.shape[2] if kind is Input.QUANTIZED else x.shape[0]
+    x: Tensor, kind: InputKind, grids: tuple[Tensor, ...], weight: ArrangedWeight, bias: Tensor | None, given: Input,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    tokens = len(x)
     outputs, inputs = weight.shape.out_features, weight.shape.in_features
     y = torch.empty((tokens, outputs), dtype=dtype, device=x.device)
     if not tokens:
         return y
-    chosen = _plan(tokens, weight.shape, kind, dtype, x.device)
+    chosen = _plan(tokens, weight.shape, given, dtype, x.device)
     stripes, chunks, _ = weight.q.shape
     kernel, clusters, threads = _compiled(chosen, x.device)
     if clusters * chosen.turns < stripes:
@@ -154,7 +160,7 @@ def _launch(
         threads,
         [
             x, weight.q, weight.facts, first, second, y if bias is None else bias, y,
-            int(bias is not None), tokens, outputs, inputs, x.stride(0), chunks, stripes,
+            int(kind), int(bias is not None), tokens, outputs, inputs, x.stride(0), chunks, stripes,
         ],
     )  # fmt: skip
     return y

@@ -1,7 +1,7 @@
 // y = x W^T for many tokens: tiles of 128 outputs x TOKENS tokens on wgmma.
 //
-// Twins: reference.integer_linear (INTEGER), reference.weight_only_linear. tile_linear.py compiles this file. If INTEGER,
-// arrange_tokens.cu made x and `grids`; else x is as it came.
+// Twins: reference.integer_linear (INTEGER), reference.weight_only_linear. tile_linear.py compiles this file. If INTEGER, x is
+// quantized already.
 //
 // The product is computed transposed: 64 outputs are the rows of a wgmma, tokens its columns. Two warpgroups multiply; one more
 // warp fills a ring of STAGES buffers with STAGE_CHUNKS (even) chunks (64 inputs) of the weight and of x. 8-bit weights go to the
@@ -48,12 +48,12 @@ struct Shared {
     Grid grids[2][TOKENS];  // of a tile, for each warpgroup
     Facts facts[2][STRIPES];
 #endif
-    u64 full[STAGES], empty[STAGES], grids_full[2];
+    u64 full[STAGES], empty[STAGES], facts_full[2];
     u64 parts_full;  // what the other blocks sum up has come
 };
 
 // What cuTensorMapEncodeTiled makes of an array with elements of 8 bytes. The weight: rows are stripes, boxes STRIPES x BOX_CHUNKS
-// chunks. x: rows are tokens, boxes TOKENS / SHARE x 64 inputs, swizzled.
+// chunks. x: rows are tokens, boxes TOKENS / SHARE x 64 inputs, swizzled by a row's bytes.
 struct __align__(64) TensorMap { u64 at[16]; };
 
 __device__ __forceinline__ void fetch_box(void* here, const TensorMap& map, int element, int row, u64* barrier) {
@@ -62,18 +62,12 @@ __device__ __forceinline__ void fetch_box(void* here, const TensorMap& map, int 
         ::"r"(address(here)), "l"(&map), "r"(element), "r"(row), "r"(address(barrier)) : "memory");
 }
 
-// As those two, but to the same place in each block of the cluster, and each block's barrier learns of it.
+// As that, but to the same place in each block of the cluster, and each block's barrier learns of it.
 #define ALL_BLOCKS ((unsigned short)((1 << CLUSTER) - 1))
 __device__ __forceinline__ void fetch_box_for_all(void* here, const TensorMap& map, int element, int row, u64* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
         ::"r"(address(here)), "l"(&map), "r"(element), "r"(row), "r"(address(barrier)), "h"(ALL_BLOCKS) : "memory");
-}
-
-__device__ __forceinline__ void fetch_for_all(void* here, const void* source, u32 bytes, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;"
-        ::"r"(address(here)), "l"(source), "r"(bytes), "r"(address(barrier)), "h"(ALL_BLOCKS) : "memory");
 }
 
 // An operand that the tensor cores read from shared memory: rows of 64 or 128 bytes, swizzled by as many.
@@ -132,15 +126,10 @@ __device__ __forceinline__ void store_turned(u32 row, const u32 (&matrices)[2 * 
 #endif
 }
 
-#if INTEGER
-#define X_TYPE const u8*
-#else
-#define X_TYPE const __grid_constant__ TensorMap
-#endif
-
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(CLUSTER, 1, 1) tile_linear(
-    const __grid_constant__ TensorMap weight, X_TYPE x, const Grid* grids, const Facts* facts, const unsigned short* bias, unsigned short* y,
-    int has_bias, int tokens, int outputs, int chunks, int stripes) {
+    const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, const float* x_steps, const u8* x_zeros,
+    const int* x_totals, const Facts* facts, const unsigned short* bias, unsigned short* y,
+    int x_kind, int has_bias, int tokens, int outputs, int chunks, int stripes) {
     extern __shared__ __align__(1024) u8 memory[];
     u8* const ring = memory;
     Shared& shared = *(Shared*)(memory + STAGES * STAGE_BYTES);
@@ -163,7 +152,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             init(&shared.full[stage], 1);
             init(&shared.empty[stage], WARPS * SHARE);
         }
-        for (int group = 0; group < 2; group++) init(&shared.grids_full[group], 1);
+        for (int group = 0; group < 2; group++) init(&shared.facts_full[group], 1);
         init(&shared.parts_full, 1);
         if (SPLIT > 1) expect(&shared.parts_full, (SPLIT - 1) * ((COLUMNS - rank + SPLIT - 1) / SPLIT) * CONSUMERS * 16);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -192,17 +181,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             auto fill_x = [&](int at, int begin, int count, int token) {
                 u8* const here = ring + at * STAGE_BYTES + WEIGHT_BYTES;
                 [[maybe_unused]] const int part = rank % SHARE * (TOKEN_BYTES / SHARE);
-#if INTEGER
-                const u8* const source = x + ((u64)(token / TOKENS) * chunks + begin) * TOKEN_BYTES;
-#if SHARE > 1
-                for (int chunk = 0; chunk < count; chunk++) {
-                    const int offset = chunk * TOKEN_BYTES + part;
-                    fetch_for_all(here + offset, source + offset, TOKEN_BYTES / SHARE, &shared.full[at]);
-                }
-#else
-                fetch(here, source, count * TOKEN_BYTES, &shared.full[at]);
-#endif
-#else
                 for (int chunk = 0; chunk < count; chunk++) {
                     const int element = (begin + chunk) * (ROW_BYTES / 8);
 #if SHARE > 1
@@ -211,7 +189,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                     fetch_box(here + chunk * TOKEN_BYTES, x, element, token, &shared.full[at]);
 #endif
                 }
-#endif
             };
             int stripe, token;
             bool made = false;  // whether x may be read
@@ -246,19 +223,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
 #endif
         };
         [[maybe_unused]] const int group = warp / 4;
-        [[maybe_unused]] int grids_parity = 0;
+        [[maybe_unused]] int facts_parity = 0;
+        [[maybe_unused]] const int zero_of_all = INTEGER ? common_zero(x_kind, x_zeros) : 0;
         for (int tile = cluster; tile < wide * high; tile += clusters) {
             int stripe, token;
             place_of(tile, stripe, token);
 #if INTEGER
             asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");  // the warpgroup is done with the tile before
             if (thread % 128 == 0) {
-                asm volatile("griddepcontrol.wait;" ::: "memory");  // for the kernel that made grids
-                const int grid_bytes = min(tokens - token, TOKENS) * sizeof(Grid);
-                const int facts_bytes = min(max(stripes - stripe, 0), STRIPES) * sizeof(Facts);
-                expect(&shared.grids_full[group], grid_bytes + facts_bytes);
-                fetch(shared.grids[group], grids + token, grid_bytes, &shared.grids_full[group]);
-                if (facts_bytes) fetch(shared.facts[group], facts + stripe, facts_bytes, &shared.grids_full[group]);
+                const int bytes = min(max(stripes - stripe, 0), STRIPES) * sizeof(Facts);
+                expect(&shared.facts_full[group], bytes);
+                if (bytes) fetch(shared.facts[group], facts + stripe, bytes, &shared.facts_full[group]);
+            }
+            asm volatile("griddepcontrol.wait;" ::: "memory");  // for the kernel that made x and its grids
+            for (int at = thread % 128; at < min(tokens - token, TOKENS); at += 128) {
+                Grid& grid = shared.grids[group][at];
+                fetch_word(&grid.step, x_steps + own_step(x_kind, token + at));
+                fetch_word(&grid.total, x_totals + token + at);
+                if (x_kind == PER_TOKEN) fetch_word(&grid.zero, (const int*)x_zeros + token + at);
+                else grid.zero = zero_of_all;
             }
 #else
             const Facts& of = facts[min(stripe + warp, stripes - 1)];
@@ -352,8 +335,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
 #endif
             asm volatile("griddepcontrol.wait;" ::: "memory");  // somebody may still read what will be y
 #if INTEGER
-            wait_for(&shared.grids_full[group], grids_parity);
-            grids_parity ^= 1;
+            wait_for(&shared.facts_full[group], facts_parity);
+            facts_parity ^= 1;
+            asm volatile("cp.async.wait_all;" ::: "memory");
+            asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");  // every thread's grids are there
 #endif
             const int own = stripe + warp;
 #if INTEGER

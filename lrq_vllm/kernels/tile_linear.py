@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.kernels import cuda_kernel
-from lrq_vllm.kernels.arrange_tokens import ArrangedTokens, aligned
 from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape
+from lrq_vllm.kernels.quantize_tokens import IntegerTokens, aligned
 
 __all__ = ["Plan", "plan", "tile_linear"]
 
@@ -65,20 +65,24 @@ def plan(
     return Plan(bits, integer, float16, grouped, tokens, split, blocks, share, stage_chunks, stages, _BAND, shared_bytes)
 
 
-def tile_linear(x: ArrangedTokens | Tensor, weight: ArrangedWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
-    """y [T, N] in x's dtype. x: in tiles of ``chosen.tokens`` if the weight meets integers, else [T, K]."""
+def tile_linear(x: IntegerTokens | Tensor, weight: ArrangedWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
+    """y [T, N] in x's dtype. x: integers and their totals if the weight meets integers, else [T, K]."""
     stripes, chunks, _ = weight.q.shape
-    outputs, inputs = weight.shape.out_features, weight.shape.in_features
-    if isinstance(x, ArrangedTokens):
-        tokens, given, grids = x.tokens, x.words, x.grids
+    outputs = weight.shape.out_features
+    if isinstance(x, IntegerTokens):
+        if x.total is None:
+            raise ValueError("tokens come without their totals, which this kernel needs")
+        rows, kind, grids = x.q, int(x.kind), (x.step, x.zero_point, x.total)
     else:
-        x = aligned(x)
-        tokens, grids = len(x), x
-        box = chosen.tokens // chosen.share, 2 * CHUNK
-        given = cuda_kernel.boxes(x.data_ptr(), tokens, 2 * inputs, box, stride=2 * x.stride(0), swizzled=True) if tokens else x
+        rows, kind, grids = aligned(x), 0, (x, x, x)
+    tokens, size = len(rows), rows.element_size()
     y = torch.empty((tokens, outputs), dtype=x.dtype, device=weight.q.device)
     if not tokens:
         return y
+    box = chosen.tokens // chosen.share, size * CHUNK
+    given = cuda_kernel.boxes(
+        rows.data_ptr(), tokens, size * rows.shape[1], box, stride=size * rows.stride(0), swizzled=True
+    )  # fmt: skip
     tiles = -(-outputs // (_OUTPUTS * chosen.share)) * -(-tokens // chosen.tokens)  # of clusters
     clusters = tiles if chosen.split > 1 else min(tiles, cuda_kernel.processors(y.device) * chosen.blocks // chosen.share)
     chunk_bytes = weight.shape.chunk_bytes
@@ -87,8 +91,8 @@ def tile_linear(x: ArrangedTokens | Tensor, weight: ArrangedWeight, bias: Tensor
     _compiled(chosen, y.device).launch(
         clusters * chosen.split * chosen.share, _THREADS,
         [
-            boxes, given, grids, weight.facts, y if bias is None else bias, y,
-            int(bias is not None), tokens, outputs, chunks, stripes,
+            boxes, given, *grids, weight.facts, y if bias is None else bias, y,
+            kind, int(bias is not None), tokens, outputs, chunks, stripes,
         ],
     )  # fmt: skip
     return y
