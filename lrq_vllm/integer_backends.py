@@ -17,8 +17,8 @@ from lrq_vllm.kernels.arranged_weight import WeightShape, arrange
 from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
 
 __all__ = [
-    "HopperBackend", "IntegerBackend", "LayerInput", "OneDnnBackend", "TritonBackend", "choose_integer_backend",
-    "integer_candidates",
+    "CpuGroupsBackend", "HopperBackend", "IntegerBackend", "LayerInput", "OneDnnBackend", "TritonBackend",
+    "choose_integer_backend", "integer_candidates",
 ]  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def choose_integer_backend(weight: IntegerWeight, x: LayerInput) -> IntegerBacke
 
 def integer_candidates(weight: IntegerWeight, x: LayerInput) -> list[tuple[IntegerBackend, str | None]]:
     """Every backend, the best first, and the reason why it cannot run with this weight, or None if it can."""
-    backends: tuple[IntegerBackend, ...] = (HopperBackend(), TritonBackend(), OneDnnBackend())
+    backends: tuple[IntegerBackend, ...] = (HopperBackend(), TritonBackend(), OneDnnBackend(), CpuGroupsBackend())
     return [(backend, backend.why_not(weight, x)) for backend in backends]
 
 
@@ -69,7 +69,7 @@ class HopperBackend:
         """Needs a Hopper GPU, and sizes that fit."""
         if x.dtype not in (torch.bfloat16, torch.float16):
             return f"takes 16-bit activations, not {x.dtype}"
-        return why_not(weight.step.device, WeightShape(weight.bits, True, len(weight.step), x.features))
+        return why_not(weight.step.device, WeightShape(weight.bits, True, len(weight.step), x.features, weight.groups > 1))
 
     def prepare(self, layer: Any, weight: IntegerWeight, x: LayerInput) -> None:
         """Lay the weight out and compile what it may need."""
@@ -128,6 +128,8 @@ class OneDnnBackend:
         """Needs a CPU and vLLM's CPU extension."""
         if weight.step.device.type != "cpu":
             return "needs the CPU"
+        if weight.groups > 1:
+            return "takes one step per channel"
         import vllm._custom_ops  # noqa: F401 (loads the extension)
 
         if not hasattr(torch.ops._C, "create_onednn_scaled_mm_handler"):
@@ -180,6 +182,31 @@ class OneDnnBackend:
             sums = sums - x.total.float() * layer.lrq_zero_point
         y = sums * x.step * layer.lrq_step
         return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+class CpuGroupsBackend:
+    """The CPU, for steps of groups of inputs: 4-bit weights are unpacked to int8 at load, so they take 8 bits in memory."""
+
+    name = "float32"
+
+    def why_not(self, weight: IntegerWeight, x: LayerInput) -> str | None:
+        """Needs a CPU and groups."""
+        if weight.step.device.type != "cpu":
+            return "needs the CPU"
+        return None if weight.groups > 1 else "takes steps of groups of inputs"
+
+    def prepare(self, layer: Any, weight: IntegerWeight, x: LayerInput) -> None:
+        """q - zero_point, group by group."""
+        q = unpack(weight.q, weight.bits, x.features).unflatten(1, (weight.groups, -1))
+        centred = (q.to(torch.int32) - weight.zero_point.unsqueeze(2)).to(torch.int8)
+        layer.lrq_centred = Parameter(centred.transpose(0, 1).contiguous(), requires_grad=False)
+        layer.lrq_step = Parameter(weight.step.t().contiguous(), requires_grad=False)
+
+    def linear(self, layer: Any, x: Tensor, grid: InputGrid, bias: Tensor | None) -> Tensor:
+        """Plain torch quantizes; each group's whole numbers are summed up in float32."""
+        from lrq_vllm.kernels import ops
+
+        return ops.grouped_linear(*reference.quantize_input(x, grid), layer.lrq_centred, layer.lrq_step, bias, x.dtype)
 
 
 def _multiplies_bytes_exactly() -> bool:

@@ -27,12 +27,12 @@ def weight_on(device: torch.device, weight: IntegerWeight) -> IntegerWeight:
     return IntegerWeight(*(tensor.to(device) for tensor in tensors), bits)
 
 
-def random_weight(bits: int, out_features: int, in_features: int) -> IntegerWeight:
+def random_weight(bits: int, out_features: int, in_features: int, groups: int = 1) -> IntegerWeight:
     """Integers over the whole grid, steps of several sizes, zero-points that include both ends."""
     q = torch.randint(0, 2**bits, (out_features, in_features))
-    zero_point = torch.randint(0, 2**bits, (out_features, 1)).to(torch.uint8)
+    zero_point = torch.randint(0, 2**bits, (out_features, groups)).to(torch.uint8)
     zero_point[0], zero_point[-1] = 0, 2**bits - 1
-    step = torch.rand(out_features, 1) * 0.1 + 1e-3
+    step = torch.rand(out_features, groups) * 0.1 + 1e-3
     return reference.integer_weight(pack(q, bits), step, zero_point, bits, in_features)
 
 

@@ -355,9 +355,9 @@ REFUSED_MANIFESTS = {
     "groups of none": ({"weight": grouped(0)}, "group_size 0"),
     "groups that cut words": ({"weight": grouped(4)}, "group_size 4"),
     "groups too small for the kernels": ({"weight": grouped(8)}, "group_size 8"),
-    "groups in an integer scheme": (
-        {"scheme": "w4a8", "activation": MANIFESTS["w4a8 symmetric"].to_dict()["activation"], "weight": grouped(32)},
-        "group_size",
+    "groups of 8-bit weights": (
+        {"scheme": "w8a8", "activation": MANIFESTS["w8a8"].to_dict()["activation"], "weight": {**grouped(32), "bits": 8}},
+        "8-bit weights have one step per channel",
     ),
 }
 

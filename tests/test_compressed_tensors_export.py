@@ -114,7 +114,11 @@ def test_a_step_that_16_bits_have_nothing_like_is_refused(w4a16: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("scheme", "settings", "reason"),
-    [("w8a8", {}, "--symmetric makes such"), ("w4a16", {"kv_bits": 8}, "8-bit keys and values")],
+    [
+        ("w8a8", {}, "--symmetric makes such"),
+        ("w4a16", {"kv_bits": 8}, "8-bit keys and values"),
+        ("w4a8", {"group_size": 64}, "with 16-bit activations only"),
+    ],
 )
 def test_what_the_format_cannot_hold_is_refused(
     scheme: str, settings: dict[str, Any], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -143,8 +143,8 @@ def test_a_cuda_graph_records_routes_and_products(device: torch.device) -> None:
 # --- the integer product ---
 
 
-def stacked_integers(bits: int, out_features: int, in_features: int) -> IntegerWeight:
-    weights = [random_weight(bits, out_features, in_features) for _ in range(EXPERTS)]
+def stacked_integers(bits: int, out_features: int, in_features: int, groups: int = 1) -> IntegerWeight:
+    weights = [random_weight(bits, out_features, in_features, groups) for _ in range(EXPERTS)]
     return IntegerWeight(*(torch.stack(tensors) for tensors in list(zip(*weights, strict=True))[:4]), bits)
 
 
@@ -180,6 +180,15 @@ def test_integer_kernel_equals_its_twin_in_every_shape(
     exact = experts_integer_linear(x, 3, expert_of, weight, torch.float32)
     expected = experts_integer_linear(x, 3, expert_of, weight, dtype)
     assert_equal_products(integer_product(device, x, 3, weight, expert_of, dtype), expected, exact)
+
+
+@pytest.mark.parametrize("groups", [2, 6])
+def test_integer_kernel_agrees_with_its_twin_on_steps_of_groups(device: torch.device, groups: int) -> None:
+    x, expert_of = reference.quantize_per_token(torch.randn(4, 192)), routing("spread")
+    weight = stacked_integers(4, 33, 192, groups)
+    actual = integer_product(device, x, 3, weight, expert_of, torch.float32)
+    expected = experts_integer_linear(x, 3, expert_of, weight, torch.float32)
+    assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrq_vllm.checkpoint.affine import dequantize, quantize, token_step_and_zero_point
 from lrq_vllm.checkpoint.packing import pack, unpack
-from lrq_vllm.kernels import activation_quant, clipped_count, integer_gemm, ops, reference, weight_only_gemm
+from lrq_vllm.kernels import activation_quant, clipped_count, cpu_groups, integer_gemm, ops, reference, weight_only_gemm
 from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
 from tests.kernel_inputs import (
     DOT_DTYPES,
@@ -239,6 +239,34 @@ def test_integer_kernel_gives_the_bias_for_a_token_of_zeros(device: torch.device
     weight = weight_on(device, random_weight(bits, 5, 33))
     actual = integer_gemm.integer_linear(tokens_on(device, x), weight, bias.to(device), torch.float32)
     assert torch.equal(actual.cpu(), bias.expand(2, 5))
+
+
+@pytest.mark.parametrize("kernel", ["triton", "cpu"])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "out_features", "in_features", "groups"),
+    [(1, 33, 64, 2), (7, 96, 96, 3), (70, 65, 384, 3), (7, 33, 192, 2)],  # the last: groups of 96, no multiple of a block
+)
+def test_steps_for_groups_of_inputs_multiply_each_group_s_integer_sum(
+    device: torch.device, tokens: int, out_features: int, in_features: int, groups: int, has_bias: bool, kernel: str
+) -> None:
+    x = reference.quantize_per_token(torch.randn(tokens, in_features) * 3 + 0.3)
+    weight = random_weight(4, out_features, in_features, groups)
+    bias = torch.randn(out_features) if has_bias else None
+    if kernel == "triton":
+        on_device = None if bias is None else bias.to(device)
+        y = integer_gemm.integer_linear(tokens_on(device, x), weight_on(device, weight), on_device, torch.float32).cpu()
+    else:
+        centred = (unpack(weight.q, 4, in_features).unflatten(1, (groups, -1)) - weight.zero_point.unsqueeze(2)).to(torch.int8)
+        y = cpu_groups.grouped_linear(x, centred.transpose(0, 1), weight.step.T, bias, torch.float32)
+    step = weight.step.repeat_interleave(in_features // groups, dim=1).double()
+    zero_point = weight.zero_point.repeat_interleave(in_features // groups, dim=1)
+    w = step * (unpack(weight.q, 4, in_features) - zero_point)
+    x_hat = x.step.double() * (x.q.double() - x.zero_point)
+    wanted = x_hat @ w.T + (0 if bias is None else bias.double())
+    size = x_hat.abs() @ w.abs().T + 1
+    assert ((y.double() - wanted).abs() <= 1e-6 * size).all()
+    assert ((reference.integer_linear(x, weight, bias, torch.float32).double() - wanted).abs() <= 1e-6 * size).all()
 
 
 # --- the weight-only product ---

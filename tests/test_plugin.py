@@ -86,10 +86,14 @@ def test_a_layer_computes_what_the_reference_says(scheme: str, modules: dict[str
         check_agreement(y, loaded.expected(x, loaded.layer.bias), scheme, bias)
 
 
-def test_groups_of_inputs_are_served() -> None:
-    loaded = loaded_layer(manifest_for("w4a16", QKV, group_size=64))
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w4a4"])
+def test_groups_of_inputs_are_served(scheme: str) -> None:
+    loaded = loaded_layer(manifest_for(scheme, QKV, group_size=64))
     x = torch.randn(5, 256, dtype=torch.bfloat16)
-    check_agreement(loaded.layer(x), loaded.expected(x, None), "w4a16", False)
+    expected = loaded.expected(x, None)
+    check_agreement(loaded.layer(x), expected, scheme, False)
+    compiled = torch.compile(loaded.layer, fullgraph=True, dynamic=True)
+    assert (compiled(x).float() - expected.float()).norm() <= 4e-3 * expected.float().norm()
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])

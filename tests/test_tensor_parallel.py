@@ -73,7 +73,7 @@ KINDS = {
     "down": Kind(_down, _projections(MLP, down=(256, 384)), (None,), by_rows=True),
 }
 # Group sizes too, where a scheme has them, and one with a low-rank correction.
-FORMATS = [*((scheme, None) for scheme in SCHEMES), ("w4a16", 64), ("w3a16", 32), (CORRECTED, None)]
+FORMATS = [*((scheme, None) for scheme in SCHEMES), ("w4a16", 64), ("w3a16", 32), ("w4a8", 64), (CORRECTED, None)]
 CASES = [(kind, scheme, group) for kind in KINDS for scheme, group in FORMATS]
 
 

@@ -323,10 +323,8 @@ def _contradictions(manifest: Manifest, config: Mapping[str, Any]) -> list[str]:
     problems += [] if manifest.online_hadamard is None else manifest.online_hadamard.problems(manifest.quantized)
     size = manifest.weight.group_size
     if size is not None:
-        if manifest.activation is not None:
-            problems.append(
-                f"group_size {size} does not go with {manifest.scheme}, whose integer sums need one step per channel"
-            )
+        if manifest.weight.bits == 8:
+            problems.append(f"group_size {size} does not go with {manifest.scheme}: 8-bit weights have one step per channel")
         elif size <= 0 or size % GROUP_UNIT:
             problems.append(f"group_size {size} is no positive multiple of {GROUP_UNIT}")
         else:

@@ -21,6 +21,7 @@ from lrq_vllm.errors import CheckpointError, ModelFolderError, one_paragraph
 __all__ = [
     "ShardWriter",
     "TensorFolder",
+    "check_folder",
     "check_tensors",
     "is_weight_file",
     "read_config",
@@ -53,11 +54,18 @@ def is_weight_file(path: Path) -> bool:
     return path.name.endswith(_WEIGHT_SUFFIXES)
 
 
+def check_folder(folder: Path) -> None:
+    """Raises ModelFolderError if there is no such folder."""
+    if not folder.is_dir():
+        raise ModelFolderError(
+            f"{folder} is not a folder. Give the folder of a downloaded or quantized model (config.json and weights)."
+        )
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as a dictionary. Raises ModelFolderError if the folder or the file is missing or is no JSON object."""
     path = folder / CONFIG_NAME
-    if not folder.is_dir():
-        raise ModelFolderError(f"{folder} is not a folder. Give the folder of a downloaded model (config.json and weights).")
+    check_folder(folder)
     if not path.is_file():
         raise ModelFolderError(f"{folder} has no {CONFIG_NAME}. Give the folder of a Hugging Face model, downloaded whole.")
     try:
@@ -119,8 +127,7 @@ class TensorFolder:
             return file.get_tensor(name)
 
     def _files(self) -> list[Path]:
-        if not self.folder.is_dir():
-            raise ModelFolderError(f"{self.folder} is not a folder. Give the folder of a downloaded or quantized model.")
+        check_folder(self.folder)
         files = sorted(self.folder.glob("*.safetensors"))
         if files:
             return files

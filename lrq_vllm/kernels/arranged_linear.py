@@ -30,6 +30,8 @@ def why_not(device: torch.device, weight: WeightShape) -> str | None:
         return reason
     if torch.cuda.get_device_capability(device)[0] != 9:
         return "needs a GPU of the Hopper generation"
+    if weight.integer and weight.grouped:
+        return "integers with a step for each group of inputs have no such kernel"
     if (weight.bits, weight.integer) not in ((8, True), (4, True), (4, False), (3, False)):
         return f"{weight.bits}-bit weights with {8 if weight.integer else 16}-bit activations have no such kernel"
     if weight.in_features % 16 or weight.out_features % 8:

@@ -16,7 +16,8 @@ from torch import Tensor
 from lrq_vllm.kernels.expert_routes import Routes
 from lrq_vllm.kernels.integer_gemm import integer_tile
 from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
-from lrq_vllm.kernels.weight_only_gemm import block_of_inputs, weight_only_tile
+from lrq_vllm.kernels.triton_tiles import block_of_inputs
+from lrq_vllm.kernels.weight_only_gemm import weight_only_tile
 
 __all__ = ["Launch", "grouped_integer_linear", "grouped_weight_only_linear"]
 
@@ -68,14 +69,16 @@ def grouped_integer_linear(
     contiguous.
     """
     rows, in_features = x.q.shape
-    out_features = weight.step.shape[1]
+    out_features, groups = weight.step.shape[1], 1 if weight.step.dim() == 2 else weight.step.shape[2]
     y = torch.zeros((rows * slots_per_row, out_features), dtype=out_dtype, device=x.q.device)
     if len(y):
         launch = launch or _launch(routes, out_features, weight.bits)
         _grouped_integer_kernel[_grid(routes, out_features, launch)](
             x.q, x.step, x.zero_point, x.total, weight.q, weight.step, weight.zero_point, weight.total, y,
             routes.slots, routes.experts, len(y), out_features, in_features, slots_per_row, weight.q.shape[2],
-            BITS=weight.bits, BLOCK_T=routes.block, BLOCK_N=launch.outputs, BLOCK_K=launch.inputs,
+            in_features // groups, groups,
+            BITS=weight.bits, GROUPED=groups > 1, BLOCK_T=routes.block, BLOCK_N=launch.outputs,
+            BLOCK_K=block_of_inputs(in_features, groups, launch.inputs),
             num_warps=launch.warps, num_stages=launch.stages,
             enable_fp_fusion=False,  # the two steps are rounded one after the other, as in the reference
         )  # fmt: skip
@@ -118,8 +121,8 @@ def _grouped_weight_only_kernel(
 @triton.jit(do_not_specialize=["S", "slots_per_row"])
 def _grouped_integer_kernel(
     xq_ptr, xstep_ptr, xzero_ptr, xtotal_ptr, wq_ptr, wstep_ptr, wzero_ptr, wtotal_ptr, y_ptr, slots_ptr, experts_ptr,
-    S, N, K, slots_per_row, width,
-    BITS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    S, N, K, slots_per_row, width, group_size, groups,
+    BITS: tl.constexpr, GROUPED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     expert = tl.load(experts_ptr + tl.program_id(0)).to(tl.int64)
     if expert >= 0:
@@ -127,7 +130,8 @@ def _grouped_integer_kernel(
         slot_ok, n_ok = slot < S, n < N
         y = integer_tile(
             xq_ptr, xstep_ptr, xzero_ptr, xtotal_ptr, row, slot_ok,
-            wq_ptr, wstep_ptr, wzero_ptr, wtotal_ptr, expert * N + n, n_ok, K, width, BITS, BLOCK_K,
+            wq_ptr, wstep_ptr, wzero_ptr, wtotal_ptr, expert * N + n, n_ok,
+            K, width, group_size, groups, BITS, GROUPED, BLOCK_K,
         )  # fmt: skip
         _store(y_ptr, y, slot, slot_ok, n, n_ok, N)
 

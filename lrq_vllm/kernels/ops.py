@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.checkpoint import hadamard
-from lrq_vllm.kernels import reference
+from lrq_vllm.kernels import cpu_groups, reference
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape
 from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
 
@@ -16,6 +16,7 @@ __all__ = [
     "arranged_linear",
     "arranged_product",
     "count_clipped_",
+    "grouped_linear",
     "integer_linear",
     "quantize_input",
     "rotate",
@@ -61,6 +62,23 @@ def _(
     bias: Tensor | None, bits: int, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return torch.empty((x_q.shape[0], w_step.shape[0]), dtype=out_dtype, device=x_q.device)
+
+
+@torch.library.custom_op("lrq::grouped_linear", mutates_args=())
+def grouped_linear(
+    x_q: Tensor, x_step: Tensor, x_zero_point: Tensor, x_total: Tensor, centred: Tensor, step: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """kernels/cpu_groups.py: an op, so that a compiled graph does not hold every group's product apart."""
+    return cpu_groups.grouped_linear(QuantizedTokens(x_q, x_step, x_zero_point, x_total), centred, step, bias, dtype)
+
+
+@grouped_linear.register_fake
+def _(
+    x_q: Tensor, x_step: Tensor, x_zero_point: Tensor, x_total: Tensor, centred: Tensor, step: Tensor, bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return torch.empty((x_q.shape[0], step.shape[1]), dtype=dtype, device=x_q.device)
 
 
 @torch.library.custom_op("lrq::weight_only_linear", mutates_args=())

@@ -10,7 +10,8 @@ zero-points.
     y[t, n] = step_w[n] * step_x[t] * sum_k (q_w[n, k] - z_w[n]) * (q_x[t, k] - z_x[t])
 
 The sum is evaluated as  sum_k q_w q_x  -  z_x * sum_k (q_w - z_w)  -  z_w * sum_k q_x,  in integers: the only roundings
-are the quantization of x and the final conversion. Integer sums fit int32 for K <= 33,025.
+are the quantization of x and the final conversion. Integer sums fit int32 for K <= 33,025. Where groups of inputs have steps of
+their own, this is the sum of a group; groups are added as floats, each times its step_w.
 """
 
 from collections.abc import Sequence
@@ -86,13 +87,21 @@ class QuantizedTokens(NamedTuple):
 
 
 class IntegerWeight(NamedTuple):
-    """A weight as the integer kernels take it. ``bits`` is 8 (q is int8 [N, K]) or 4 (q is int32 words [N, ceil(K/8)])."""
+    """A weight as the integer kernels take it. ``bits`` is 8 (q is int8 [N, K]) or 4 (q is int32 words [N, ceil(K/8)]).
+
+    4-bit weights may have G groups of inputs; step, zero_point and total are [N, G] then.
+    """
 
     q: Tensor
     step: Tensor  # float32 [N]
     zero_point: Tensor  # int32 [N], on q's grid
-    total: Tensor  # int32 [N], sum over K of q - zero_point
+    total: Tensor  # int32 [N], sum over K, or over the group, of q - zero_point
     bits: int
+
+    @property
+    def groups(self) -> int:
+        """Of inputs that share a step; 1 for a step per channel."""
+        return 1 if self.step.dim() == 1 else self.step.shape[1]
 
 
 def quantize_input(x: Tensor, grid: InputGrid) -> QuantizedTokens:
@@ -148,24 +157,41 @@ def _shifted(q: Tensor, step: Tensor, zero_point: Tensor, shift: int = _SHIFT) -
 
 
 def integer_weight(qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, in_features: int) -> IntegerWeight:
-    """A stored weight (checkpoint layout, per channel) with the sums that the kernels need, computed once at load.
+    """A stored weight (checkpoint layout) with the sums that the kernels need, computed once at load.
 
-    qweight [N, packed_width(K)], step float32 [N, 1], zero_point uint8 [N, 1] on the unsigned grid.
+    qweight [N, packed_width(K)], step float32 [N, G], zero_point uint8 [N, G] on the unsigned grid; G is 1 for 8 bits.
     """
-    shift = _SHIFT if bits == 8 else 0
-    zero = zero_point.flatten().to(torch.int32)
-    total = unpack(qweight, bits, in_features).sum(dim=1, dtype=torch.int32) - in_features * zero
-    return IntegerWeight(qweight, step.flatten(), zero - shift, total, bits)
+    shift, groups = _SHIFT if bits == 8 else 0, step.shape[1]
+    zero = zero_point.to(torch.int32)
+    sums = unpack(qweight, bits, in_features).unflatten(1, (groups, -1)).sum(dim=2, dtype=torch.int32)
+    total = sums - in_features // groups * zero
+    if groups == 1:
+        step, zero, total = step.flatten(), zero.flatten(), total.flatten()
+    return IntegerWeight(qweight, step, zero - shift, total, bits)
 
 
 def integer_linear(x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """y [T, N] in ``out_dtype`` from integer activations and an integer weight; bias [N] is added in float32."""
     q_weight = weight.q if weight.bits == 8 else unpack(weight.q, weight.bits, x.q.shape[1])
     # float64 holds integers below 2^53 exactly.
-    products = x.q.double() @ q_weight.double().T
-    sums = products - x.zero_point.double() * weight.total.double() - weight.zero_point.double() * x.total.double()
-    y = sums.float() * x.step * weight.step
+    if weight.groups == 1:
+        products = x.q.double() @ q_weight.double().T
+        sums = products - x.zero_point.double() * weight.total.double() - weight.zero_point.double() * x.total.double()
+        y = sums.float() * x.step * weight.step
+    else:
+        y = _sum_of_groups(x, q_weight, weight).float() * x.step
     return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+def _sum_of_groups(x: QuantizedTokens, q_weight: Tensor, weight: IntegerWeight) -> Tensor:
+    """float64 [T, N]: over the groups, step_w times the group's integer sum."""
+    groups = weight.groups
+    total = torch.zeros((len(x.q), len(weight.step)), dtype=torch.float64, device=x.q.device)
+    for group, (tokens, part) in enumerate(zip(x.q.chunk(groups, dim=1), q_weight.chunk(groups, dim=1), strict=True)):
+        centred = part.double() - weight.zero_point[:, group, None].double()
+        sums = tokens.double() @ centred.T - x.zero_point.double() * weight.total[:, group].double()
+        total += sums * weight.step[:, group].double()
+    return total
 
 
 def add_low_rank(y: Tensor, x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -42,7 +42,7 @@ def experts_integer_linear(
         one = IntegerWeight(q[expert], step[expert], zero_point[expert], total[expert], bits)
         return integer_linear(tokens, one, None, out_dtype)
 
-    return _by_expert(product, slots_per_row, expert_of, weight.step.shape, out_dtype)
+    return _by_expert(product, slots_per_row, expert_of, weight.step.shape[:2], out_dtype)
 
 
 def _by_expert(

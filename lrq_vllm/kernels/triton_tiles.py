@@ -1,9 +1,15 @@
-"""What the Triton kernels share: rounding, and a tile of weight integers from the checkpoint's packed words."""
+"""What the Triton kernels share: rounding, blocks of inputs, and a tile of weight integers from the packed words."""
 
 import triton
 import triton.language as tl
 
-__all__ = ["load_weight_tile", "round_to_even"]
+__all__ = ["block_of_inputs", "load_weight_tile", "round_to_even"]
+
+
+def block_of_inputs(in_features: int, groups: int, most: int) -> int:
+    """The largest power of two up to ``most`` inputs that lie within one group."""
+    group_size = in_features // groups
+    return most if groups == 1 else min(most, group_size & -group_size)
 
 
 @triton.jit

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lrq_vllm.kernels.triton_tiles import load_weight_tile
+from lrq_vllm.kernels.triton_tiles import block_of_inputs, load_weight_tile
 
-__all__ = ["block_of_inputs", "weight_only_linear", "weight_only_tile"]
+__all__ = ["weight_only_linear", "weight_only_tile"]
 
 
 def weight_only_linear(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None) -> Tensor:
@@ -31,12 +31,6 @@ def weight_only_linear(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Ten
             BLOCK_T=block_t, BLOCK_N=64, BLOCK_K=block_of_inputs(in_features, groups, 64),
         )  # fmt: skip
     return y
-
-
-def block_of_inputs(in_features: int, groups: int, most: int) -> int:
-    """The largest power of two up to ``most`` inputs that lie within one group."""
-    group_size = in_features // groups
-    return most if groups == 1 else min(most, group_size & -group_size)
 
 
 @triton.jit

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     trial.add_argument("config", type=Path, metavar="CONFIG", help="config.json, or the folder that holds it")
     trial.add_argument("--scheme", choices=list(SCHEMES), default="w4a16", help="default: %(default)s")
     trial.add_argument("--method", choices=METHODS, help="default: lrq, but gptq for w4a4")
-    trial.add_argument("--group-size", type=int, metavar="N", help="a step per N inputs (16-bit activations)")
+    trial.add_argument("--group-size", type=int, metavar="N", help="a step per N inputs (weights of 4 bits and fewer)")
     trial.set_defaults(command=_try)
 
     evaluate = commands.add_parser("evaluate", help="perplexity, KL divergence and top-1 agreement on a text")

@@ -70,6 +70,8 @@ def why_not(manifest: Manifest) -> list[str]:
         problems.append(
             "it asks for 8-bit keys and values with a step for each token and head (--kv-bits 8), which has no name there"
         )
+    if manifest.activation is not None and manifest.weight.group_size is not None:
+        problems.append("its groups of inputs have steps of their own, which vLLM takes there with 16-bit activations only")
     if manifest.weight.bits == 8 and not manifest.weight.symmetric:
         problems.append("vLLM takes 8-bit weights only if they are symmetric there, and these are not (--symmetric makes such)")
     if _has_zero_points(manifest):

@@ -128,8 +128,8 @@ class QuantizeSettings:
         size = self.group_size
         if size is None:
             return []
-        if self.bits.activation is not None:
-            return [f"group-size is only served for 16-bit activations, not for {self.scheme} (one step per channel)"]
+        if self.bits.weight_bits == 8:
+            return [f"group-size goes with weights of 4 bits and fewer, not with {self.scheme} (one step per channel)"]
         if size <= 0 or size % GROUP_UNIT:
             return [f"group-size is {size}, but must be a multiple of {GROUP_UNIT}"]
         return []

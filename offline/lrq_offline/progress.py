@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -103,4 +104,4 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _short(value: Any) -> str:
-    return str(value)[:12] if isinstance(value, str) else str(value)
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}", r"\1", str(value))  # hashes

@@ -17,7 +17,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, help="default: lrq, but gptq for w4a4")
     parser.add_argument("--preset", choices=list(PRESETS), default="default", help="how long to learn (default: %(default)s)")
     parser.add_argument(
-        "--group-size", type=int, metavar="N", help="a step per N inputs (16-bit activations; default: a channel)"
+        "--group-size", type=int, metavar="N", help="a step per N inputs (4 bits and fewer; default: a channel)"
     )
     parser.add_argument("--symmetric", action="store_true", help="symmetric weights (default: asymmetric)")
     parser.add_argument(

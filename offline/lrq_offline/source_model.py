@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lrq_offline.decoder_blocks import FAMILIES, Family, block_names, empty_model, family_of
 from lrq_vllm.checkpoint.schema import TensorSpec
-from lrq_vllm.checkpoint.store import TensorFolder, read_config
+from lrq_vllm.checkpoint.store import TensorFolder, check_folder, read_config
 from lrq_vllm.errors import ModelFolderError, one_paragraph
 
 __all__ = ["SourceModel", "check_model_tensors", "load_tokenizer", "model_config"]
@@ -146,6 +146,7 @@ def _check_attention(config: PreTrainedConfig, folder: Path) -> None:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, without network and without the folder's own code. Raises ModelFolderError if it has none."""
+    check_folder(folder)
     from transformers import AutoTokenizer  # half a second that `plan` need not wait for
 
     try:
