@@ -4,8 +4,9 @@
     .venv/bin/python bench/correction.py small --text docs=docs.jsonl prose=prose.jsonl --out correction.json
 
 A cell is words joined by colons: a scheme and a method, then, where wanted, the correction's rank (10%), ``float`` (found with
-the float model's inputs), ``rounds=2``, ``rotate`` or ``no-rotate``, and ``svd``: in place of LRC's pair the one of that rank
-nearest to W - W_hat, beside the integers of the same cell without a correction. Evaluated by the reference path.
+the float model's inputs), ``rounds=2``, ``lr=0.002``, ``rotate`` or ``no-rotate``, and ``svd``: in place of LRC's pair the one
+of that rank nearest to W - W_hat, beside the integers of the same cell without a correction. With ``lrq`` a correction is
+learned. Evaluated by the reference path.
 """
 
 import argparse
@@ -49,6 +50,13 @@ CELLS = [
     "w4a8:gptq",
     "w4a8:gptq:2%",
 ]
+# Learning alone, and of scales and correction together, beside GPTQ's weight with the same correction.
+LEARNED_CELLS = [
+    f"{scheme}:{method}{rank}"
+    for scheme, ranks in (("w4a4", ("", ":10%")), ("w3a16", ("", ":5%", ":10%")), ("w4a8", ("", ":2%")))
+    for method in ("gptq", "lrq")
+    for rank in ranks
+]
 
 
 def main() -> None:
@@ -90,6 +98,7 @@ def main() -> None:
                 "correction_rank": settings.correction_rank,
                 "statistics": settings.correction_statistics if settings.corrects and not svd else None,
                 "rounds": settings.correction_rounds,
+                "learning_rate": report["settings"]["learning_rate"],
                 "bytes": manifest.quantized_bytes,
                 "correction_bytes": manifest.correction_bytes,
                 "float_bytes": report["quantized_linears"]["float_bytes"],
@@ -129,6 +138,8 @@ def settings_of(cell: str, arguments: argparse.Namespace) -> tuple[QuantizeSetti
             found["rotate"] = word == "rotate"
         elif word.startswith("rounds="):
             found["correction_rounds"] = int(word.removeprefix("rounds="))
+        elif word.startswith("lr="):
+            found["learning_rate"] = float(word.removeprefix("lr="))
         elif word != "svd":
             raise SystemExit(f"bench/correction.py: {word!r} in cell {cell} is not known")
     lengths = {"samples": arguments.samples, "seq_len": arguments.calibration_seq_len}
@@ -159,6 +170,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE", help="held-out texts")
     parser.add_argument("--cells", nargs="*", default=CELLS, metavar="CELL", help="default: %(default)s")
+    parser.add_argument(
+        "--learned", dest="cells", action="store_const", const=LEARNED_CELLS, help="the cells that learn instead"
+    )
     parser.add_argument("--calibration", help="default: what ships with lrq")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows (default: %(default)s)")
     parser.add_argument("--calibration-seq-len", type=int, default=256, help="tokens of each (default: %(default)s)")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.block_learning import LearningResult, learn_block, relative_error, run_block
+from lrq_offline.block_learning import LearningResult, LearningWindows, learn_block, relative_error, run_block
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.hidden_states import BatchFeeder, HiddenStates
 from lrq_offline.learned_scales import FlexRoundScale, LrqScale
@@ -51,7 +51,8 @@ def learn(
 ) -> LearningResult:
     chosen = QuantizeSettings("w4a16", **settings)
     generator = torch.Generator().manual_seed(seed)
-    return learn_block(block, states(inputs), states(targets), arguments or {}, chosen, rate, generator, torch.float32)
+    windows = LearningWindows.drawn(len(inputs), generator)
+    return learn_block(block, states(inputs), states(targets), arguments or {}, chosen, rate, windows, generator, torch.float32)
 
 
 def error_of(block: nn.Module, inputs: Tensor, targets: Tensor) -> float:

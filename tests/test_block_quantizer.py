@@ -13,14 +13,17 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from lrq_offline import stage_rounding
 from lrq_offline.affine import fake_quantize_per_token
-from lrq_offline.block_learning import run_block
+from lrq_offline.block_learning import LearningWindows, run_block
 from lrq_offline.block_quantizer import BlockQuantizer, QuantizedBlock
 from lrq_offline.config import METHODS, QuantizeSettings
 from lrq_offline.decoder_blocks import FAMILIES
 from lrq_offline.gptq import GptqResult, gptq
 from lrq_offline.hidden_states import HiddenStates
 from lrq_offline.learned_scales import FixedRounding
+from lrq_offline.low_rank_correction import Corrected, Moments
 from lrq_offline.quantized_block import FakeQuantizedLinear
+from lrq_offline.stage_rounding import in_cell, nearest
+from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 
 FAMILY = FAMILIES["llama"]
@@ -267,3 +270,125 @@ def test_a_layer_that_cannot_be_corrected_is_rounded_and_says_why(problem: Probl
     block, result = problem.quantize("w4a4", "gptq", rotate=False, correction_rank=8, damaged=damaged)
     assert all(linear.low_rank_u is None for linear in quantized_linears(block).values())
     assert {layer.fallback for layer in result.layers.values()} == {"its inputs hold NaN or infinite values"}
+
+
+# --- corrections that are learned ---
+
+LEARNED: dict[str, Any] = {"correction_rank": 6, "iters": 60, "learning_rate": 2e-3, "rotate": False}
+
+
+def other_inputs(problem: Problem) -> Tensor:
+    """X_q as bad blocks before would produce it: no layer's own best rounding or correction makes up for that."""
+    return problem.inputs + 0.3 * problem.inputs @ torch.randn(64, 64) / 8
+
+
+def factors_of(linear: FakeQuantizedLinear) -> tuple[Tensor, Tensor]:
+    assert linear.low_rank_u is not None and linear.low_rank_v is not None and linear.correction is None
+    return linear.low_rank_u, linear.low_rank_v
+
+
+@pytest.mark.parametrize("method", ["lrq", "flexround"])
+@pytest.mark.parametrize("scheme", ["w4a4", "w8a8", "w4a8", "w3a16"])
+def test_learning_with_a_correction_leaves_less_than_it_starts_with(problem: Problem, scheme: str, method: str) -> None:
+    block, result = problem.quantize(scheme, method, damaged=other_inputs(problem), **LEARNED)
+    assert result.learning.error_after < 0.98 * result.learning.error_before
+    assert all(layer.fallback is None for layer in result.layers.values())
+    for u, v in map(factors_of, quantized_linears(block).values()):
+        assert u.dtype == v.dtype == torch.bfloat16
+
+
+def test_learning_that_finds_nothing_better_keeps_gptq_and_its_correction(problem: Problem) -> None:
+    gptq_only, learned = (problem.quantize("w3a16", method, **LEARNED) for method in ("gptq", "lrq"))
+    assert learned[1].learning.error_after == learned[1].learning.error_before
+    assert learned[1].learning.error_after == pytest.approx(gptq_only[1].learning.error_after, rel=0.02)
+    # Sums over the windows in another order: a tie may go the other way.
+    for name, linear in quantized_linears(learned[0]).items():
+        integers = [layer.rounding.quantized()[0] for layer in (linear, quantized_linears(gptq_only[0])[name])]
+        assert (integers[0] != integers[1]).float().mean() < 0.01, name
+
+
+def test_the_correction_and_the_scale_both_learn(problem: Problem) -> None:
+    damaged = other_inputs(problem)
+    learned, start = (
+        quantized_linears(problem.quantize("w4a8", "lrq", damaged=damaged, **{**LEARNED, "learning_rate": rate})[0])
+        for rate in (2e-3, 1e-12)
+    )
+    for name, linear in learned.items():
+        assert not torch.equal(linear.rounding(), start[name].rounding()), name
+        after, before = (u.float() @ v.float().T for u, v in map(factors_of, (linear, start[name])))
+        assert (after - before).norm() > 0.02 * before.norm(), name
+
+
+def test_what_is_stored_of_a_learned_correction_gives_the_error_that_is_reported(problem: Problem) -> None:
+    damaged = other_inputs(problem)
+    block, result = problem.quantize("w4a8", "lrq", damaged=damaged, **LEARNED)
+    targets, outputs = problem.block(problem.inputs, **problem.arguments), block(damaged, **problem.arguments)
+    error = ((outputs - targets).square().sum() / targets.square().sum()).item()
+    assert error == pytest.approx(result.learning.error_after, rel=1e-3)
+
+
+def test_the_columns_of_a_learned_correction_come_in_the_order_of_what_they_add(problem: Problem) -> None:
+    damaged = other_inputs(problem)
+    block, _ = problem.quantize("w4a8", "lrq", damaged=damaged, **LEARNED)
+    seen: dict[str, Tensor] = {}
+    for name in FAMILY.linears:
+        block.get_submodule(name).register_forward_pre_hook(lambda module, x, name=name: seen.update({name: x[0]}))
+    block(damaged, **problem.arguments)
+    for name, linear in quantized_linears(block).items():
+        u, v = (factor.float() for factor in factors_of(linear))
+        inner = seen[name].flatten(0, 1) @ v
+        energy = inner.square().sum(dim=0)
+        torch.testing.assert_close(u.T @ u, torch.eye(6), rtol=0, atol=2e-2)
+        # What the columns add has nothing in common, which makes the first ones the best correction of their number.
+        common = inner.T @ inner - energy.diag()
+        assert common.abs().max() < 2e-2 * energy[0] and (energy[1:] < 1.01 * energy[:-1]).all(), name
+
+
+def test_a_correction_that_will_be_learned_is_found_without_the_held_out_windows(
+    problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = LearningWindows(torch.tensor([7, 1, 4, 0, 2, 5]), torch.tensor([6, 3]))
+    monkeypatch.setattr(LearningWindows, "drawn", lambda *arguments: windows)
+    original = stage_rounding.corrected
+    x = problem.block.input_layernorm(problem.inputs).double()
+    for method, rows in (("gptq", slice(None)), ("lrq", windows.learned_from)):
+        seen: list[Tensor] = []
+
+        def recorded(weight: Tensor, moments: Moments, *others: Any, seen: list[Tensor] = seen) -> Corrected | None:
+            seen.append(moments.xx)
+            return original(weight, moments, *others)
+
+        monkeypatch.setattr(stage_rounding, "corrected", recorded)
+        problem.quantize("w4a8", method, **{**LEARNED, "iters": 2})
+        expected = x[rows].flatten(0, 1).T @ x[rows].flatten(0, 1)
+        torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_weight_within_its_cells_rounds_to_the_integers_that_were_chosen(bits: int, groups: int) -> None:
+    weight = torch.randn(16, 32) * torch.logspace(-4, 4, 16).unsqueeze(1)
+    steps = search_steps(weight, bits, 32 // groups)
+    q = (nearest(weight, steps, bits).quantized()[0].int() + torch.randint(-2, 3, weight.shape)).clamp(0, 2**bits - 1)
+    chosen = FixedRounding(q.to(torch.uint8), steps)
+    moved = in_cell(weight, chosen)
+    assert torch.equal(nearest(moved, steps, bits).quantized()[0], chosen.quantized()[0])
+    step = steps.step.repeat_interleave(32 // groups, dim=1)
+    near = (weight - chosen()).abs() < 0.25 * step
+    torch.testing.assert_close(moved[near], weight[near])
+    assert near.any() and not near.all()
+
+
+def test_the_same_generator_gives_the_same_learned_correction(problem: Problem) -> None:
+    damaged = other_inputs(problem)
+    first, second = (quantized_linears(problem.quantize("w4a8", "lrq", damaged=damaged, **LEARNED)[0]) for _ in range(2))
+    for name, linear in first.items():
+        assert all(map(torch.equal, factors_of(linear), factors_of(second[name]))), name
+
+
+def test_inputs_with_nan_leave_a_block_without_a_learned_correction(problem: Problem) -> None:
+    damaged = problem.inputs.clone()
+    damaged[2] = torch.nan
+    block, result = problem.quantize("w4a8", "lrq", damaged=damaged, **LEARNED)
+    assert all(linear.low_rank_u is None and not list(linear.parameters()) for linear in quantized_linears(block).values())
+    assert result.learning.steps == 0

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lrq_offline import affine as twin
 from lrq_offline import fake_quant_activation_kernel as kernel
-from lrq_offline.affine import fake_quantize, fake_quantize_per_token
+from lrq_offline.affine import fake_quantize, fake_quantize_clipped, fake_quantize_per_token
 from lrq_offline.learned_scales import FixedRounding
 from lrq_offline.quantized_block import FakeQuantizedLinear, activation_quantizer
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint, token_step_and_zero_point
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint, clipped_token_step_and_zero_point, token_step_and_zero_point
 from lrq_vllm.checkpoint.schema import ActivationFormat
 from tests.formulas import straight_through_round
 
@@ -106,6 +106,20 @@ def test_values_and_gradients_are_those_of_the_formula_with_rounding_passed_stra
     assert torch.equal(got, upstream * (wanted != 0))
 
 
+@pytest.mark.parametrize("kind", INPUTS)
+def test_clipped_tokens_are_those_of_the_formula_and_what_is_cut_off_takes_no_gradient(kind: str) -> None:
+    x, clip = made(kind, (9, 65), torch.float32).requires_grad_(), torch.tensor([0.6])
+    step, zero_point = clipped_token_step_and_zero_point(x.detach(), clip, 4)
+    q = (straight_through_round(x / step) + zero_point).clamp(0, 15)
+    expected, found = step * (q - zero_point), fake_quantize_clipped(x, clip, 4)
+    assert torch.equal(found, expected)
+    upstream = torch.randn_like(x)
+    (wanted,), (got,) = (torch.autograd.grad(y, x, upstream) for y in (expected, found))
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+    if kind == "random":
+        assert 0 < (got == 0).float().mean() < 1
+
+
 def test_an_input_of_any_shape_and_layout_keeps_its_shape() -> None:
     x = torch.randn(2, 5, 3, 8).transpose(1, 2)
     per_row = torch.stack([fake_quantize_per_token(row, 8) for row in x.reshape(-1, 8)]).view(2, 3, 5, 8)
@@ -184,6 +198,14 @@ def test_the_kernel_rounds_as_its_twin_does(
 def test_the_kernel_rounds_to_any_number_of_bits_as_its_twin_does(bits: int, static: bool, device: torch.device) -> None:
     quantizer = StepAndZeroPoint(torch.tensor([0.4]), torch.tensor([1.0])) if static else None
     assert_kernel_is_twin(made("random", (33, 96), torch.float32), quantizer, bits, device)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_kernel_takes_a_step_for_each_token_as_its_twin_does(shape: tuple[int, int], device: torch.device) -> None:
+    x = made("random", shape, torch.float32)
+    assert_kernel_is_twin(x, clipped_token_step_and_zero_point(x, torch.tensor([0.6]), 4), 4, device)
+    uneven = StepAndZeroPoint(torch.rand(len(x), 1) + 0.1, torch.randint(0, 16, (len(x), 1)).float())
+    assert_kernel_is_twin(x, uneven, 4, device)
 
 
 @pytest.mark.parametrize("quantizer", [STATIC[8], None], ids=["static", "per_token"])

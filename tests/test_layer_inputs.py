@@ -34,7 +34,7 @@ ARGUMENTS = {"shift": torch.tensor(3.0)}
 def test_observers_see_every_token_in_order_in_float32(hidden: HiddenStates, dtype: torch.dtype) -> None:
     block = Block()
     seen: dict[str, list[Tensor]] = {"first": [], "second": []}
-    watch_inputs(block, hidden, ARGUMENTS, {name: tensors.append for name, tensors in seen.items()}, 3, dtype)
+    watch_inputs(block, hidden, ARGUMENTS, {name: tensors.append for name, tensors in seen.items()}, hidden.slices(3), dtype)
     assert [len(x) for x in seen["first"]] == [15, 15, 5]
     assert all(x.dtype == torch.float32 and not x.requires_grad for tensors in seen.values() for x in tensors)
     tokens = hidden.stored.float().flatten(0, 1)
@@ -47,7 +47,7 @@ def test_observers_see_every_token_in_order_in_float32(hidden: HiddenStates, dty
 
 def test_observers_compute_in_float32_also_where_products_do_not(hidden: HiddenStates) -> None:
     products: list[Tensor] = []
-    watch_inputs(Block(), hidden, ARGUMENTS, {"first": lambda x: products.append(x.T @ x)}, 7, torch.bfloat16)
+    watch_inputs(Block(), hidden, ARGUMENTS, {"first": lambda x: products.append(x.T @ x)}, hidden.slices(7), torch.bfloat16)
     tokens = hidden.stored.float().flatten(0, 1)
     assert products[0].dtype == torch.float32 and torch.equal(products[0], tokens.T @ tokens)
 
@@ -59,7 +59,7 @@ def test_a_block_is_left_without_observers_even_when_one_fails(hidden: HiddenSta
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        watch_inputs(block, hidden, ARGUMENTS, {"first": fail}, 3, torch.float32)
+        watch_inputs(block, hidden, ARGUMENTS, {"first": fail}, hidden.slices(3), torch.float32)
     block(hidden.get(slice(0, 1)).float(), **ARGUMENTS)
 
 

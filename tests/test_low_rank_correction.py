@@ -11,7 +11,16 @@ from torch import Tensor
 from lrq_offline.affine import fake_quantize_clipped
 from lrq_offline.gptq import gptq
 from lrq_offline.learned_scales import FixedRounding
-from lrq_offline.low_rank_correction import LowRankPair, Moments, MomentSums, best_pair, corrected, first_pair, objective
+from lrq_offline.low_rank_correction import (
+    LowRankPair,
+    Moments,
+    MomentSums,
+    best_pair,
+    by_energy,
+    corrected,
+    first_pair,
+    objective,
+)
 from lrq_offline.stage_rounding import nearest
 from lrq_offline.step_search import search_steps
 
@@ -162,6 +171,29 @@ def test_directions_without_energy_are_zero() -> None:
     pair = best_pair(matrix, torch.eye(6, dtype=torch.float64), 3)
     assert torch.isfinite(pair.u).all() and torch.isfinite(pair.v).all()
     torch.testing.assert_close(pair.u @ pair.v.T, matrix)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 6)], ids=["wide", "tall"])
+def test_a_pair_in_the_order_of_its_energy_is_the_same_product_with_the_best_first_columns(shape: tuple[int, int]) -> None:
+    _, x, _ = problem(*shape)
+    u, v = (torch.randn(size, 4, dtype=torch.float64) for size in shape)
+    z, moment = x.double() @ v, x.double().T @ x.double()
+    found, expected = by_energy(LowRankPair(u, v), z.T @ z), best_pair(u @ v.T, moment, 4)
+    torch.testing.assert_close(found.u @ found.v.T, u @ v.T)
+    torch.testing.assert_close(found.u.T @ found.u, torch.eye(4, dtype=torch.float64))
+    for rank in range(1, 5):
+        first = [pair.u[:, :rank] @ pair.v[:, :rank].T for pair in (found, expected)]
+        torch.testing.assert_close(*first)
+
+
+def test_columns_that_add_nothing_come_last() -> None:
+    u, v = torch.randn(6, 3, dtype=torch.float64), torch.randn(8, 3, dtype=torch.float64)
+    v[:, 0] = 0
+    x = torch.randn(40, 8, dtype=torch.float64)
+    found = by_energy(LowRankPair(u, v), (x @ v).T @ (x @ v))
+    assert all(torch.isfinite(factor).all() for factor in (found.u, found.v))
+    torch.testing.assert_close(found.v[:, 2], torch.zeros(8, dtype=torch.float64))
+    torch.testing.assert_close(found.u @ found.v.T, u @ v.T)
 
 
 # --- rounds ---

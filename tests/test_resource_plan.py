@@ -10,10 +10,12 @@ from transformers import Gemma2Config, LlamaConfig
 
 from lrq_offline.attention import plain_attention
 from lrq_offline.cli import main
-from lrq_offline.compute import Machine
+from lrq_offline.compute import Machine, product_dtype
 from lrq_offline.config import PRESETS, QuantizeSettings
 from lrq_offline.decoder_blocks import empty_model
-from lrq_offline.resource_plan import plan_run, step_memory
+from lrq_offline.pipeline import open_source
+from lrq_offline.resource_plan import block_flops, plan_run, step_memory
+from lrq_offline.run_manifest import manifest_of
 from tests.checkpoints import TINY
 
 MEASURED = Path(__file__).parent.parent / "bench" / "results" / "learning-speed-h200.json"
@@ -93,6 +95,26 @@ def test_methods_that_learn_nothing_need_less_memory_and_time() -> None:
     rounded = plan_run(TINY, QuantizeSettings("w4a16", method="rtn"), Machine("cpu"))
     assert rounded.host_bytes < learned.host_bytes
     assert replace(rounded, minutes=0, host_bytes=0) == replace(learned, minutes=0, host_bytes=0)
+
+
+def test_a_correction_that_is_learned_is_planned_for() -> None:
+    def needed(method: str, rank: int | None) -> tuple[int, float]:
+        settings = QuantizeSettings("w4a16", method, correction_rank=rank, iters=500)
+        plan = plan_run(TINY, settings, Machine("cpu"))
+        source = open_source(TINY, settings)
+        return plan.host_bytes, block_flops(source, manifest_of(source.config, settings), settings)
+
+    plain, corrected, larger = (needed("lrq", rank) for rank in (None, 8, 16))
+    extra = [needed("gptq", rank) for rank in (8, 16)]
+    assert plain < corrected < larger
+    # Of a block: U and V and what learning keeps of them, in float32 five times and once for the products.
+    sides = 2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 768)
+    assert larger[0] - corrected[0] - (extra[1][0] - extra[0][0]) == 8 * sides * (
+        5 * 4 + product_dtype(torch.device("cpu")).itemsize
+    )
+    # Forwards and backwards, over the tokens of every step.
+    steps = 500 * 6 * 2 * 512 * 8 * sides
+    assert larger[1] - corrected[1] - (extra[1][1] - extra[0][1]) == pytest.approx(steps)
 
 
 def test_the_command_prints_a_line_for_each_need(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 CORRECTED = {"scheme": "w4a4", "method": "gptq", "correction_rank": 8, "correction_statistics": "float"}
 
 
-@pytest.fixture(scope="module", params=[{"scheme": "w4a8"}, {"scheme": "w8a8"}, CORRECTED], ids=["w4a8", "w8a8", "w4a4"])
+LEARNED = {"scheme": "w4a4", "method": "lrq", "correction_rank": 8}
+
+
+@pytest.fixture(
+    scope="module", params=[{"scheme": "w4a8"}, {"scheme": "w8a8"}, CORRECTED, LEARNED], ids=["w4a8", "w8a8", "w4a4", "learned"]
+)
 def settings(request: pytest.FixtureRequest) -> QuantizeSettings:
     return replace(SETTINGS, **request.param)
 

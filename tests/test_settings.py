@@ -81,10 +81,7 @@ def test_settings_alone_learn_as_the_default_preset_says() -> None:
 # --- corrections and rotations ---
 
 
-def test_nothing_learns_with_clipped_activations_and_the_default_method_knows() -> None:
-    for method in ("lrq", "flexround"):
-        with pytest.raises(SettingsError, match=f"method {method} does not learn with clipped activations"):
-            QuantizeSettings(CLIPPED, method)
+def test_the_default_method_of_clipped_activations_is_gptq() -> None:
     assert {scheme: default_method(scheme) for scheme in SCHEMES} == dict.fromkeys(SCHEMES, "lrq") | {CLIPPED: "gptq"}
 
 
@@ -112,12 +109,20 @@ def test_a_rank_that_is_none_is_refused(rank: int | str) -> None:
         QuantizeSettings("w4a8", "gptq", correction_rank=rank)
 
 
-def test_a_correction_is_not_learned() -> None:
-    with pytest.raises(SettingsError, match="correction-rank does not go with method lrq"):
-        QuantizeSettings("w4a8", "lrq", correction_rank="10%")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_correction_goes_with_every_method_and_scheme(scheme: str, method: str) -> None:
+    assert QuantizeSettings(scheme, method, correction_rank="10%", rotate=False).corrects
 
 
 # --- what the rate and the rank are ---
+
+
+@pytest.mark.parametrize("method", ["lrq", "flexround"])
+def test_a_correction_is_learned_at_a_quarter_of_the_rate_unless_a_rate_is_given(method: str) -> None:
+    alone, joint = (QuantizeSettings("w4a8", method, correction_rank=rank) for rank in (None, 8))
+    assert joint.rate(1024) == alone.rate(1024) / 4
+    assert QuantizeSettings("w4a8", method, correction_rank=8, learning_rate=0.01).rate(1024) == 0.01
 
 
 def test_learning_rates_of_lrq_grow_for_narrow_models() -> None:

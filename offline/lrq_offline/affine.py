@@ -13,13 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrq_vllm.checkpoint.affine import (
-    StepAndZeroPoint,
-    clipped_token_step_and_zero_point,
-    dequantize,
-    quantize,
-    token_step_and_zero_point,
-)
+from lrq_vllm.checkpoint.affine import StepAndZeroPoint, clipped_token_step_and_zero_point, token_step_and_zero_point
 
 __all__ = ["FakeQuantized", "backward", "fake_quantize", "fake_quantize_clipped", "fake_quantize_per_token", "forward"]
 
@@ -43,13 +37,9 @@ def fake_quantize_per_token(x: Tensor, bits: int, dtype: torch.dtype = torch.flo
 
 
 def fake_quantize_clipped(x: Tensor, clip: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x_hat in ``dtype`` with a symmetric step for each row of x [..., in], from its largest magnitude times ``clip`` [1].
-
-    Without gradients: no method learns with it.
-    """
+    """x_hat in ``dtype`` with a symmetric step for each row of x [..., in], from its largest magnitude times ``clip`` [1]."""
     rows = x.detach().reshape(-1, x.shape[-1])
-    step, zero_point = clipped_token_step_and_zero_point(rows, clip, bits)
-    return dequantize(quantize(rows, step, zero_point, bits), step, zero_point).to(dtype).view(x.shape)
+    return _fake_quantize(x, clipped_token_step_and_zero_point(rows, clip, bits), bits, dtype)
 
 
 def _fake_quantize(x: Tensor, quantizer: StepAndZeroPoint | None, bits: int, dtype: torch.dtype) -> Tensor:
@@ -88,7 +78,7 @@ def _implementation(x: Tensor) -> _Implementation:
 def forward(
     x: Tensor, quantizer: StepAndZeroPoint | None, bits: int, dtype: torch.dtype, *, with_inside: bool
 ) -> FakeQuantized:
-    """x_hat in ``dtype`` for x [tokens, in]; without a quantizer, each token gets its own."""
+    """x_hat in ``dtype`` for x [tokens, in]. quantizer: of one element, or [tokens, 1]; None makes each token its own."""
     step, zero_point = token_step_and_zero_point(x, bits) if quantizer is None else quantizer
     unclamped = (x.float() / step).round_().add_(zero_point)
     if not with_inside:

@@ -23,7 +23,7 @@ from lrq_offline.learning_step import LearningStep
 from lrq_offline.quantized_block import held_weights
 from lrq_offline.ranks import ONE_RANK, Ranks
 
-__all__ = ["LearningCurve", "LearningResult", "learn_block", "relative_error", "run_block"]
+__all__ = ["LearningCurve", "LearningResult", "LearningWindows", "learn_block", "relative_error", "run_block"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,23 @@ class LearningResult:
     steps: int
     seconds_per_step: float
     curve: LearningCurve
+
+
+@dataclass(frozen=True)
+class LearningWindows:
+    """Which windows are learned from, and which only say how well that went: int64 indices, in random order.
+
+    One in sixteen is held out, and none of so few that each is needed for learning.
+    """
+
+    learned_from: Tensor
+    held_out: Tensor
+
+    @classmethod
+    def drawn(cls, samples: int, generator: torch.Generator) -> "LearningWindows":
+        """Of as many windows."""
+        order, held_out = torch.randperm(samples, generator=generator), samples // _HELD_OUT_SHARE
+        return cls(order[held_out:], order[:held_out])
 
 
 @torch.no_grad()
@@ -96,15 +113,16 @@ def learn_block(
     arguments: dict[str, Any],
     settings: QuantizeSettings,
     rate: float,
+    windows: LearningWindows,
     generator: torch.Generator,
     dtype: torch.dtype,
     ranks: Ranks = ONE_RANK,
 ) -> LearningResult:
     """Learn every parameter of ``block`` that wants a gradient, in place; with none this only measures the error.
 
-    inputs, targets: X_q and block_fp(X) of this rank's windows; a batch is that of all ranks together. Scales that
-    renew their factors do so after each check. If no state was better than the first, the block is put back to where it
-    started.
+    inputs, targets: X_q and block_fp(X) of this rank's windows, ``windows`` which of them are learned from; a batch is that of
+    all ranks together. Scales that renew their factors do so after each check. If no state was better than the first, the block
+    is put back to where it started.
     """
     batch_size = settings.batch_size // ranks.size
     everything = list(torch.arange(len(inputs)).split(batch_size))
@@ -112,10 +130,8 @@ def learn_block(
     before = relative_error(block, inputs, targets, arguments, everything, dtype, ranks)
     if not parameters or not math.isfinite(before):
         return LearningResult(before, before, 0, 0.0, LearningCurve())
-    order = torch.randperm(len(inputs), generator=generator)
-    held_out, learned_from = order[: _held_out_samples(len(inputs))], order[_held_out_samples(len(inputs)) :]
-    batches = _batches(learned_from, settings.iters, batch_size, generator)
-    checked = list((held_out if len(held_out) else learned_from).split(batch_size))
+    batches = _batches(windows.learned_from, settings.iters, batch_size, generator)
+    checked = list((windows.held_out if len(windows.held_out) else windows.learned_from).split(batch_size))
     scale = _mean_square(targets, ranks)
     step = LearningStep(
         block, parameters, BatchFeeder(inputs, targets, batches), arguments,
@@ -154,7 +170,7 @@ def learn_block(
     best.restore()
     after = relative_error(block, inputs, targets, arguments, everything, dtype, ranks)
     if best.is_first:
-        logger.warning("learning did not lower the error of %.3g: the block keeps round-to-nearest", before)
+        logger.warning("learning did not lower the error of %.3g: the block stays as it began", before)
     return LearningResult(before, after, taken, seconds / taken, curve)
 
 
@@ -182,11 +198,6 @@ class _BestState:
 
     def restore(self) -> None:
         torch._foreach_copy_(self._tensors, self._values)
-
-
-def _held_out_samples(samples: int) -> int:
-    """One window in sixteen, and none of so few that each is needed for learning."""
-    return samples // _HELD_OUT_SHARE
 
 
 def _mean_square(states: HiddenStates, ranks: Ranks) -> float:

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lrq_offline.activation_ranges import best_clip, best_range
-from lrq_offline.block_learning import LearningResult, learn_block
+from lrq_offline.block_learning import LearningResult, LearningWindows, learn_block
 from lrq_offline.compute import served_in
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import Family
 from lrq_offline.expert_tokens import TOO_FEW, lend_samples, short_of_tokens
 from lrq_offline.hidden_states import HiddenStates
 from lrq_offline.input_rotation import InputRotation
-from lrq_offline.layer_inputs import InputSample, sample_inputs
+from lrq_offline.layer_inputs import InputSample, sample_inputs, watch_inputs
 from lrq_offline.learned_scales import FlexRoundScale, LearnedRounding, LrqScale, Rounding
+from lrq_offline.low_rank_correction import MomentSums, by_energy
 from lrq_offline.quantized_block import (
     ActivationQuantizer,
     activation_quantizer,
@@ -29,7 +30,7 @@ from lrq_offline.quantized_block import (
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.sharded_rounding import ShardedRounding
 from lrq_offline.smoothquant import SharedHeads, divide_output, multiply_input, smoothing_scale
-from lrq_offline.stage_rounding import StageRounding, nearest, steps_of
+from lrq_offline.stage_rounding import RoundedLayer, StageRounding, nearest, steps_of
 from lrq_offline.weight_transfers import transfers_between
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 
@@ -98,10 +99,13 @@ class BlockQuantizer:
         ranges, clips = self._ranges(block, samples), self._clips(block, samples)
         activations = self._activations(ranges, clips)
         rounding = StageRounding(self.settings, self.family, self.dtype, served_in(self.config), self.ranks)
+        # A correction fits the windows that it is found with best: those that say how well a block learns must be new to it.
+        windows = LearningWindows.drawn(len(inputs), generator) if self.settings.learns and self.settings.corrects else None
+        batches = list(inputs.slices(self._batch_size)) if windows is None else windows.learned_from.split(self._batch_size)
         moments = None
         if usable and float_inputs is not None:
             quantizers = {group[0]: _in_float32(activations[group[0]]) for group in self.family.linear_groups}
-            moments = rounding.moments(block, quantizers, float_inputs, arguments)
+            moments = rounding.moments(block, quantizers, float_inputs, arguments, batches)
         linears = {name: _linear(block, name) for name in self.family.linears}
         weights = {name: linear.weight.detach() for name, linear in linears.items()}
         steps = {name: steps_of(weight, self.settings) for name, weight in weights.items()}
@@ -114,13 +118,13 @@ class BlockQuantizer:
         fallbacks = {name: TOO_FEW if name in short else None for name in weights}
         if not usable:
             fallbacks = dict.fromkeys(weights, "its inputs hold NaN or infinite values")
-        if usable:
-            if self.settings.method == "gptq" or self.settings.corrects:
-                fallbacks |= rounding(block, weights, steps, inputs, arguments, short, moments)
-            if self.settings.learns:
-                learned = {name: weight for name, weight in weights.items() if name not in short}
-                for name, learned_rounding in self._learned_roundings(learned, steps, generator).items():
-                    quantized_linear(block, name).rounding = learned_rounding
+        in_stages: Mapping[str, RoundedLayer] = {}
+        if usable and (self.settings.method == "gptq" or self.settings.corrects):
+            in_stages = rounding(block, weights, steps, inputs, arguments, batches, short, moments)
+            fallbacks |= {name: layer.fallback for name, layer in in_stages.items()}
+        if usable and self.settings.learns:
+            learned = {name: weight for name, weight in weights.items() if name not in short}
+            self._begin_learning(block, learned, steps, in_stages, generator)
         learning = learn_block(
             block,
             inputs,
@@ -128,11 +132,13 @@ class BlockQuantizer:
             arguments,
             self.settings,
             self.settings.rate(self.config.hidden_size),
+            windows or LearningWindows.drawn(len(inputs), generator),
             generator,
             self.dtype,
             self.ranks,
         )
         fix_weights(block, self.dtype)
+        self._fix_corrections(block, inputs, arguments)
         layers = {}
         for name, weight in weights.items():
             linear = quantized_linear(block, name)
@@ -142,6 +148,11 @@ class BlockQuantizer:
             layers[name] = LayerReport(before[name], after, fallbacks[name])
         return QuantizedBlock(ranges, clips, learning, layers)
 
+    @property
+    def _batch_size(self) -> int:
+        """Windows of this rank at once."""
+        return self.settings.batch_size // self.ranks.size
+
     def _samples(
         self, block: nn.Module, inputs: HiddenStates, arguments: dict[str, Any], generator: torch.Generator
     ) -> dict[str, InputSample]:
@@ -149,7 +160,7 @@ class BlockQuantizer:
         places = {group[0]: self.family.seen_at(group) for group in self.family.linear_groups}
         samples = sample_inputs(
             block, inputs, arguments, list(places.values()), _SAMPLED_TOKENS,
-            generator, self.settings.batch_size // self.ranks.size, self.dtype, self.ranks,
+            generator, self._batch_size, self.dtype, self.ranks,
         )  # fmt: skip
         return {first: samples[place] for first, place in places.items()}
 
@@ -211,6 +222,23 @@ class BlockQuantizer:
         rule = self.settings.bits.activation
         return {name: activation_quantizer(rule, ranges.get(name), clips.get(name)) for name in self.family.linears}
 
+    def _begin_learning(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, Tensor],
+        steps: Mapping[str, StepAndZeroPoint],
+        in_stages: Mapping[str, RoundedLayer],
+        generator: torch.Generator,
+    ) -> None:
+        """Make these layers learn; one with a correction learns that too, and to round what was rounded beside it."""
+        targets = {name: layer.target for name, layer in in_stages.items() if layer.target is not None}
+        steps_of_targets = {name: quantized_linear(block, name).rounding.quantized()[1] for name in targets}
+        roundings = self._learned_roundings({**weights, **targets}, {**steps, **steps_of_targets}, generator)
+        for name, rounding in roundings.items():
+            quantized_linear(block, name).rounding = rounding
+        for name in targets:
+            quantized_linear(block, name).learn_correction()
+
     def _learned_roundings(
         self, weights: Mapping[str, Tensor], steps: Mapping[str, StepAndZeroPoint], generator: torch.Generator
     ) -> Mapping[str, Rounding]:
@@ -228,6 +256,28 @@ class BlockQuantizer:
             rank, renews = min(rank, *weight.shape), self.settings.renews
             learned = LrqScale(own, own_steps, bits, rank, generator, self.dtype, renews=renews, ranks=self.ranks)
         return learned if self.ranks.size == 1 else ShardedRounding(learned, self.ranks)
+
+    def _fix_corrections(self, block: nn.Module, inputs: HiddenStates, arguments: dict[str, Any]) -> None:
+        """What learned corrections have become, in the order of what their columns add to outputs, and in 16 bits."""
+        layers = {name: quantized_linear(block, name) for name in self.family.linears}
+        pairs = {name: layer.correction.pair() for name, layer in layers.items() if layer.correction is not None}
+        if not pairs:
+            return
+        inner = {name: MomentSums() for name in pairs}
+
+        def observer(name: str) -> Callable[[Tensor], None]:
+            def observe(x: Tensor) -> None:
+                z = x.double() @ pairs[name].v
+                inner[name](z, z)
+
+            return observe
+
+        observers = {name: observer(name) for name in pairs}
+        watch_inputs(block, inputs, arguments, observers, inputs.slices(self._batch_size), self.dtype)
+        stored = served_in(self.config)
+        for name, pair in pairs.items():
+            ordered = by_energy(pair, inner[name].value(self.ranks).xx)
+            layers[name].correct(ordered.u.to(stored), ordered.v.to(stored), self.dtype)
 
     def _output_error(self, block: nn.Module, name: str, weight: Tensor, samples: Mapping[str, InputSample]) -> float:
         """|W_hat x + U V^T x - W x|^2 / |W x|^2 over the sampled tokens x; with a correction, W_hat Q(x)."""

@@ -31,7 +31,7 @@ def forward(
     if tokens:
         _forward_kernel[(triton.cdiv(tokens, rows), triton.cdiv(in_features, columns))](
             x, step, zero_point, x_hat, None if inside is None else inside.view(torch.uint8),
-            tokens, in_features, x.stride(0), x.stride(1),
+            tokens, in_features, x.stride(0), x.stride(1), 1 if step is not None and step.numel() == tokens else 0,
             LEVELS=2**bits - 1, ROWS=rows, COLUMNS=columns,
             num_warps=min(rows * columns // _ELEMENTS_PER_WARP, _MOST_WARPS), enable_fp_fusion=False,
         )  # fmt: skip
@@ -67,7 +67,7 @@ def _round(u):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, step_ptr, zero_ptr, x_hat_ptr, inside_ptr, tokens, in_features, stride_t, stride_k,
+    x_ptr, step_ptr, zero_ptr, x_hat_ptr, inside_ptr, tokens, in_features, stride_t, stride_k, stride_step,
     LEVELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -75,8 +75,8 @@ def _forward_kernel(
     mask = (row < tokens) & (column < in_features)
     x = tl.load(x_ptr + row * stride_t + column * stride_k, mask=mask, other=0.0).to(tl.float32)
     if step_ptr is not None:
-        step = tl.load(step_ptr)
-        zero = tl.load(zero_ptr)
+        step = tl.load(step_ptr + row * stride_step, mask=row < tokens, other=1.0)
+        zero = tl.load(zero_ptr + row * stride_step, mask=row < tokens, other=0.0)
     else:
         # The padding zeros change nothing: the range is widened to hold 0 in any case.
         low = tl.minimum(tl.min(x, axis=1, keep_dims=True), 0.0)

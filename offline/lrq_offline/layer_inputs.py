@@ -20,10 +20,10 @@ def watch_inputs(
     hidden: HiddenStates,
     arguments: dict[str, Any],
     observers: Mapping[str, Callable[[Tensor], None]],
-    batch_size: int,
+    batches: Iterable[slice | Tensor],
     dtype: torch.dtype,
 ) -> None:
-    """Run ``block`` over ``hidden`` and give each observer its layer's inputs, float32 [tokens, in], batch by batch."""
+    """Run ``block`` over these batches of ``hidden`` and give each observer its layer's inputs, float32 [tokens, in]."""
 
     def hook(observe: Callable[[Tensor], None]) -> Callable[..., None]:
         def called(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -34,7 +34,7 @@ def watch_inputs(
 
     hooks = [block.get_submodule(name).register_forward_pre_hook(hook(observe)) for name, observe in observers.items()]
     try:
-        for rows in hidden.slices(batch_size):
+        for rows in batches:
             block_output(block, hidden.get(rows), arguments, dtype)
     finally:
         for handle in hooks:
@@ -115,7 +115,7 @@ def sample_inputs(
     """Layer name -> a sample of its inputs over the windows of all ranks, for the layers in ``names``."""
     calls = -(-len(hidden) // batch_size) * ranks.size
     samples = {name: InputSample(calls, wanted, generator) for name in names}
-    watch_inputs(block, hidden, arguments, samples, batch_size, dtype)
+    watch_inputs(block, hidden, arguments, samples, hidden.slices(batch_size), dtype)
     for sample in samples.values():
         sample.share(ranks)
     return samples

@@ -24,7 +24,17 @@ from torch import Tensor
 from lrq_offline.learned_scales import FixedRounding
 from lrq_offline.ranks import ONE_RANK, Ranks
 
-__all__ = ["Corrected", "LowRankPair", "MomentSums", "Moments", "best_pair", "corrected", "first_pair", "objective"]
+__all__ = [
+    "Corrected",
+    "LowRankPair",
+    "MomentSums",
+    "Moments",
+    "best_pair",
+    "by_energy",
+    "corrected",
+    "first_pair",
+    "objective",
+]
 
 _REGULARIZATION = 0.01
 
@@ -84,8 +94,12 @@ class LowRankPair:
 
 @dataclass(frozen=True)
 class Corrected:
-    """The best round: rounded weight and pair. objectives: relative to || W X ||^2, of each round in turn."""
+    """The best round: the weight that was rounded, float32, what came of it, and the pair.
 
+    objectives: relative to || W X ||^2, of each round in turn.
+    """
+
+    target: Tensor
     rounding: FixedRounding
     pair: LowRankPair
     objectives: tuple[float, ...]
@@ -108,13 +122,13 @@ def corrected(
     best, objectives = None, []
     scale = float((wide @ regular.xx * wide).sum())
     for _ in range(rounds):
-        target = _divided((wide - pair.u @ pair.v.T) @ regular.xy, lower_y)
-        rounding = rounded(target.float())
+        target = _divided((wide - pair.u @ pair.v.T) @ regular.xy, lower_y).float()
+        rounding = rounded(target)
         w_hat = rounding().double()
         pair = best_pair(wide - _divided(w_hat @ regular.xy.T, lower_x), regular.xx, rank)
         objectives.append(objective(wide, regular, w_hat, pair) / scale)
         if objectives[-1] == min(objectives):
-            best = rounding, pair
+            best = target, rounding, pair
     assert best is not None, "at least one round"
     return Corrected(*best, tuple(objectives))
 
@@ -143,6 +157,17 @@ def best_pair(matrix: Tensor, moment: Tensor, rank: int) -> LowRankPair:
     usable = energy > torch.finfo(energy.dtype).eps * in_features * energy[0]
     u = outputs @ (directions * torch.where(usable, energy, torch.inf).rsqrt())
     return LowRankPair(u, matrix.T @ u)
+
+
+def by_energy(pair: LowRankPair, inner: Tensor) -> LowRankPair:
+    """The same product U V^T, as orthonormal columns U in the order of what they add; inner: sum of z z^T, z = V^T x [k, k].
+
+    What :func:`best_pair` would make of M = U V^T, without a matrix of the layer's size: the first columns of it are the best
+    of their number.
+    """
+    basis, triangle = torch.linalg.qr(pair.u)
+    turn = torch.linalg.eigh(triangle @ inner @ triangle.T).eigenvectors.flip(1)
+    return LowRankPair(basis @ turn, pair.v @ triangle.T @ turn)
 
 
 def objective(weight: Tensor, moments: Moments, w_hat: Tensor, pair: LowRankPair | None = None) -> float:

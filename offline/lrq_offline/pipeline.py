@@ -26,6 +26,7 @@ from lrq_offline.rank_processes import started_ranks
 from lrq_offline.rotated_source import RotatedSource
 from lrq_offline.rotation import rotation_of
 from lrq_offline.run_manifest import manifest_of
+from lrq_offline.scheme_advice import scheme_warnings
 from lrq_offline.source_model import SourceModel, load_tokenizer
 from lrq_offline.stored_block import block_tensors
 from lrq_vllm.checkpoint.golden import write_golden
@@ -81,7 +82,8 @@ def quantize_model(
     texts = read_texts(settings.calibration or shipped_calibration(), tokenizer)
     windows = token_windows(tokenizer, texts, settings.samples, settings.seq_len)
     unseen = read_texts(evaluation, tokenizer) if evaluation else []
-    warnings = lint_texts(texts, tokenizer, samples=settings.samples, seq_len=settings.seq_len, evaluation=unseen)
+    warnings = scheme_warnings(settings)
+    warnings += lint_texts(texts, tokenizer, samples=settings.samples, seq_len=settings.seq_len, evaluation=unseen)
     for warning in warnings:
         on_warning(warning)
     with new_folder(output, restart=restart) as folder:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lrq_offline.affine import fake_quantize, fake_quantize_clipped, fake_quantize_per_token
+from lrq_offline.learned_correction import LearnedCorrection
 from lrq_offline.learned_scales import FixedRounding, Rounding
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 from lrq_vllm.checkpoint.schema import ActivationFormat
@@ -44,7 +45,7 @@ def activation_quantizer(
 class FakeQuantizedLinear(nn.Module):
     """y = Q(x) W_hat^T + bias, where ``rounding`` gives W_hat and Q is the activations' fake quantizer (None: x as is).
 
-    With a correction, + (x V) U^T for U [out, k] and V [in, k], which are buffers.
+    With a correction, + (x V) U^T for U [out, k] and V [in, k]: the buffers, or what ``correction`` has while it learns.
     """
 
     bias: Tensor | None
@@ -58,13 +59,20 @@ class FakeQuantizedLinear(nn.Module):
         self.register_buffer("low_rank_u", None)
         self.register_buffer("low_rank_v", None)
         self.activation = activation
+        self.correction: LearnedCorrection | None = None
         self._held: Tensor | None = None
         self._factors: tuple[Tensor, Tensor] | None = None
 
     def correct(self, u: Tensor, v: Tensor, dtype: torch.dtype) -> None:
         """Add U and V, in the 16 bits that they are stored in; ``dtype``: of the products with them."""
-        self.low_rank_u, self.low_rank_v = u, v
-        self._factors = u.to(dtype), v.T.to(dtype)
+        self.low_rank_u, self.low_rank_v, self.correction = u, v, None
+        self._factors = u.to(dtype), v.to(dtype)
+
+    def learn_correction(self) -> None:
+        """Let U and V, where there are any, be learned from here on, until :meth:`correct` says what they have become."""
+        if self._factors is not None:
+            assert self.low_rank_u is not None and self.low_rank_v is not None
+            self.correction = LearnedCorrection(self.low_rank_u, self.low_rank_v, self._factors[0].dtype)
 
     def hold_weight(self, held: bool) -> None:
         """Compute W_hat once, without gradients, and use it until it is let go."""
@@ -80,10 +88,11 @@ class FakeQuantizedLinear(nn.Module):
         weight = self.rounding() if self._held is None else self._held
         # Autocast to that dtype then finds nothing left to do, which saves a pass over x.
         y = nn.functional.linear(self.quantized_input(x, weight.dtype), weight, self.bias)
-        if self._factors is None:
+        factors = self._factors if self.correction is None else self.correction.factors()
+        if factors is None:
             return y
-        u, transposed_v = self._factors
-        return y + nn.functional.linear(nn.functional.linear(x.to(u.dtype), transposed_v), u)
+        u, v = factors
+        return y + nn.functional.linear(nn.functional.linear(x.to(u.dtype), v.T), u)
 
 
 @contextmanager

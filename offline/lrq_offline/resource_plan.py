@@ -87,6 +87,10 @@ def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, confi
         # W_hat, S2's matrix and the gradients of both; the weight under earlier factors, and its best values.
         total += elements * 2 * (dtype.itemsize + (4 if rank is None else dtype.itemsize))
         total += elements * 2 * dtype.itemsize if settings.renews else 0
+    if settings.learns and settings.corrects:
+        # U and V as the other parameters, and the float32 weight that is rounded beside them.
+        corrected = sum(settings.correction_rank_of(shape) * sum(shape) for shape in shapes)
+        total += corrected * (5 * 4 + dtype.itemsize) + 4 * elements
     if settings.corrects:
         # Moments in float64: three of each input (of one after the other, or of all at once). While one is solved: regularized,
         # their Cholesky factors and what is divided by them, and a few matrices of the layer's size.
@@ -108,19 +112,20 @@ def block_flops(source: SourceModel, manifest: Manifest, settings: QuantizeSetti
     """Of learning or correcting one block and of the passes over it. Of experts a token is multiplied by those it meets."""
     experts, config = source.family.experts, source.config
     met = 1.0 if experts is None else getattr(config, experts.choices) / source.family.expert_count
-    elements = per_token = 0.0
+    elements = per_token = beside = 0.0
     for name, (rows, columns) in list(manifest.quantized.items())[: len(source.family.linears)]:
         elements += rows * columns
+        beside += settings.correction_rank_of((rows, columns)) * (rows + columns) if settings.corrects else 0
         per_token += rows * columns * (met if experts is not None and f".{experts.module}." in name else 1)
     rank = min(settings.matrix_rank(config.hidden_size) or 0, config.hidden_size)
-    step = 6 * (per_token * settings.batch_size * settings.seq_len + elements * rank)
+    step = 6 * ((per_token + beside) * settings.batch_size * settings.seq_len + elements * rank)
     steps, tokens = settings.iters if settings.learns else 0, settings.samples * settings.seq_len
     moments = 0.0
     if settings.corrects:
         # Three moments of each input, in float64: two products' worth of time each, if not more.
         inputs = [manifest.quantized[f"{source.block_names[0]}.{group[0]}"][1] for group in source.family.linear_groups]
         moments = sum(3 * 2 * 2 * tokens * columns**2 for columns in inputs)
-    return steps * step + _PASSES * 2 * per_token * tokens + moments
+    return steps * step + _PASSES * 2 * (per_token + beside) * tokens + moments
 
 
 def _flops_per_second(device: torch.device) -> float:

@@ -52,7 +52,7 @@ def _add_correction(parser: argparse.ArgumentParser) -> None:
     default = QuantizeSettings("w4a16")
     parser.add_argument(
         "--correction-rank", type=_correction_rank, metavar="K",
-        help="rank of a 16-bit correction of each layer: a number, or a share of its smaller side such as 10%% (gptq, rtn)",
+        help="rank of a 16-bit correction of each layer: a number, or a share of its smaller side such as 10%%",
     )  # fmt: skip
     parser.add_argument(
         "--correction-statistics",

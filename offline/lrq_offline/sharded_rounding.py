@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from lrq_offline.learned_correction import LearnedCorrection
 from lrq_offline.learned_scales import LearnedRounding, Rounding
 from lrq_offline.ranks import Ranks
 from lrq_offline.weight_transfers import transfers_between
@@ -120,13 +121,20 @@ def start_weights(block: nn.Module) -> None:
 
 
 def finish_backward(block: nn.Module) -> None:
-    """After the backward pass of ``block``: from each sharded weight to its parameters, and wait for the processes' sums."""
+    """After the backward pass of ``block``: from each sharded weight to its parameters, and wait for the processes' sums.
+
+    Where no weight is sharded there is nothing to do.
+    """
     roundings = _sharded(block)
     for rounding in reversed(roundings):
         rounding.finish_backward()
     for rounding in reversed(roundings):
         rounding.take_factor_gradient()
+    if not roundings:
+        return
     shared = [parameter.grad for rounding in roundings for parameter in rounding.own.shared_parameters()]
+    corrections = [module for module in block.modules() if isinstance(module, LearnedCorrection)]
+    shared += [parameter.grad for correction in corrections for parameter in correction.parameters()]
     gradients = [gradient for gradient in shared if gradient is not None]
     if gradients:
         total = roundings[0].ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))

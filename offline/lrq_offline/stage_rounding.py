@@ -4,7 +4,7 @@ By GPTQ, and with a low-rank correction by whatever rounds: low_rank_correction.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,23 @@ from lrq_offline.ranks import Ranks
 from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, quantize
 
-__all__ = ["StageRounding", "nearest", "steps_of"]
+__all__ = ["RoundedLayer", "StageRounding", "in_cell", "nearest", "steps_of"]
 
 logger = logging.getLogger(__name__)
 
+# Of a step. Half of one would leave the weights that GPTQ moved at the edge of their cells, where any change undoes it.
+_HALF_CELL = 0.25
 _NOT_INVERTED = "its inputs' Hessian could not be inverted"
+
+
+@dataclass(frozen=True)
+class RoundedLayer:
+    """fallback: why a layer was rounded to nearest instead; None if it was not. target: beside a correction that is going to be
+    learned, the weight [out, in] whose rounding to nearest is what came of it; float32.
+    """
+
+    fallback: str | None
+    target: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,34 +59,36 @@ class StageRounding:
         steps: Mapping[str, StepAndZeroPoint],
         inputs: HiddenStates,
         arguments: dict[str, Any],
+        batches: Sequence[slice | Tensor],
         short: frozenset[str],
         moments: Mapping[str, Moments] | None = None,
-    ) -> dict[str, str | None]:
+    ) -> dict[str, RoundedLayer]:
         """Round the layers of ``block``, which compute with fake-quantized inputs already, in place.
 
-        moments: for corrections, by the first layer of each group; None takes them of the quantized block itself. Returns by
-        layer that is not ``short`` of tokens: why it was rounded to nearest instead (None: it was not).
+        batches: the rows of ``inputs`` that are looked at. moments: for corrections, by the first layer of each group; None
+        takes them of the quantized block itself. Returns what became of each layer that is not ``short`` of tokens.
         """
-        fallbacks: dict[str, str | None] = {}
+        layers: dict[str, RoundedLayer] = {}
         for stage in self.family.stages:
             groups = [group for group in stage if not short.issuperset(group)]
             if self.settings.corrects:
                 quantizers = {group[0]: quantized_linear(block, group[0]).quantized_input for group in groups}
-                found = moments or self.moments(block, quantizers, inputs, arguments)
+                found = moments or self.moments(block, quantizers, inputs, arguments, batches)
                 for group in groups:
                     for name in group:
-                        fallbacks[name] = self._correct(block, name, weights[name], found[group[0]])
+                        layers[name] = self._correct(block, name, weights[name], found[group[0]])
                 continue
             totals = {group[0]: HessianSum() for group in groups}
-            self._watch(block, inputs, arguments, {name: _shown(block, name, total) for name, total in totals.items()})
+            observers = {name: _shown(block, name, total) for name, total in totals.items()}
+            watch_inputs(block, inputs, arguments, observers, batches, self.dtype)
             for group in groups:
                 hessian = totals[group[0]].value(self.ranks)
                 for name in group:
                     result = gptq(weights[name], hessian, steps[name], self.settings.bits.weight_bits)
                     logger.info("%s: GPTQ with damping %s", name, result.damping)
                     quantized_linear(block, name).rounding = FixedRounding(result.q, steps[name], self.dtype)
-                    fallbacks[name] = None if result.damping is not None else _NOT_INVERTED
-        return fallbacks
+                    layers[name] = RoundedLayer(None if result.damping is not None else _NOT_INVERTED)
+        return layers
 
     def moments(
         self,
@@ -82,6 +96,7 @@ class StageRounding:
         quantizers: Mapping[str, Callable[[Tensor], Tensor]],
         inputs: HiddenStates,
         arguments: dict[str, Any],
+        batches: Iterable[slice | Tensor],
     ) -> dict[str, Moments]:
         """Of what ``block`` gives some layers for ``inputs``, and of what their quantizers, by the same names, make of it."""
         totals = {name: MomentSums() for name in quantizers}
@@ -89,17 +104,17 @@ class StageRounding:
         def observer(name: str) -> Callable[[Tensor], None]:
             return lambda x: totals[name](x, quantizers[name](x))
 
-        self._watch(block, inputs, arguments, {name: observer(name) for name in totals})
+        watch_inputs(block, inputs, arguments, {name: observer(name) for name in totals}, batches, self.dtype)
         return {name: total.value(self.ranks) for name, total in totals.items()}
 
-    def _correct(self, block: nn.Module, name: str, weight: Tensor, moments: Moments) -> str | None:
+    def _correct(self, block: nn.Module, name: str, weight: Tensor, moments: Moments) -> RoundedLayer:
         layer, settings = quantized_linear(block, name), self.settings
         bits = settings.bits.weight_bits
         dampings: list[float | None] = []
 
         def rounded(target: Tensor) -> FixedRounding:
             own_steps = steps_of(target, settings)
-            if settings.method != "gptq":
+            if settings.method != "gptq" and not settings.learns:
                 return nearest(target, own_steps, bits)
             result = gptq(target, moments.yy.float(), own_steps, bits)
             dampings.append(result.damping)
@@ -107,20 +122,19 @@ class StageRounding:
 
         result = corrected(weight, moments, settings.correction_rank_of(weight.shape), rounded, settings.correction_rounds)
         if result is None:
-            return _NOT_INVERTED
+            return RoundedLayer(_NOT_INVERTED)
         logger.info("%s: corrected, relative error on calibration data %s", name, result.objectives)
         layer.rounding = FixedRounding(*result.rounding.quantized(), self.dtype)
         layer.correct(result.pair.u.to(self.factor_dtype), result.pair.v.to(self.factor_dtype), self.dtype)
-        return _NOT_INVERTED if None in dampings else None
+        learned = in_cell(result.target, result.rounding) if settings.learns else None
+        return RoundedLayer(_NOT_INVERTED if None in dampings else None, learned)
 
-    def _watch(
-        self,
-        block: nn.Module,
-        inputs: HiddenStates,
-        arguments: dict[str, Any],
-        observers: Mapping[str, Callable[[Tensor], None]],
-    ) -> None:
-        watch_inputs(block, inputs, arguments, observers, self.settings.batch_size // self.ranks.size, self.dtype)
+
+def in_cell(weight: Tensor, rounding: FixedRounding) -> Tensor:
+    """The weight [out, in] that is nearest to ``weight`` among those which, rounded to nearest, give the same integers."""
+    q, (step, _) = rounding.quantized()
+    half = step.repeat_interleave(q.shape[1] // step.shape[1], dim=1) * _HALF_CELL
+    return rounding() + (weight - rounding()).clamp(-half, half)
 
 
 def steps_of(weight: Tensor, settings: QuantizeSettings) -> StepAndZeroPoint:
