@@ -335,20 +335,20 @@ class LearnedLinear(nn.Module):
         return nn.functional.linear(x, self.rounding())
 
 
-def test_renewed_factors_learn_more_than_their_rank_holds() -> None:
-    # Inputs that go together: for independent ones round-to-nearest is the best there is.
+def test_renewed_factors_reach_a_matrix_of_more_than_their_rank() -> None:
+    # Inputs that go together: for independent ones round-to-nearest is the best there is. What renewing is worth is noise at this
+    # size; bench/quality.py measures it.
     weight, inputs = torch.randn(16, 32), torch.randn(8, 40, 8) @ torch.randn(8, 32)
-    targets, errors = inputs @ weight.T, []
+    targets = inputs @ weight.T
     for renews in (False, True):
         block = LearnedLinear(weight, renews=renews)
         result = learn(block, inputs, targets, rate=0.02, iters=300, weight_decay=0.0)
         assert result.error_after == pytest.approx(error_of(block, inputs, targets), rel=1e-4)
-        errors.append(result.error_after)
+        assert result.error_after < 0.75 * result.error_before
         factors = block.rounding.log_scale().matrix
         assert factors is not None
         matrix = (weight / block.rounding.weight).log() + factors
         assert (torch.linalg.matrix_rank(matrix, atol=1e-3) > 2) == renews
-    assert errors[1] < 0.97 * errors[0]
 
 
 def test_losses_are_divided_by_the_scale_and_land_at_their_step() -> None:
