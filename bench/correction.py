@@ -50,12 +50,11 @@ CELLS = [
     "w4a8:gptq",
     "w4a8:gptq:2%",
 ]
-# Learning alone, and of scales and correction together, beside GPTQ's weight with the same correction.
+# GPTQ with a correction, scales and the same correction learned together, and scales alone.
 LEARNED_CELLS = [
-    f"{scheme}:{method}{rank}"
-    for scheme, ranks in (("w4a4", ("", ":10%")), ("w3a16", ("", ":5%", ":10%")), ("w4a8", ("", ":2%")))
-    for method in ("gptq", "lrq")
-    for rank in ranks
+    f"{scheme}:{method}"
+    for scheme, ranks in (("w4a4", ["10%"]), ("w3a16", ["5%", "10%"]), ("w4a8", ["2%"]))
+    for method in [f"{one}:{rank}" for rank in ranks for one in ("gptq", "lrq")] + ["lrq"]
 ]
 
 
