@@ -336,8 +336,8 @@ class LearnedLinear(nn.Module):
 
 
 def test_renewed_factors_reach_a_matrix_of_more_than_their_rank() -> None:
-    # Inputs that go together: for independent ones round-to-nearest is the best there is. What renewing is worth is noise at this
-    # size; bench/quality.py measures it.
+    # Inputs that go together: for independent ones round-to-nearest is the best there is. What renewing is worth is noise at
+    # this size; bench/quality.py measures it.
     weight, inputs = torch.randn(16, 32), torch.randn(8, 40, 8) @ torch.randn(8, 32)
     targets = inputs @ weight.T
     for renews in (False, True):
