@@ -214,4 +214,6 @@ def test_vllm_s_own_layer_computes_what_the_reference_says(
     if layer.bias is not None:
         expected += layer.bias.float()
     # bfloat16 keeps 8 bits of a sum to which a bias is added; without one the integers are the same, and so are the bits.
-    assert (layer(x).float() - expected).norm() <= 4e-3 * expected.norm()
+    # Without bfloat16 instructions vLLM's weight-only product rounds on the way too.
+    rounded_once = manifest.activation is not None or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    assert (layer(x).float() - expected).norm() <= (4e-3 if rounded_once else 8e-3) * expected.norm()
