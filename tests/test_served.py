@@ -25,7 +25,7 @@ from lrq_offline.source_model import load_tokenizer
 from lrq_server.vllm_process import VllmServer, start_vllm, vllm_command
 from lrq_vllm.vllm_environment import serving_environment
 from tests.checkpoints import FAMILIES, HELDOUT, QUICK, SCHEMES, TINY, Checkpoints, with_16_bit_steps, write_random_model
-from tests.vllm_layers import EXACT_BYTES
+from tests.vllm_layers import EXACT_BYTES, ROUNDS_ONCE
 
 pytestmark = [
     pytest.mark.server,
@@ -188,14 +188,15 @@ def test_schemes_and_families_compute_in_the_engine_as_the_reference_path_does(
 def test_an_export_is_served_without_the_plugin_as_the_reference_path_computes(
     scheme: str, exported: dict[str, tuple[Path, Path]], served_exports: dict[str, Served]
 ) -> None:
-    assert_agreement(exported[scheme][0], served_exports[scheme])
+    rounds_once = ROUNDS_ONCE or scheme == "w8a8"
+    assert_agreement(exported[scheme][0], served_exports[scheme], MEAN_DIFFERENCE * (1 if rounds_once else 2))
 
 
-def assert_agreement(folder: Path, answer: Served) -> None:
+def assert_agreement(folder: Path, answer: Served, mean_difference: float = MEAN_DIFFERENCE) -> None:
     agreement = agreement_with_reference(folder, answer.prompts, answer.log_probabilities, answer.continuations)
     print(f"{folder.name}: {agreement}")
     assert answer.continuations.shape == (PROMPTS, NEW_TOKENS)
-    assert agreement.mean_difference <= MEAN_DIFFERENCE
+    assert agreement.mean_difference <= mean_difference
     assert agreement.greedy_agreement >= GREEDY_AGREEMENT
 
 

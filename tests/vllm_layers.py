@@ -20,6 +20,9 @@ from lrq_vllm.vllm_world import vllm_world
 # Where vLLM's own product of bytes is wrong, which the plugin avoids (integer_backends.OneDnnBackend).
 EXACT_BYTES = pytest.mark.skipif(not _multiplies_bytes_exactly(), reason="oneDNN's sums saturate on this CPU, without VNNI")
 
+# Without such instructions vLLM's own weight-only product rounds on the way too.
+ROUNDS_ONCE = torch.cpu.get_capabilities().get("avx512_bf16", False)
+
 INTEGERS = [name for name, scheme in SCHEMES.items() if scheme.activation is not None]
 """The schemes whose products are sums of integers, equal to the bit."""
 
