@@ -22,9 +22,8 @@ class IntegerTokens(NamedTuple):
     q: Tensor  # int8 [T, K], contiguous; K a multiple of 16
     kind: InputKind
     step: Tensor  # float32: of each token; if STATIC [1], the calibrated one
-    zero_point: (
-        Tensor  # PER_TOKEN: int32, of each token, on q's grid; STATIC: uint8 [1], the calibrated one; CLIPPED: none is read
-    )
+    # PER_TOKEN: int32, of each token, on q's grid; STATIC: uint8 [1], the calibrated one; CLIPPED: none is read
+    zero_point: Tensor
     total: Tensor | None  # int32, of each token: sum over K of q; few tokens need none
     dtype: torch.dtype  # of the product
 
