@@ -51,7 +51,8 @@ def main() -> None:
     compile_all(arguments.schemes, device)
     layers: list[dict[str, Any]] = []
     timings: list[dict[str, Any]] = []
-    about = {"device": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat()}
+    gpu = torch.cuda.get_device_name()
+    about = {"device": gpu, "date": datetime.date.today().isoformat()}
     for scheme in arguments.schemes:
         for outputs, inputs in arguments.layers:
             weights = random_weights(SCHEMES[scheme]._replace(out_features=outputs, in_features=inputs), device)
@@ -64,12 +65,13 @@ def main() -> None:
                     {"scheme": scheme, "out_features": outputs, "in_features": inputs, "tokens": tokens, "us": cells}
                 )
             choices = chosen(found)
-            layers.append({"scheme": scheme, "out_features": outputs, "in_features": inputs, "choices": choices})
+            layer = {"gpu": gpu, "scheme": scheme, "out_features": outputs, "in_features": inputs, "choices": choices}
+            layers.append(layer)
             print(scheme, f"{outputs}x{inputs}", *(f"{most}:{tile}" for most, tile in choices), flush=True)
             arguments.timings.write_text(json.dumps({**about, "unit": "microseconds, median", "rows": timings}) + "\n")
     known = json.loads(arguments.table.read_text())["layers"] if arguments.table.exists() else []
     tuned = [place_of(layer) for layer in layers]
-    arguments.table.write_text(table_text(about, [layer for layer in known if place_of(layer) not in tuned] + layers))
+    arguments.table.write_text(table_text([layer for layer in known if place_of(layer) not in tuned] + layers))
 
 
 def parsed() -> argparse.Namespace:
@@ -156,17 +158,17 @@ def chosen(found: list[tuple[int, dict[Tile | None, float]]]) -> list[tuple[int 
 
 
 def place_of(layer: dict[str, Any]) -> tuple[Any, ...]:
-    return layer["scheme"], layer["out_features"], layer["in_features"]
+    return layer["gpu"], layer["scheme"], layer["out_features"], layer["in_features"]
 
 
 def name_of(tile: Tile | None) -> str:
     return "stream" if tile is STREAM else "/".join(map(str, tile))
 
 
-def table_text(about: dict[str, str], layers: list[dict[str, Any]]) -> str:
+def table_text(layers: list[dict[str, Any]]) -> str:
     """JSON with a line for each layer."""
     lines = ",\n".join(f"  {json.dumps(layer)}" for layer in layers)
-    return json.dumps(about)[:-1] + ', "layers": [\n' + lines + "\n]}\n"
+    return '{"layers": [\n' + lines + "\n]}\n"
 
 
 if __name__ == "__main__":

@@ -159,16 +159,17 @@ def test_more_tokens_than_a_kernel_takes_have_no_plan() -> None:
 # --- which kernel ---
 
 
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "another"])
 @pytest.mark.parametrize(
     ("bits", "integer", "grouped"), [*((*kind, False) for kind in KINDS), (4, False, True), (3, False, True)]
 )
-def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: bool, grouped: bool) -> None:
+def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: bool, grouped: bool, gpu: str) -> None:
     for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336), (512, 512), (8192, 28672)):
         shape = WeightShape(bits, integer, rows, columns, grouped)
-        limits = [most for most, _ in hopper_table.choices(shape)]
+        limits = [most for most, _ in hopper_table.choices(shape, gpu)]
         assert limits[-1] is None and limits[:-1] == sorted(set(limits[:-1]))
         for tokens in (1, 2, 17, 33, 100, 1000, 100_000):
-            tile = hopper_table.chosen(tokens, shape)
+            tile = hopper_table.chosen(tokens, shape, gpu)
             if tile is STREAM:
                 assert tokens <= stream_linear.MOST_TOKENS
             else:
@@ -178,7 +179,9 @@ def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: b
 
 def test_a_layer_that_was_not_measured_takes_the_choices_of_the_most_similar_one() -> None:
     for near, known in (((6144, 4000), (6144, 4096)), ((30000, 5000), (28672, 4096)), ((5120, 27648), (4096, 14336))):
-        assert hopper_table.choices(WeightShape(4, True, *near)) == hopper_table.choices(WeightShape(4, True, *known))
+        for gpu in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+            expected = hopper_table.choices(WeightShape(4, True, *known), gpu)
+            assert hopper_table.choices(WeightShape(4, True, *near), gpu) == expected
 
 
 # --- a layer of a served model ---

@@ -65,7 +65,8 @@ def prepare(weight: WeightShape, dtype: torch.dtype, device: torch.device, kind:
     cannot record compiling.
     """
     sources = set(quantize_tokens.sources(weight.in_features, dtype, kind)) if weight.integer else set()
-    for tokens in (*range(1, stream_linear.MOST_TOKENS + 1), *(most + 1 for most, _ in choices(weight) if most is not None)):
+    limits = [most for most, _ in choices(weight, cuda_kernel.gpu_name(device)) if most is not None]
+    for tokens in (*range(1, stream_linear.MOST_TOKENS + 1), *(most + 1 for most in limits)):
         for given in {stream_linear.read_as(tokens, weight, kind), Input.QUANTIZED if weight.integer else Input.AS_IT_IS}:
             tile = _tile(tokens, weight, device, given)
             if tile is STREAM:
@@ -81,7 +82,7 @@ def _plan(tile: Tile, weight: WeightShape, dtype: torch.dtype) -> tile_linear.Pl
 
 
 def _tile(tokens: int, weight: WeightShape, device: torch.device, x: Input) -> Tile | None:
-    tile = chosen(tokens, weight)
+    tile = chosen(tokens, weight, cuda_kernel.gpu_name(device))
     if tile is STREAM and not stream_linear.takes(tokens, weight, device, x):
         return Tile(16 if tokens <= 16 else 32, blocks=2)
     return tile

@@ -113,6 +113,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def gpu_name(device: torch.device) -> str:
+    """As the driver calls it, such as NVIDIA H200."""
+    return torch.cuda.get_device_name(device)
+
+
 @lru_cache(maxsize=65536)
 def boxes(
     start: int, rows: int, row_bytes: int, box: tuple[int, int], *, stride: int | None = None, swizzled: bool = False

@@ -1,6 +1,7 @@
 """Which of the kernels for Hopper GPUs is the fastest for a layer and a number of tokens: measured, hopper_table.json.
 
-bench/tune_hopper.py writes the table. Layers that it does not know take the plans of the most similar one.
+bench/tune_hopper.py writes the table, for the GPU that it runs on. Layers that it does not know take the plans of the most
+similar one, and GPUs that it does not know those of any.
 """
 
 import json
@@ -27,16 +28,17 @@ STREAM = None
 """In place of a tile: stream_linear."""
 
 
-def chosen(tokens: int, weight: WeightShape) -> Tile | None:
-    """The tile for so many tokens, or STREAM."""
-    return next(tile for most, tile in choices(weight) if most is None or tokens <= most)
+def chosen(tokens: int, weight: WeightShape, gpu: str) -> Tile | None:
+    """The tile for so many tokens, or STREAM. gpu: its name."""
+    return next(tile for most, tile in choices(weight, gpu) if most is None or tokens <= most)
 
 
 @cache
-def choices(weight: WeightShape) -> list[tuple[int | None, Tile | None]]:
+def choices(weight: WeightShape, gpu: str) -> list[tuple[int | None, Tile | None]]:
     """Up to how many tokens (None: any number) which kernel is the fastest; the numbers rise."""
     measured = [layer for layer in _table() if layer["scheme"] == weight.scheme]
-    nearest = min(measured, key=lambda layer: _distance(weight, layer["out_features"], layer["in_features"]))
+    on_such = [layer for layer in measured if layer["gpu"] == gpu] or measured
+    nearest = min(on_such, key=lambda layer: _distance(weight, layer["out_features"], layer["in_features"]))
     return [(most, STREAM if tile == "stream" else Tile(*tile)) for most, tile in nearest["choices"]]
 
 

@@ -16,13 +16,13 @@
 // STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns), and the macros of tile_linear._wgmma_macros. hopper.cuh and
 // weight_chunk.cuh come before.
 
-#define UNITS (2 * STEPS)  // of 16 bytes, for a token and chunk
 #define STRIPES 8  // of a tile
-#define ROW_BYTES (16 * UNITS)
-#define TOKEN_BYTES (TOKENS * ROW_BYTES)  // of a chunk
 #define WEIGHT_BYTES (STRIPES * STAGE_CHUNKS * CHUNK_BYTES)
-#define STAGE_BYTES (WEIGHT_BYTES + STAGE_CHUNKS * TOKEN_BYTES)
-#define BOX_CHUNKS (BITS == 8 ? 1 : STAGE_CHUNKS)  // that are fetched at once: 8 x 64 bytes follow each other at 8 bits
+#define BOX_CHUNKS (BITS == 8 ? 1 : STAGE_CHUNKS)  // of the weight, that are fetched at once: 8 x 64 bytes follow each other at 8 bits
+#define ROW_BYTES 128  // of x, that are fetched at once: a line of the cache
+#define ROW_CHUNKS (INTEGER ? 2 : 1)
+#define TOKEN_BYTES (TOKENS * ROW_BYTES)
+#define STAGE_BYTES (WEIGHT_BYTES + STAGE_CHUNKS / ROW_CHUNKS * TOKEN_BYTES)
 #define CONSUMERS 256
 #define THREADS (CONSUMERS + 128)
 // Registers of a thread: all that there are for those that multiply, a few for the others. 2 * MANY + FEW is 3 * 168 or 3 * 80.
@@ -53,7 +53,7 @@ struct Shared {
 };
 
 // What cuTensorMapEncodeTiled makes of an array with elements of 8 bytes. The weight: rows are stripes, boxes STRIPES x BOX_CHUNKS
-// chunks. x: rows are tokens, boxes TOKENS / SHARE x 64 inputs, swizzled by a row's bytes.
+// chunks. x: rows are tokens, boxes TOKENS / SHARE x ROW_BYTES, swizzled by as many.
 struct __align__(64) TensorMap { u64 at[16]; };
 
 __device__ __forceinline__ void fetch_box(void* here, const TensorMap& map, int element, int row, u64* barrier) {
@@ -172,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
         if (thread == CONSUMERS) {
             int stage = 0, parity = 1, before = STAGES;  // stages to fill with weights before the kernel that makes x has ended
             auto fill_weight = [&](int stripe, int begin, int count) {
-                expect(&shared.full[stage], WEIGHT_BYTES + count * TOKEN_BYTES);
+                expect(&shared.full[stage], WEIGHT_BYTES + (count + ROW_CHUNKS - 1) / ROW_CHUNKS * TOKEN_BYTES);
                 for (int chunk = 0; chunk < STAGE_CHUNKS; chunk += BOX_CHUNKS) {
                     u8* const here = ring + stage * STAGE_BYTES + chunk * STRIPES * CHUNK_BYTES;
                     fetch_box(here, weight, (begin + chunk) * (CHUNK_BYTES / 8), stripe, &shared.full[stage]);
@@ -181,12 +181,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             auto fill_x = [&](int at, int begin, int count, int token) {
                 u8* const here = ring + at * STAGE_BYTES + WEIGHT_BYTES;
                 [[maybe_unused]] const int part = rank % SHARE * (TOKEN_BYTES / SHARE);
-                for (int chunk = 0; chunk < count; chunk++) {
-                    const int element = (begin + chunk) * (ROW_BYTES / 8);
+                for (int row = 0; row * ROW_CHUNKS < count; row++) {
+                    const int element = (begin / ROW_CHUNKS + row) * (ROW_BYTES / 8);
 #if SHARE > 1
-                    fetch_box_for_all(here + chunk * TOKEN_BYTES + part, x, element, token + part / ROW_BYTES, &shared.full[at]);
+                    fetch_box_for_all(here + row * TOKEN_BYTES + part, x, element, token + part / ROW_BYTES, &shared.full[at]);
 #else
-                    fetch_box(here + chunk * TOKEN_BYTES, x, element, token, &shared.full[at]);
+                    fetch_box(here + row * TOKEN_BYTES, x, element, token, &shared.full[at]);
 #endif
                 }
             };
@@ -287,7 +287,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             };
 #endif
             auto multiply_chunk = [&](int chunk) {
-                const u64 right = operand(ring + stage * STAGE_BYTES + WEIGHT_BYTES + chunk * TOKEN_BYTES, ROW_BYTES);
+                const u8* const tokens_of = ring + stage * STAGE_BYTES + WEIGHT_BYTES + chunk / ROW_CHUNKS * TOKEN_BYTES;
+                const u64 right = operand(tokens_of, ROW_BYTES) + chunk % ROW_CHUNKS * (ROW_BYTES / ROW_CHUNKS / 16);
 #if BITS < 8
                 Left (&left)[STEPS] = w[chunk % 2];
                 unpack(left, chunk);

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.kernels import cuda_kernel
-from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape
+from lrq_vllm.kernels.arranged_weight import STRIPE, ArrangedWeight, WeightShape
 from lrq_vllm.kernels.quantize_tokens import IntegerTokens, aligned
 
 __all__ = ["Plan", "plan", "tile_linear"]
 
 _OUTPUTS = 128  # of a tile
+_ROW_BYTES = 128  # of a token, that are fetched at once
 _THREADS = 384  # two warpgroups multiply, one gives them its registers and fills
 _SHARED_BYTES = 227 * 1024
 _BAND = 8
@@ -79,7 +80,7 @@ def tile_linear(x: IntegerTokens | Tensor, weight: ArrangedWeight, bias: Tensor 
     y = torch.empty((tokens, outputs), dtype=x.dtype, device=weight.q.device)
     if not tokens:
         return y
-    box = chosen.tokens // chosen.share, size * CHUNK
+    box = chosen.tokens // chosen.share, _ROW_BYTES
     given = cuda_kernel.boxes(
         rows.data_ptr(), tokens, size * rows.shape[1], box, stride=size * rows.stride(0), swizzled=True
     )  # fmt: skip
