@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from low_rank_pairs import add_pairs
+from torch import Tensor
 
 from lrq_offline.calibration import token_windows
 from lrq_offline.calibration_text import read_texts, shipped_calibration
@@ -29,11 +30,9 @@ from lrq_offline.config import METHODS, STATISTICS, QuantizeSettings
 from lrq_offline.evaluate import compare
 from lrq_offline.pipeline import open_source, quantize_model
 from lrq_offline.reference_model import load_model
-from lrq_offline.run_manifest import manifest_of
 from lrq_offline.source_model import load_tokenizer
-from lrq_vllm.checkpoint.correction import LOW_RANK_SUFFIXES
-from lrq_vllm.checkpoint.schema import SCHEMES
-from lrq_vllm.checkpoint.store import read_config, read_manifest
+from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
+from lrq_vllm.checkpoint.store import read_manifest
 from lrq_vllm.kernels.reference import dequantize_weight
 
 CELLS = [
@@ -147,21 +146,15 @@ def settings_of(cell: str, arguments: argparse.Namespace) -> tuple[QuantizeSetti
 
 def add_svd(model: Path, folder: Path, settings: QuantizeSettings) -> None:
     """Give a checkpoint without a correction the pair that is nearest to W - W_hat, at the rank that the settings say."""
-    source, before = open_source(model, settings), read_manifest(folder)
-    manifest = replace(before, correction=manifest_of(source.config, settings).correction)
-    assert manifest.correction is not None
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        for module in [name for name in manifest.quantized if f"{name}.qweight" in tensors]:
-            stored = [tensors[f"{module}.{suffix}"] for suffix in ("qweight", "weight_step", "weight_zero_point")]
-            w_hat = dequantize_weight(*stored, manifest.weight.bits, manifest.quantized[module][1])
-            u, energy, vt = torch.linalg.svd(source.read(f"{module}.weight").float() - w_hat, full_matrices=False)
-            rank = manifest.correction.rank[module]
-            for suffix, factor in zip(LOW_RANK_SUFFIXES, (u[:, :rank] * energy[:rank], vt[:rank].T), strict=True):
-                tensors[f"{module}.{suffix}"] = factor.to(manifest.correction.dtype).contiguous()
-        save_file(tensors, path, metadata={"format": "pt"})
-    config = read_config(folder) | {"quantization_config": manifest.to_dict()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    source = open_source(model, settings)
+
+    def nearest(manifest: Manifest, module: str, rank: int, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        stored = [tensors[f"{module}.{suffix}"] for suffix in ("qweight", "weight_step", "weight_zero_point")]
+        w_hat = dequantize_weight(*stored, manifest.weight.bits, manifest.quantized[module][1])
+        u, energy, vt = torch.linalg.svd(source.read(f"{module}.weight").float() - w_hat, full_matrices=False)
+        return u[:, :rank] * energy[:rank], vt[:rank].T
+
+    add_pairs(model, folder, settings, nearest)
 
 
 def parsed() -> argparse.Namespace:

@@ -3,10 +3,12 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from low_rank_pairs import add_pairs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from lrq_offline.compute import choose_device
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
+from lrq_vllm.checkpoint.schema import Manifest
 
 __all__ = ["SIZES", "write_llama", "write_ours", "write_stock"]
 
@@ -67,9 +70,18 @@ def write_llama(folder: Path, size: dict[str, int]) -> None:
     _describe(folder, config, index)
 
 
-def write_ours(source: Path, folder: Path, scheme: str) -> None:
-    """As ``lrq-offline quantize --method rtn`` writes it."""
-    quantize_model(source, folder, QuantizeSettings(scheme, "rtn", **CALIBRATION))
+def write_ours(source: Path, folder: Path, scheme: str, rank: str | None = None) -> None:
+    """As ``lrq-offline quantize --method rtn`` writes it. rank: of a correction, whose pairs are random."""
+    settings = QuantizeSettings(scheme, "rtn", **CALIBRATION)
+    quantize_model(source, folder, settings)
+    if rank is not None:
+        add_pairs(source, folder, replace(settings, correction_rank=rank), _random_pair)
+
+
+def _random_pair(manifest: Manifest, module: str, rank: int, _tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Small beside the layer's product, so that activations keep their size."""
+    out_features, in_features = manifest.quantized[module]
+    return torch.randn(out_features, rank) / (100 * rank**0.5), torch.randn(in_features, rank) / in_features**0.5
 
 
 def write_stock(source: Path, folder: Path, scheme: str) -> None:

@@ -3,12 +3,13 @@
 
     python bench/serving.py --out bench/results/serving-h200.json                    # 32 layers of Llama-3-8B; 60 GB of disk
     python bench/serving.py --candidates bf16 lrq-w4a8 --concurrency 1 256 --out serving.json
+    python bench/serving.py --candidates lrq-w4a4 lrq-w4a4-10% --out serving.json         # rotated; with a low-rank correction
     python bench/serving.py --size small --concurrency 1 4 --work /tmp/small --out /tmp/serving.json        # on any machine
 
-Each form is quantized by round-to-nearest, served in a process of its own as vLLM's defaults have it (torch.compile, CUDA
-graphs), measured and deleted. Decoding: so many requests at a time, each PROMPT random tokens, then NEW more. Prefill: PREFILL
-prompts of PREFILL_TOKENS random tokens, one new token each. Medians of REPEATS, after one that does not count. Candidates that
-are in the file from before stay there.
+Each form is quantized by round-to-nearest (corrections are random pairs), served in a process of its own as vLLM's defaults
+have it (torch.compile, CUDA graphs), measured and deleted. Decoding: so many requests at a time, each PROMPT random tokens,
+then NEW more. Prefill: PREFILL prompts of PREFILL_TOKENS random tokens, one new token each. Medians of REPEATS, after one that
+does not count. Candidates that are in the file from before stay there.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from lrq_vllm.golden_replay import kernels_of
 from lrq_vllm.vllm_environment import serving_environment
 
 CANDIDATES = ("bf16", "stock-w8a8", "lrq-w8a8", "lrq-w4a8", "stock-w4a16", "lrq-w4a16", "lrq-w3a16")
+# 4-bit activations, rotated, without a low-rank correction and with one of these ranks.
+CORRECTIONS = ("lrq-w4a4", "lrq-w4a4-5%", "lrq-w4a4-10%", "lrq-w4a4-20%", "lrq-w4a4-30%")
 PROMPT, NEW = 128, 128
 PREFILL, PREFILL_TOKENS = 32, 1024
 REPEATS = 3
@@ -50,15 +53,15 @@ def main() -> None:
         begin = time.monotonic()
         try:
             if not folder.exists():
-                maker, scheme = candidate.split("-")
-                in_process(write_ours if maker == "lrq" else write_stock, source, folder, scheme)
+                maker, scheme, *rank = candidate.split("-")
+                in_process(write_ours if maker == "lrq" else write_stock, source, folder, scheme, *rank)
             made = time.monotonic() - begin
             row = in_process(measured, folder, size, arguments.concurrency, arguments.prefill)
         except Exception as error:
             row, made = {"why_not": f"{type(error).__name__}: {error}"[:600]}, 0.0
         row = {"candidate": candidate, "seconds_to_make": round(made, 1), **row}
         rows.append(row)
-        rows.sort(key=lambda row: CANDIDATES.index(row["candidate"]))
+        rows.sort(key=lambda row: (*CANDIDATES, *CORRECTIONS).index(row["candidate"]))
         if folder != source and not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
         write(arguments, rows)
@@ -68,7 +71,10 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=CANDIDATES)
+    parser.add_argument(
+        "--candidates", nargs="+", choices=(*CANDIDATES, *CORRECTIONS), default=CANDIDATES,
+        help=f"default: {' '.join(CANDIDATES)}".replace("%", "%%"),
+    )  # fmt: skip
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--prefill", type=int, default=PREFILL, help=f"prompts of {PREFILL_TOKENS} tokens")
     parser.add_argument("--size", choices=list(SIZES), default="8b")
