@@ -15,7 +15,7 @@ from lrq_server.bench_servers import check_model, check_options, command_for
 from lrq_server.bench_settings import BenchSettings, parse_floor
 from lrq_server.endpoint import Endpoint, find_endpoint
 from lrq_server.jsonl_texts import read_texts
-from lrq_server.load_generator import load_command, read_point
+from lrq_server.load_generator import load_arguments, read_point
 from lrq_vllm.errors import LrqError, SettingsError
 from tests.benches import CONCURRENCY, RECORDED, RECORDED_FAILURE, REQUESTS, a_result, recorded_point
 from tests.checkpoints import TINY
@@ -171,7 +171,7 @@ def test_every_kind_of_prompts_has_the_tokens_that_were_asked_for(tmp_path: Path
     endpoint = Endpoint("http://a:1", "served", None, None, None)
 
     def command(settings: BenchSettings, file: Path | None = None) -> list[str]:
-        return load_command(endpoint, "tokenizer", settings, 4, file, tmp_path / "result.json")
+        return load_arguments(endpoint, "tokenizer", settings, 4, file, tmp_path / "result.json")
 
     made = command(BenchSettings(input_tokens=50, output_tokens=9))
     assert (option(made, "--dataset-name"), option(made, "--random-input-len")) == ("random", "50")
@@ -193,7 +193,7 @@ def test_every_kind_of_prompts_has_the_tokens_that_were_asked_for(tmp_path: Path
 def test_every_place_is_warmed_up(tmp_path: Path) -> None:
     endpoint, settings = Endpoint("http://a:1", "served", None, None, None), BenchSettings((1, 16))
     for concurrency, warm_ups in ((1, "4"), (16, "16")):
-        command = load_command(endpoint, "tokenizer", settings, concurrency, None, tmp_path / "result.json")
+        command = load_arguments(endpoint, "tokenizer", settings, concurrency, None, tmp_path / "result.json")
         assert option(command, "--num-warmups") == warm_ups
 
 
@@ -207,8 +207,8 @@ def test_the_load_generator_knows_every_option(prompts: str | Path, tmp_path: Pa
     add_cli_args(parser)
     settings = BenchSettings(prompts=prompts)
     endpoint = Endpoint("http://a:1", "served", None, None, None)
-    command = load_command(endpoint, "tokenizer", settings, 4, Path("dealt.jsonl"), tmp_path / "result.json")
-    parsed = parser.parse_args(command[3:])
+    arguments = load_arguments(endpoint, "tokenizer", settings, 4, Path("dealt.jsonl"), tmp_path / "result.json")
+    parsed = parser.parse_args(arguments)
     assert (parsed.num_prompts, parsed.max_concurrency, parsed.num_warmups) == (32, 4, 4)
     assert parsed.percentile_metrics == "ttft,itl,tpot,e2el" and parsed.metric_percentiles == "50,95,99"
     assert parsed.result_dir == str(tmp_path) and parsed.save_result

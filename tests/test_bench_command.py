@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lrq_server import bench_command, bench_servers, load_generator, measured_servers
+from lrq_server import bench_command, bench_servers, measured_servers
 from lrq_server.cli import main
 from lrq_server.endpoint import Endpoint
 from lrq_vllm.errors import LrqError
@@ -17,14 +17,24 @@ from tests.benches import RECORDED, RECORDED_FAILURE
 from tests.checkpoints import TINY
 
 # Writes a recorded result where the real one would; at the baseline's address with half of the tokens/s.
-_GENERATOR = """#!{python}
-import json, pathlib, sys
-given = dict(zip(sys.argv, sys.argv[1:]))
-found = json.loads(pathlib.Path({recorded!r}).read_text())
-found["output_throughput"] *= 0.5 if given["--base-url"].endswith(":2") else 1
-print("the generator's last words")
-{ending}
-pathlib.Path(given["--result-dir"], given["--result-filename"]).write_text(json.dumps(found))
+_GENERATOR = """
+import json, os, pathlib, sys
+def add_cli_args(parser):
+    pass
+def main(arguments):
+    given = dict(zip(arguments, arguments[1:]))
+    found = json.loads(pathlib.Path({recorded!r}).read_text())
+    found["output_throughput"] *= 0.5 if given["--base-url"].endswith(":2") else 1
+    print("the generator's last words")
+    {ending}
+    pathlib.Path(given["--result-dir"], given["--result-filename"]).write_text(json.dumps(found))
+"""
+_PARSER = """
+class FlexibleArgumentParser:
+    def __init__(self, prog):
+        pass
+    def parse_args(self, arguments):
+        return arguments
 """
 # A server of one model that answers like vLLM, as far as a bench asks it.
 _SERVER = """
@@ -47,10 +57,16 @@ def generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts a stand-in for vllm in place: ``generator(recorded, ending)``."""
 
     def put(recorded: Path = RECORDED, ending: str = "") -> None:
-        program = tmp_path / "vllm"
-        program.write_text(_GENERATOR.format(python=sys.executable, recorded=str(recorded), ending=ending))
-        program.chmod(0o755)
-        monkeypatch.setattr(load_generator, "vllm_program", lambda: str(program))
+        made = {
+            "__init__.py": "",
+            "benchmarks/serve.py": _GENERATOR.format(recorded=str(recorded), ending=ending),
+            "utils/argparse_utils.py": _PARSER,
+        }
+        for name, text in made.items():
+            file = tmp_path / "stand-in" / "vllm" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stand-in"))
 
     return put
 
@@ -163,7 +179,6 @@ def test_what_cannot_be_measured_is_one_paragraph(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_command, "find_spec", lambda name: object())
-    monkeypatch.setattr(bench_command, "vllm_program", lambda: "vllm")
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("lrq-server: ") and error.count("\n") == 1
@@ -173,7 +188,6 @@ def test_what_cannot_be_measured_is_one_paragraph(
 def test_a_server_is_not_compared_with_itself(
     running: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_command, "vllm_program", lambda: "vllm")
     address = "http://127.0.0.1:1"
     assert main(["bench", "--url", address, "--baseline", address, *QUICKLY, "--out", str(tmp_path / "out")]) == 2
     assert "is the server to be measured" in capsys.readouterr().err

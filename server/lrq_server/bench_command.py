@@ -20,6 +20,7 @@ from lrq_server.bench_settings import RANDOM, SHARED_PREFIX, BenchSettings, pars
 from lrq_server.bench_sweep import sweep
 from lrq_server.endpoint import Endpoint
 from lrq_server.jsonl_texts import read_texts
+from lrq_server.load_generator import check_load_generator
 from lrq_server.measured_servers import (
     BASELINE,
     MODEL,
@@ -29,7 +30,6 @@ from lrq_server.measured_servers import (
     needs_baseline,
     running_endpoints,
 )
-from lrq_server.vllm_process import vllm_program
 from lrq_vllm.errors import SettingsError
 
 __all__ = ["add_to"]
@@ -96,7 +96,7 @@ def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
     check_combinations(parsed, vllm_options)
     if parsed.floor is not None:
         needs_baseline(parsed, "--floor")
-    vllm_program()
+    check_load_generator()
     bench_folder(parsed.out).check(overwrite=parsed.overwrite)
     # Into a file or a pipe the table goes without broken lines.
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
@@ -183,8 +183,8 @@ def _about(parsed: argparse.Namespace, vllm_options: Sequence[str]) -> dict[str,
     about = {"date": datetime.now().astimezone().isoformat(timespec="seconds"), "lrq": version("lrq")}
     try:
         about["load_generator"] = f"vllm bench serve, vLLM {version('vllm')}"
-    except PackageNotFoundError:  # the vllm command on PATH is of another environment
-        about["load_generator"] = f"vllm bench serve at {vllm_program()}"
+    except PackageNotFoundError:  # a build that does not call itself vllm
+        about["load_generator"] = "vllm bench serve"
     about["python"] = platform.python_version()
     if parsed.auto:
         # The servers have ended, so that this takes no memory from them.

@@ -8,7 +8,7 @@ from lrq_server.bench_prompts import prompts_of_level, write_prompts
 from lrq_server.bench_result import Measured
 from lrq_server.bench_settings import BenchSettings
 from lrq_server.endpoint import Endpoint
-from lrq_server.load_generator import Point, measure
+from lrq_server.load_generator import Point, load_generator, measure
 
 __all__ = ["sweep"]
 
@@ -28,17 +28,18 @@ def sweep(
     """
     (folder / RAW).mkdir(exist_ok=True)
     points: dict[str, list[Point]] = {role: [] for role in endpoints}
-    for concurrency in settings.concurrency:
-        file = None
-        if prompts is not None:
-            file = folder / RAW / f"prompts-{concurrency}.jsonl"
-            write_prompts(prompts_of_level(prompts, settings, concurrency), file)
-        for role, endpoint in endpoints.items():
-            result = folder / RAW / f"{role}-{concurrency}.json"
-            point = measure(endpoint, tokenizer, settings, concurrency, file, result)
-            points[role].append(point)
-            say(
-                f"{role} {endpoint.short_name}, {concurrency} at a time: {point.output_tokens_per_s:,.1f} output tokens/s "
-                f"({point.requests} requests, {point.duration_s:.1f} s)"
-            )
+    with load_generator() as generator:
+        for concurrency in settings.concurrency:
+            file = None
+            if prompts is not None:
+                file = folder / RAW / f"prompts-{concurrency}.jsonl"
+                write_prompts(prompts_of_level(prompts, settings, concurrency), file)
+            for role, endpoint in endpoints.items():
+                result = folder / RAW / f"{role}-{concurrency}.json"
+                point = measure(generator, endpoint, tokenizer, settings, concurrency, file, result)
+                points[role].append(point)
+                say(
+                    f"{role} {endpoint.short_name}, {concurrency} at a time: {point.output_tokens_per_s:,.1f} output tokens/s "
+                    f"({point.requests} requests, {point.duration_s:.1f} s)"
+                )
     return {role: Measured(endpoint, tuple(points[role])) for role, endpoint in endpoints.items()}

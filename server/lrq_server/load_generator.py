@@ -1,22 +1,35 @@
-"""One measurement: ``vllm bench serve``, vLLM's own load generator, as a child process, and what it wrote.
+"""Measurements by ``vllm bench serve``, vLLM's own load generator, in a child process, and what it wrote.
 
 Its options here are those that vLLM 0.25 to 0.33 have in common.
 """
 
 import json
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lrq_server.bench_settings import RANDOM, SHARED_PREFIX, BenchSettings
 from lrq_server.endpoint import Endpoint
-from lrq_server.vllm_process import log_end, vllm_program
-from lrq_vllm.errors import LrqError
+from lrq_server.vllm_process import log_end
+from lrq_vllm.errors import LrqError, SettingsError
 from lrq_vllm.vllm_environment import serving_environment
 
-__all__ = ["METRICS", "PERCENTILES", "Point", "load_command", "measure", "read_point"]
+__all__ = [
+    "METRICS",
+    "PERCENTILES",
+    "LoadGenerator",
+    "Point",
+    "check_load_generator",
+    "load_arguments",
+    "load_generator",
+    "measure",
+    "read_point",
+]
 
 # By our name, the load generator's, and in words.
 METRICS: Mapping[str, tuple[str, str]] = {
@@ -43,10 +56,50 @@ class Point:
     latency_ms: Mapping[str, Mapping[int, float]]
 
 
-def load_command(
+def check_load_generator() -> None:
+    """Raises SettingsError if there is none in this Python environment."""
+    if find_spec("vllm") is None:
+        raise SettingsError(
+            "The load comes from vLLM, which is not installed here. Install it beside lrq: pip install 'lrq[cuda]', or "
+            "'lrq[cpu]' without a GPU."
+        )
+
+
+class LoadGenerator:
+    """The child process of :func:`load_generator` (load_process.py)."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def run(self, arguments: Sequence[str], log: Path) -> int:
+        """``vllm bench serve`` with these arguments, its output in ``log``. Returns its exit code."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            print(json.dumps({"arguments": arguments, "log": str(log)}), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            return self._process.wait()
+        answer = self._process.stdout.readline()
+        return int(answer) if answer else self._process.wait()
+
+
+@contextmanager
+def load_generator() -> Iterator[LoadGenerator]:
+    """A load generator, which imports vLLM with its first measurement and ends with the block."""
+    command = [sys.executable, "-m", "lrq_server.load_process"]
+    process = subprocess.Popen(
+        command, text=True, env=serving_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )  # fmt: skip
+    try:
+        yield LoadGenerator(process)
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def load_arguments(
     endpoint: Endpoint, tokenizer: str, settings: BenchSettings, concurrency: int, prompts: Path | None, result: Path
 ) -> list[str]:
-    """The child's command line. prompts: of this level, in the generator's form, if they come from a file.
+    """What comes after ``vllm bench serve``. prompts: of this level, in the generator's form, if they come from a file.
 
     The warm-up sends the first prompt once for each concurrent place; no other is one that the server has seen.
     """
@@ -68,7 +121,7 @@ def load_command(
             "--custom-output-len", str(settings.output_tokens),
         ]  # fmt: skip
     return [
-        vllm_program(), "bench", "serve", "--backend", "openai", "--base-url", endpoint.url, "--endpoint", "/v1/completions",
+        "--backend", "openai", "--base-url", endpoint.url, "--endpoint", "/v1/completions",
         "--model", endpoint.model, "--tokenizer", tokenizer, *data,
         "--num-prompts", str(settings.requests(concurrency)), "--max-concurrency", str(concurrency),
         "--num-warmups", str(max(_LEAST_WARM_UPS, concurrency)), "--ready-check-timeout-sec", "0",
@@ -81,18 +134,21 @@ def load_command(
 
 
 def measure(
-    endpoint: Endpoint, tokenizer: str, settings: BenchSettings, concurrency: int, prompts: Path | None, result: Path
+    generator: LoadGenerator,
+    endpoint: Endpoint,
+    tokenizer: str,
+    settings: BenchSettings,
+    concurrency: int,
+    prompts: Path | None,
+    result: Path,
 ) -> Point:
     """Run the load generator and read what it wrote to ``result``; its output goes to a .log beside it.
 
     Raises LrqError if it fails, with its last lines, or if a request failed.
     """
     log = result.with_suffix(".log")
-    command = load_command(endpoint, tokenizer, settings, concurrency, prompts, result)
-    with log.open("wb") as output:
-        code = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=serving_environment(), check=False
-        ).returncode
+    log.touch()
+    code = generator.run(load_arguments(endpoint, tokenizer, settings, concurrency, prompts, result), log)
     if code != 0 or not result.exists():
         raise LrqError(f"`vllm bench serve` ended with code {code} and no result. {log} ends:\n{log_end(log)}")
     return read_point(result, endpoint.url, settings.requests(concurrency), concurrency)
