@@ -29,7 +29,7 @@ from lrq_offline.pipeline import quantize_model
 from lrq_offline.verification import check_files, check_loading, check_serving
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.checkpoint.store import read_manifest
-from lrq_vllm.errors import LrqError
+from lrq_vllm.errors import LrqError, SettingsError
 from tests.checkpoints import QUICK, write_random_model
 
 RANKS = 2
@@ -80,7 +80,10 @@ def tried(source: Path, folder: Path, scheme: str) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     learns = "lrq" if SCHEMES[scheme].weight_bits > 2 else "rtn"
     row: dict[str, Any] = {"method": learns}
-    quantize_model(source, folder, QuantizeSettings(scheme, learns, **QUICK))
+    try:
+        quantize_model(source, folder, QuantizeSettings(scheme, learns, **QUICK))
+    except SettingsError as error:
+        return row | {"refused": str(error)[:400]}
     row["tp_sizes"] = list(read_manifest(folder).tensor_parallel_sizes)
     steps: dict[str, Callable[[], Any]] = {
         "tensors": lambda: check_files(folder),
@@ -104,6 +107,8 @@ def cell(row: dict[str, Any] | None) -> str:
         return ""
     if "failed" in row:
         return "fails"
+    if "refused" in row:
+        return "refused"
     on_ranks = row.get(f"nats_tp{RANKS}")
     return f"{row['nats']:.4f} / {'-' if on_ranks is None else f'{on_ranks:.4f}'}"
 
@@ -124,6 +129,7 @@ def table(result: dict[str, Any]) -> str:
         f"{RANKS} tensor-parallel",
         "ranks (-: its checkpoint says that so many cannot serve it); `lrq-offline verify` has found every tensor where it "
         "belongs.",
+        "refused: `lrq-offline quantize` does so at its defaults, and says why.",
         "Numbers: `bench/results/architectures.json`.",
         "",
         f"| model_type | vLLM's class | {' | '.join(schemes)} |",
