@@ -35,6 +35,7 @@ from lrq_vllm.vllm_environment import serving_environment
 CANDIDATES = ("bf16", "stock-w8a8", "lrq-w8a8", "lrq-w4a8", "stock-w4a16", "lrq-w4a16", "lrq-w3a16")
 # 4-bit activations, rotated, without a low-rank correction and with one of these ranks.
 CORRECTIONS = ("lrq-w4a4", "lrq-w4a4-5%", "lrq-w4a4-10%", "lrq-w4a4-20%", "lrq-w4a4-30%")
+KNOWN = (*CANDIDATES, *CORRECTIONS)
 PROMPT, NEW = 128, 128
 PREFILL, PREFILL_TOKENS = 32, 1024
 REPEATS = 3
@@ -61,7 +62,7 @@ def main() -> None:
             row, made = {"why_not": f"{type(error).__name__}: {error}"[:600]}, 0.0
         row = {"candidate": candidate, "seconds_to_make": round(made, 1), **row}
         rows.append(row)
-        rows.sort(key=lambda row: (*CANDIDATES, *CORRECTIONS).index(row["candidate"]))
+        rows.sort(key=lambda row: KNOWN.index(row["candidate"]))
         if folder != source and not arguments.keep:
             shutil.rmtree(folder, ignore_errors=True)
         write(arguments, rows)
@@ -71,10 +72,7 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--candidates", nargs="+", choices=(*CANDIDATES, *CORRECTIONS), default=CANDIDATES,
-        help=f"default: {' '.join(CANDIDATES)}".replace("%", "%%"),
-    )  # fmt: skip
+    parser.add_argument("--candidates", nargs="+", choices=KNOWN, default=CANDIDATES, help=f"default: {' '.join(CANDIDATES)}")
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--prefill", type=int, default=PREFILL, help=f"prompts of {PREFILL_TOKENS} tokens")
     parser.add_argument("--size", choices=list(SIZES), default="8b")

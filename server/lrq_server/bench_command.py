@@ -20,7 +20,7 @@ from lrq_server.bench_settings import RANDOM, SHARED_PREFIX, BenchSettings, pars
 from lrq_server.bench_sweep import sweep
 from lrq_server.endpoint import Endpoint
 from lrq_server.jsonl_texts import read_texts
-from lrq_server.load_generator import check_load_generator
+from lrq_server.load_process import check_load_generator
 from lrq_server.measured_servers import (
     BASELINE,
     MODEL,

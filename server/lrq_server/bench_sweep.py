@@ -8,7 +8,8 @@ from lrq_server.bench_prompts import prompts_of_level, write_prompts
 from lrq_server.bench_result import Measured
 from lrq_server.bench_settings import BenchSettings
 from lrq_server.endpoint import Endpoint
-from lrq_server.load_generator import Point, load_generator, measure
+from lrq_server.load_generator import Point, measure
+from lrq_server.load_process import load_generator
 
 __all__ = ["sweep"]
 

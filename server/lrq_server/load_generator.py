@@ -1,35 +1,21 @@
-"""Measurements by ``vllm bench serve``, vLLM's own load generator, in a child process, and what it wrote.
+"""One measurement by ``vllm bench serve``, vLLM's own load generator: what it is told, and what it wrote.
 
 Its options here are those that vLLM 0.25 to 0.33 have in common.
 """
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lrq_server.bench_settings import RANDOM, SHARED_PREFIX, BenchSettings
 from lrq_server.endpoint import Endpoint
+from lrq_server.load_process import LoadGenerator
 from lrq_server.vllm_process import log_end
-from lrq_vllm.errors import LrqError, SettingsError
-from lrq_vllm.vllm_environment import serving_environment
+from lrq_vllm.errors import LrqError
 
-__all__ = [
-    "METRICS",
-    "PERCENTILES",
-    "LoadGenerator",
-    "Point",
-    "check_load_generator",
-    "load_arguments",
-    "load_generator",
-    "measure",
-    "read_point",
-]
+__all__ = ["METRICS", "PERCENTILES", "Point", "load_arguments", "measure", "read_point"]
 
 # By our name, the load generator's, and in words.
 METRICS: Mapping[str, tuple[str, str]] = {
@@ -54,46 +40,6 @@ class Point:
     output_tokens_per_s: float
     requests_per_s: float
     latency_ms: Mapping[str, Mapping[int, float]]
-
-
-def check_load_generator() -> None:
-    """Raises SettingsError if there is none in this Python environment."""
-    if find_spec("vllm") is None:
-        raise SettingsError(
-            "The load comes from vLLM, which is not installed here. Install it beside lrq: pip install 'lrq[cuda]', or "
-            "'lrq[cpu]' without a GPU."
-        )
-
-
-class LoadGenerator:
-    """The child process of :func:`load_generator` (load_process.py)."""
-
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
-
-    def run(self, arguments: Sequence[str], log: Path) -> int:
-        """``vllm bench serve`` with these arguments, its output in ``log``. Returns its exit code."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            print(json.dumps({"arguments": arguments, "log": str(log)}), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            return self._process.wait()
-        answer = self._process.stdout.readline()
-        return int(answer) if answer else self._process.wait()
-
-
-@contextmanager
-def load_generator() -> Iterator[LoadGenerator]:
-    """A load generator, which imports vLLM with its first measurement and ends with the block."""
-    command = [sys.executable, "-m", "lrq_server.load_process"]
-    process = subprocess.Popen(
-        command, text=True, env=serving_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )  # fmt: skip
-    try:
-        yield LoadGenerator(process)
-    finally:
-        process.terminate()
-        process.communicate()
 
 
 def load_arguments(

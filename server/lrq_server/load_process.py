@@ -6,16 +6,61 @@ is a line with an exit code.
 
 import json
 import os
+import subprocess
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from lrq_server.vllm_process import NO_VLLM
+from lrq_vllm.errors import SettingsError
+from lrq_vllm.vllm_environment import serving_environment
+
+__all__ = ["LoadGenerator", "check_load_generator", "load_generator"]
 
 _OUTPUTS = (1, 2)  # of the process and of whatever it calls
 
 
+def check_load_generator() -> None:
+    """Raises SettingsError if there is none in this Python environment."""
+    if find_spec("vllm") is None:
+        raise SettingsError(NO_VLLM)
+
+
+class LoadGenerator:
+    """The process, seen from the one that started it."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def run(self, arguments: Sequence[str], log: Path) -> int:
+        """``vllm bench serve`` with these arguments, its output in ``log``. Returns its exit code."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            print(json.dumps({"arguments": arguments, "log": str(log)}), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            return self._process.wait()
+        answer = self._process.stdout.readline()
+        return int(answer) if answer else self._process.wait()
+
+
+@contextmanager
+def load_generator() -> Iterator[LoadGenerator]:
+    """The process, which imports vLLM with its first measurement and ends with the block."""
+    command = [sys.executable, "-m", __name__]
+    process = subprocess.Popen(command, text=True, env=serving_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield LoadGenerator(process)
+    finally:
+        process.terminate()
+        process.communicate()
+
+
 def main() -> None:
-    """Until the input ends."""
+    """What the process does, until its input ends."""
     with os.fdopen(os.dup(1), "w") as answers:
         for line in sys.stdin:
             job = json.loads(line)

