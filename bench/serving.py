@@ -7,9 +7,12 @@
     python bench/serving.py --size small --concurrency 1 4 --work /tmp/small --out /tmp/serving.json        # on any machine
 
 Each form is quantized by round-to-nearest (corrections are random pairs), served in a process of its own as vLLM's defaults
-have it (torch.compile, CUDA graphs), measured and deleted. Decoding: so many requests at a time, each PROMPT random tokens,
-then NEW more. Prefill: PREFILL prompts of PREFILL_TOKENS random tokens, one new token each. Medians of REPEATS, after one that
-does not count. Candidates that are in the file from before stay there.
+have it (torch.compile, CUDA graphs), measured and deleted. With --at-once 4, so many start side by side, and each is measured
+while the others have nothing to do: 30 GB of GPU memory for each form of Llama-3-8B.
+
+Decoding: so many requests at a time, each PROMPT random tokens, then NEW more. Prefill: PREFILL prompts of PREFILL_TOKENS
+random tokens, one new token each. Medians of REPEATS, after one that does not count. Candidates that are in the file from
+before stay there.
 """
 
 import argparse
@@ -21,9 +24,11 @@ import shutil
 import statistics
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from linear import version_of
@@ -40,34 +45,58 @@ PROMPT, NEW = 128, 128
 PREFILL, PREFILL_TOKENS = 32, 1024
 REPEATS = 3
 
+Found = TypeVar("Found")
+llm: Any  # of a process that serves
+
 
 def main() -> None:
     arguments = parsed()
-    size = SIZES[arguments.size]
     before = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
     rows = [row for row in before if row["candidate"] not in arguments.candidates]
     source = arguments.work / "bf16"
     if not source.exists():
-        in_process(write_llama, source, size)
-    for candidate in arguments.candidates:
-        folder = source if candidate == "bf16" else arguments.work / candidate
-        begin = time.monotonic()
-        try:
-            if not folder.exists():
-                maker, scheme, *rank = candidate.split("-")
-                in_process(write_ours if maker == "lrq" else write_stock, source, folder, scheme, *rank)
-            made = time.monotonic() - begin
-            row = in_process(measured, folder, size, arguments.concurrency, arguments.prefill)
-        except Exception as error:
-            row, made = {"why_not": f"{type(error).__name__}: {error}"[:600]}, 0.0
-        row = {"candidate": candidate, "seconds_to_make": round(made, 1), **row}
-        rows.append(row)
+        with Alone() as process:
+            process.begin(write_llama, source, SIZES[arguments.size]).result()
+    for first in range(0, len(arguments.candidates), arguments.at_once):
+        rows += measured(arguments.candidates[first : first + arguments.at_once], arguments)
         rows.sort(key=lambda row: KNOWN.index(row["candidate"]))
-        if folder != source and not arguments.keep:
-            shutil.rmtree(folder, ignore_errors=True)
         write(arguments, rows)
-        print(f"{candidate}: {time.monotonic() - begin:.0f} s, {json.dumps(row)}"[:400], flush=True)
     show(rows, arguments.concurrency)
+
+
+def measured(candidates: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of these: made and started all at a time, then measured while the others have nothing to do."""
+    folders = {candidate: arguments.work / candidate for candidate in candidates}
+    written = [candidate for candidate in candidates if not folders[candidate].exists()]
+    begin = time.monotonic()
+    rows: dict[str, dict[str, Any]] = {candidate: {"candidate": candidate} for candidate in candidates}
+    with all_alone(candidates) as makers:
+        making = {candidate: makers[candidate].begin(make, candidate, arguments.work) for candidate in written}
+        kept(making, rows)
+    print(f"{' '.join(written) or 'nothing'} written: {time.monotonic() - begin:.0f} s", flush=True)
+    with all_alone(candidates) as servers:
+        left = [candidate for candidate in candidates if "why_not" not in rows[candidate]]
+        kept({candidate: servers[candidate].begin(start, folders[candidate], arguments) for candidate in left}, rows)
+        print(f"started: {time.monotonic() - begin:.0f} s", flush=True)
+        for candidate in left:
+            if "why_not" not in rows[candidate]:
+                kept({candidate: servers[candidate].begin(speeds, arguments)}, rows)
+            print(f"{time.monotonic() - begin:.0f} s, {json.dumps(rows[candidate])}"[:400], flush=True)
+        for candidate in left:
+            servers[candidate].begin(stop).result()
+    if not arguments.keep:
+        for candidate in written:
+            shutil.rmtree(folders[candidate], ignore_errors=True)
+    return list(rows.values())
+
+
+def kept(work: dict[str, Future[dict[str, Any]]], rows: dict[str, dict[str, Any]]) -> None:
+    """What each candidate's work found, in its row; or why it found nothing."""
+    for candidate, future in work.items():
+        try:
+            rows[candidate] |= future.result()
+        except Exception as error:
+            rows[candidate]["why_not"] = f"{type(error).__name__}: {error}"[:600]
 
 
 def parsed() -> argparse.Namespace:
@@ -78,49 +107,82 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), default="8b")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lrq-serving", help="for checkpoints")
     parser.add_argument("--keep", action="store_true", help="leave the quantized checkpoints there")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="quantized and started side by side")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     return parser.parse_args()
 
 
-def in_process(work: Any, *given: Any) -> Any:
-    """In a process of its own, so that it leaves nothing in the GPU's memory."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *given).result()
+class Alone:
+    """A process of its own, which leaves nothing in the GPU's memory."""
+
+    def __enter__(self) -> Self:
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def begin(self, work: Callable[..., Found], *given: Any) -> Future[Found]:
+        return self._pool.submit(work, *given)
 
 
-def measured(folder: Path, size: dict[str, int], concurrency: list[int], prefill: int) -> dict[str, Any]:
+@contextmanager
+def all_alone(candidates: list[str]) -> Iterator[dict[str, Alone]]:
+    with ExitStack() as stack:
+        yield {candidate: stack.enter_context(Alone()) for candidate in candidates}
+
+
+def make(candidate: str, work: Path) -> dict[str, Any]:
+    begin = time.monotonic()
+    maker, scheme, *rank = candidate.split("-")
+    (write_ours if maker == "lrq" else write_stock)(work / "bf16", work / candidate, scheme, *rank)
+    return {"seconds_to_make": round(time.monotonic() - begin, 1)}
+
+
+def start(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """vLLM, for this process's life, with room for all requests."""
     os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | serving_environment()
     from vllm import LLM
 
     begin = time.monotonic()
+    global llm
     llm = LLM(
-        str(folder), dtype="bfloat16", max_model_len=2048, max_num_seqs=max(concurrency), max_num_batched_tokens=8192,
-        enable_prefix_caching=False, gpu_memory_utilization=0.85, skip_tokenizer_init=True,
-        compilation_config={"cudagraph_capture_sizes": sorted(set(concurrency))},
+        str(folder), dtype="bfloat16", max_model_len=2048, max_num_seqs=max(arguments.concurrency), max_num_batched_tokens=8192,
+        enable_prefix_caching=False, gpu_memory_utilization=0.85 / arguments.at_once, skip_tokenizer_init=True,
+        kv_cache_memory_bytes=kv_bytes(arguments),
+        compilation_config={"cudagraph_capture_sizes": sorted(set(arguments.concurrency))},
     )  # fmt: skip
-    try:
-        seconds_to_start = round(time.monotonic() - begin, 1)
-        return {"seconds_to_start": seconds_to_start, **facts(llm), **speeds(llm, size, concurrency, prefill)}
-    finally:
+    return {"seconds_to_start": round(time.monotonic() - begin, 1), **facts()}
+
+
+def kv_bytes(arguments: argparse.Namespace) -> int:
+    size = SIZES[arguments.size]
+    block = 128  # tokens, at most
+    requests = [(max(arguments.concurrency), PROMPT + NEW), (arguments.prefill, PREFILL_TOKENS + 1)]
+    tokens = max(count * (tokens + block) for count, tokens in requests)
+    return 2 * 2 * size["num_hidden_layers"] * size["num_key_value_heads"] * size["head_dim"] * tokens
+
+
+def stop() -> None:
+    if "llm" in globals():
         llm.llm_engine.engine_core.shutdown()  # the process would wait for its child
 
 
-def speeds(llm: Any, size: dict[str, int], concurrency: list[int], prefill: int) -> dict[str, Any]:
+def speeds(arguments: argparse.Namespace) -> dict[str, Any]:
     row: dict[str, Any] = {"decode": {}, "decode_all": {}}
     generator = torch.Generator().manual_seed(0)
-    for count in concurrency:
-        found = [count * NEW / seconds(llm, size, generator, count, PROMPT, NEW) for _ in range(REPEATS + 1)][1:]
+    vocabulary = SIZES[arguments.size]["vocab_size"]
+    for count in arguments.concurrency:
+        found = [count * NEW / seconds(vocabulary, generator, count, PROMPT, NEW) for _ in range(REPEATS + 1)][1:]
         row["decode"][str(count)] = round(statistics.median(found), 1)
         row["decode_all"][str(count)] = [round(value, 1) for value in found]
-    if prefill:
-        found = [
-            prefill * PREFILL_TOKENS / seconds(llm, size, generator, prefill, PREFILL_TOKENS, 1) for _ in range(REPEATS + 1)
-        ]
+    if count := arguments.prefill:
+        found = [count * PREFILL_TOKENS / seconds(vocabulary, generator, count, PREFILL_TOKENS, 1) for _ in range(REPEATS + 1)]
         row["prefill"] = round(statistics.median(found[1:]), 1)
     return row
 
 
-def facts(llm: Any) -> dict[str, Any]:
+def facts() -> dict[str, Any]:
     """Bytes of the model's tensors, and the kernels that its layers run on."""
     (nbytes, kernels), *_ = llm.apply_model(look_at)
     return {"weight_gb": round(nbytes / 1e9, 3), "kernels": kernels or ["vLLM's own"]}
@@ -131,12 +193,12 @@ def look_at(model: torch.nn.Module) -> tuple[int, list[str]]:
     return sum(stored.values()), sorted(kernels_of(model))
 
 
-def seconds(llm: Any, size: dict[str, int], generator: torch.Generator, count: int, tokens: int, new: int) -> float:
+def seconds(vocabulary: int, generator: torch.Generator, count: int, tokens: int, new: int) -> float:
     """Of serving ``count`` requests at a time, prompts never seen before."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    prompts = torch.randint(2, size["vocab_size"], (count, tokens), generator=generator).tolist()
+    prompts = torch.randint(2, vocabulary, (count, tokens), generator=generator).tolist()
     sampling = SamplingParams(temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
     begin = time.monotonic()
     answers = llm.generate([TokensPrompt(prompt_token_ids=prompt) for prompt in prompts], sampling, use_tqdm=False)

@@ -1,69 +1,23 @@
-"""The layout of weights for Hopper GPUs, and the kernels that read it, against reference.py."""
+"""The layout of weights for Hopper GPUs, and which kernel takes which layer."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from lrq_vllm import arranged_layer
-from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.input_fusion import Fusion, fusion_of
 from lrq_vllm.integer_backends import HopperBackend
-from lrq_vllm.kernels import arranged_linear, hopper_table, reference, stream_linear, tile_linear
-from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, arrange, arranged_integers
-from lrq_vllm.kernels.hopper_table import STREAM, Tile
-from lrq_vllm.kernels.quantize_tokens import IntegerTokens, quantize_tokens, row_totals
-from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
+from lrq_vllm.kernels import hopper_table, stream_linear, tile_linear
+from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, arranged_integers
+from lrq_vllm.kernels.hopper_table import STREAM
+from lrq_vllm.kernels.reference import InputKind
 from lrq_vllm.kernels.stream_linear import Input, plan
+from tests.arranged_weights import KINDS, Weight, grids
 
-# Bits, and whether activations are integers.
-KINDS = [(8, True), (4, True), (4, False), (3, False)]
 # N and K: whole chunks, and parts of them; more outputs than are arranged at a time.
 SHAPES = [(16, 64), (40, 208), (96, 128), (1040, 80)]
-
-
-class Weight:
-    """A random weight over the whole grid, on ``device``: arranged, and as the reference takes it."""
-
-    def __init__(
-        self, bits: int, integer: bool, rows: int, columns: int, device: torch.device, group: int | None = None
-    ) -> None:
-        groups = columns // group if group else 1
-        unsigned = torch.randint(0, 2**bits, (rows, columns)).to(device)
-        zero_point = torch.randint(0, 2**bits, (rows, groups)).to(device, torch.uint8)
-        zero_point[0], zero_point[-1] = 0, 2**bits - 1
-        step = (torch.rand(rows, groups) * 0.1 + 1e-3).to(device)
-        step[1] = 0  # a channel of zeros
-        self.stored = pack(unsigned, bits), step, zero_point
-        self.bits, self.columns = bits, columns
-        self.q = unsigned - (128 if bits == 8 else 0)
-        self.integer = reference.integer_weight(*self.stored, bits, columns) if integer else None
-        zero = zero_point.int() - (128 if bits == 8 else 0)
-        total = None if self.integer is None else self.integer.total
-        self.arranged: ArrangedWeight = arrange(self.q, step, zero, total, bits, integer=integer)
-
-    def product(self, x: Tensor, bias: Tensor | None, grid: InputGrid = PER_TOKEN) -> Tensor:
-        """What reference.py computes."""
-        if self.integer is None:
-            return reference.weight_only_linear(x, *self.stored, self.bits, bias)
-        return reference.integer_linear(reference.quantize_input(x, grid), self.integer, bias, x.dtype)
-
-
-def grids(device: torch.device, *, integer: bool) -> list[InputGrid]:
-    """One of each kind; for 16-bit activations one that nothing reads."""
-    static = torch.tensor([0.03], device=device), torch.tensor([117], dtype=torch.uint8, device=device)
-    calibrated = [reference.static_grid(*static), reference.clipped_grid(torch.tensor([0.6], device=device))]
-    return [PER_TOKEN, *calibrated] if integer else [PER_TOKEN]
-
-
-def assert_product(found: Tensor, wanted: Tensor, *, integer: bool) -> None:
-    """Integer sums are exact, and so is what is made of them; float sums come in another order."""
-    if integer:
-        assert torch.equal(found, wanted)
-    elif wanted.isfinite().all():
-        assert (found.double() - wanted.double()).norm() <= 6e-3 * wanted.double().norm()
 
 
 # --- the layout ---
@@ -249,157 +203,3 @@ def test_a_compiled_graph_holds_the_quantization_of_a_layer_that_fuses_it(fusion
     ours = [name.removesuffix(".default") for name in called if name.startswith("lrq.")]
     assert ours == ["lrq.arranged_linear" if fusion is Fusion.NOTHING else "lrq.arranged_product"]
     assert any("round" in name for name in called) == (fusion is not Fusion.NOTHING)
-
-
-# --- the kernels, on a GPU ---
-
-
-def integers_of(x: Tensor, grid: InputGrid) -> IntegerTokens:
-    """What a compiled graph hands to the kernels: by the reference, a calibrated grid once for all tokens, and no totals."""
-    tokens = reference.quantize_input(x, grid)
-    step, zero_point = grid.calibrated if grid.kind is InputKind.STATIC else (tokens.step, tokens.zero_point)
-    return IntegerTokens(tokens.q, grid.kind, step, zero_point, None, x.dtype)
-
-
-GPU_SHAPES = [(512, 14336), (200, 4096), (48, 512), (1000, 1040)]
-
-
-def hard_tokens(tokens: int, columns: int) -> Tensor:
-    """Outliers; and rows that are all zero, all equal, all negative."""
-    x = torch.randn(tokens, columns)
-    x[:, ::7] *= 300
-    for row, value in zip(range(tokens), (0.0, 3.5, -1e4), strict=False):
-        x[row] = value
-    return x
-
-
-def inputs(
-    tokens: int, columns: int, rows: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Activations and biases."""
-    yield torch.randn(tokens, columns).to(device, dtype), None
-    yield hard_tokens(tokens, columns).to(device, dtype), torch.randn(rows).to(device, dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "columns"), GPU_SHAPES)
-@pytest.mark.parametrize(("bits", "integer"), KINDS)
-def test_the_streaming_kernel_equals_the_reference(
-    bits: int, integer: bool, rows: int, columns: int, dtype: torch.dtype
-) -> None:
-    device = torch.device("cuda")
-    weight = Weight(bits, integer, rows, columns, device)
-    for tokens in (1, 3, 8, 16, 27, 32):
-        for x, bias in inputs(tokens, columns, rows, dtype, device):
-            for grid in grids(device, integer=integer):
-                found = stream_linear.stream_linear(x, weight.arranged, bias, grid)
-                assert_product(found, weight.product(x, bias, grid), integer=integer)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "columns"), GPU_SHAPES)
-def test_activations_become_the_integers_of_the_reference(rows: int, columns: int, dtype: torch.dtype) -> None:
-    device = torch.device("cuda")
-    for x, _ in inputs(70, columns, rows, dtype, device):
-        for grid in grids(device, integer=True):
-            wanted, found = reference.quantize_input(x, grid), quantize_tokens(x, grid)
-            assert torch.equal(found.q, wanted.q) and torch.equal(found.step, wanted.step.flatten())
-            for name in ("zero_point", "total"):
-                assert torch.equal(getattr(found, name), getattr(wanted, name).flatten())
-            assert torch.equal(row_totals(wanted.q), wanted.total.flatten())
-    assert quantize_tokens(x[:0]).q.shape == (0, columns) and row_totals(wanted.q[:0]).shape == (0,)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "columns"), GPU_SHAPES)
-@pytest.mark.parametrize("bits", [8, 4])
-def test_integers_that_a_graph_has_made_give_the_same_product(bits: int, rows: int, columns: int, dtype: torch.dtype) -> None:
-    device = torch.device("cuda")
-    weight = Weight(bits, True, rows, columns, device)
-    for tokens in (0, 1, 3, 8, 27, 64, 300):
-        for x, bias in inputs(tokens, columns, rows, dtype, device):
-            for grid in grids(device, integer=True):
-                found = arranged_linear.arranged_product(integers_of(x, grid), weight.arranged, bias)
-                assert_product(found, weight.product(x, bias, grid), integer=True)
-
-
-@pytest.mark.gpu
-def test_the_streaming_kernel_takes_strided_rows_and_no_rows() -> None:
-    device = torch.device("cuda")
-    weight = Weight(4, True, 96, 512, device)
-    wide = torch.randn(5, 1030).to(device, torch.bfloat16)
-    found = stream_linear.stream_linear(wide[:, 3:515], weight.arranged, None)
-    assert torch.equal(found, weight.product(wide[:, 3:515], None))
-    assert stream_linear.stream_linear(wide[:0, :512], weight.arranged, None).shape == (0, 96)
-
-
-def named(tile: Tile) -> str:
-    """For pytest -k, which takes no equals sign."""
-    return "x".join(map(str, tile))
-
-
-TILES = [
-    Tile(16, blocks=2), Tile(32, split=2), Tile(64, blocks=2), Tile(64, split=4), Tile(128, split=2), Tile(192), Tile(256),
-    Tile(96), Tile(256, share=2), Tile(128, share=2),
-]  # fmt: skip
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", TILES, ids=named)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("bits", "integer"), KINDS)
-def test_the_tile_kernel_equals_the_reference(bits: int, integer: bool, dtype: torch.dtype, tile: Tile) -> None:
-    device = torch.device("cuda")
-    chosen = tile_linear.plan(bits, *tile, integer=integer, float16=dtype == torch.float16)
-    for rows, columns in GPU_SHAPES:
-        weight = Weight(bits, integer, rows, columns, device)
-        for tokens in (1, 7, 64, 100, 300):
-            for x, bias in inputs(tokens, columns, rows, dtype, device):
-                for grid in grids(device, integer=integer):
-                    given = quantize_tokens(x, grid) if integer else x
-                    found = tile_linear.tile_linear(given, weight.arranged, bias, chosen)
-                    assert_product(found, weight.product(x, bias, grid), integer=integer)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rows", "columns", "group"), [(512, 14336, 128), (200, 4096, 64), (1000, 1152, 128)])
-@pytest.mark.parametrize("bits", [4, 3])
-def test_steps_for_groups_of_inputs(bits: int, rows: int, columns: int, group: int, dtype: torch.dtype) -> None:
-    device = torch.device("cuda")
-    weight = Weight(bits, False, rows, columns, device, group)
-    for tokens in (1, 5, 16, 32, 100, 300):
-        for x, bias in inputs(tokens, columns, rows, dtype, device):
-            wanted = weight.product(x, bias)
-            if tokens <= 32:
-                found = stream_linear.stream_linear(x, weight.arranged, bias)
-                assert_product(found, wanted, integer=False)
-            for tile in (Tile(16, blocks=2), Tile(64, split=4), Tile(128), Tile(256, share=2)):
-                chosen = tile_linear.plan(bits, *tile, integer=False, float16=dtype == torch.float16, grouped=True)
-                assert_product(tile_linear.tile_linear(x, weight.arranged, bias, chosen), wanted, integer=False)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", [Tile(128), Tile(64, blocks=2), Tile(96), Tile(128, share=2)], ids=named)
-@pytest.mark.parametrize(("bits", "integer"), KINDS)
-def test_a_block_goes_on_with_the_next_tile(bits: int, integer: bool, tile: Tile) -> None:
-    device = torch.device("cuda")
-    weight, x = Weight(bits, integer, 9000, 208, device), torch.randn(1500, 208).to(device, torch.bfloat16)
-    chosen = tile_linear.plan(bits, *tile, integer=integer)
-    given = quantize_tokens(x) if integer else x
-    found = tile_linear.tile_linear(given, weight.arranged, None, chosen)
-    assert_product(found, weight.product(x, None), integer=integer)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("bits", "integer"), KINDS)
-def test_every_number_of_tokens_gives_the_same_product(bits: int, integer: bool) -> None:
-    device = torch.device("cuda")
-    weight, x = Weight(bits, integer, 512, 1024, device), torch.randn(600, 1024).to(device, torch.bfloat16)
-    arranged_linear.prepare(weight.arranged.shape, x.dtype, device, InputKind.PER_TOKEN)
-    for tokens in (0, 1, 5, 17, 33, 65, 150, 600):
-        found = arranged_linear.arranged_linear(x[:tokens], weight.arranged, None)
-        assert_product(found, weight.product(x[:tokens], None), integer=integer)

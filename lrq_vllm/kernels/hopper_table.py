@@ -22,6 +22,7 @@ class Tile(NamedTuple):
     split: int = 1
     blocks: int = 1
     share: int = 1
+    team: int = 2
 
 
 STREAM = None

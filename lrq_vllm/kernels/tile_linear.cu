@@ -6,15 +6,16 @@
 // The product is computed transposed: 64 outputs are the rows of a wgmma, tokens its columns. Two warpgroups multiply; one more
 // warp fills a ring of STAGES buffers with STAGE_CHUNKS (even) chunks (64 inputs) of the weight and of x. 8-bit weights go to the
 // tensor cores from there, as x does. Others come from registers: while the tensor cores work on one chunk, a warpgroup unpacks
-// the next one. Each has 64 outputs of a tile.
+// the next one. Each has 64 outputs of a tile. Or, with 8-bit weights, TEAM is 1: a tile is one warpgroup's, and they take turns,
+// so that one multiplies while the other writes.
 //
 // A cluster is SPLIT blocks with the same tile and a part of the inputs each, which send each other their sums in the end; there
 // is a cluster for each tile then. Or it is SHARE blocks with the same tokens and outputs next to each other: each fetches a part
 // of the tokens for all. Otherwise, and then too, blocks go on with the next tile.
 //
 // Constants: BITS, INTEGER, FLOAT16, GROUPED, TOKENS, SPLIT, SHARE (one of them is 1), BLOCKS (1 or 2 that share a multiprocessor),
-// STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns), and the macros of tile_linear._wgmma_macros. hopper.cuh and
-// weight_chunk.cuh come before.
+// TEAM (warpgroups that share a tile: 2 or 1), STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns), and the macros of
+// tile_linear._wgmma_macros. hopper.cuh and weight_chunk.cuh come before.
 
 #define STRIPES 8  // of a tile
 #define WEIGHT_BYTES (STRIPES * STAGE_CHUNKS * CHUNK_BYTES)
@@ -36,11 +37,14 @@
 #define COLUMNS (TOKENS / 8)  // of 8 tokens
 #define CLUSTER (SPLIT * SHARE)
 #define WARPS (CONSUMERS / 32)  // that multiply
+#define TEAM_WARPS (4 * TEAM)  // that share a tile
+#define SLABS (2 / TEAM)  // of 64 outputs, that a warpgroup has of a tile
 #define OWN_COLUMNS ((COLUMNS + SPLIT - 1) / SPLIT)  // that a block finishes, at most
 #define PIECE (SPLIT == 1 ? 2 : 1)  // columns that a warp writes at a time
 
 static_assert(STAGE_CHUNKS % 2 == 0);  // chunks take turns with the registers
 static_assert(SPLIT == 1 || SHARE == 1);
+static_assert(TEAM == 2 || BITS == 8 && SPLIT == 1 && BLOCKS == 1);
 
 struct Shared {
     u8 turned[WARPS][PIECE * 256];  // of a piece: 8 tokens x 8 outputs, for each column and half of the warp's outputs
@@ -49,6 +53,7 @@ struct Shared {
     Facts facts[2][STRIPES];
 #endif
     u64 full[STAGES], empty[STAGES], facts_full[2];
+    u64 turn[2];  // of each team, if there are two
     u64 parts_full;  // what the other blocks sum up has come
 };
 
@@ -150,9 +155,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
     if (thread == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
             init(&shared.full[stage], 1);
-            init(&shared.empty[stage], WARPS * SHARE);
+            init(&shared.empty[stage], TEAM_WARPS * SHARE);
         }
-        for (int group = 0; group < 2; group++) init(&shared.facts_full[group], 1);
+        for (int group = 0; group < 2; group++) {
+            init(&shared.facts_full[group], 1);
+            init(&shared.turn[group], TEAM_WARPS);
+        }
         init(&shared.parts_full, 1);
         if (SPLIT > 1) expect(&shared.parts_full, (SPLIT - 1) * ((COLUMNS - rank + SPLIT - 1) / SPLIT) * CONSUMERS * 16);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -224,8 +232,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
         };
         [[maybe_unused]] const int group = warp / 4;
         [[maybe_unused]] int facts_parity = 0;
+        // Of a tile: where this warp has 16 outputs.
+        auto stripe_of = [&](int slab) { return TEAM == 2 ? warp : 4 * slab + warp % 4; };
+#if TEAM == 1
+        auto pass = [&] {  // the stages of the other team's tile
+            stage += steps;
+            parity ^= stage / STAGES % 2;
+            stage %= STAGES;
+        };
+        // A barrier tells its phase by parity alone: a team waits for its stages only when the other has seen all of its own full.
+        int turn_parity = 1 - group;  // the first turn is there already
+        if (group == 1) pass();
+        const int start = cluster + group * clusters, stride = 2 * clusters;
+#else
+        const int start = cluster, stride = clusters;
+#endif
         [[maybe_unused]] const int zero_of_all = INTEGER ? common_zero(x_kind, x_zeros) : 0;
-        for (int tile = cluster; tile < wide * high; tile += clusters) {
+        for (int tile = start; tile < wide * high; tile += stride) {
             int stripe, token;
             place_of(tile, stripe, token);
 #if INTEGER
@@ -253,9 +276,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                 offsets[i] = half_bits(-FRACTION * of.zero[row + 8 * i]) * 0x00010001u;
             }
 #endif
-            sum_t sums[TOKENS / 2];
+            sum_t sums[SLABS][TOKENS / 2];
 #pragma unroll
-            for (int i = 0; i < TOKENS / 2; i++) sums[i] = 0;
+            for (int i = 0; i < SLABS * TOKENS / 2; i++) sums[i / (TOKENS / 2)][i % (TOKENS / 2)] = 0;
 #if BITS < 8
             Left w[2][STEPS];
             auto unpack = [&](Left (&into)[STEPS], int chunk) {
@@ -286,38 +309,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                 }
             };
 #endif
-            auto multiply_chunk = [&](int chunk) {
-                const u8* const tokens_of = ring + stage * STAGE_BYTES + WEIGHT_BYTES + chunk / ROW_CHUNKS * TOKEN_BYTES;
-                const u64 right = operand(tokens_of, ROW_BYTES) + chunk % ROW_CHUNKS * (ROW_BYTES / ROW_CHUNKS / 16);
-#if BITS < 8
-                Left (&left)[STEPS] = w[chunk % 2];
-                unpack(left, chunk);
-#else
-                const Left start = operand(ring + stage * STAGE_BYTES + (chunk * STRIPES + warp / 4 * 4) * CHUNK_BYTES, 64);
-                const Left left[STEPS] = {start, start + 32 / 16};
+#if TEAM == 1
+            wait_for(&shared.turn[group], turn_parity);
+            turn_parity ^= 1;
 #endif
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-                for (int step = 0; step < STEPS; step++) multiply(sums, left[step], right + step * 32 / 16);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            };
 #pragma unroll 1
             for (int step = 0; step < steps; step++) {
-                const int count = min(end - first - step * STAGE_CHUNKS, STAGE_CHUNKS);
                 wait_for(&shared.full[stage], parity);
+                const u8* const weights_of = ring + stage * STAGE_BYTES;
+                auto tokens_of = [&](int chunk) {
+                    const u64 row = operand(weights_of + WEIGHT_BYTES + chunk / ROW_CHUNKS * TOKEN_BYTES, ROW_BYTES);
+                    return row + chunk % ROW_CHUNKS * (ROW_BYTES / ROW_CHUNKS / 16);
+                };
+#if BITS == 8
+                // Chunks behind the last one came as zeros.
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int chunk = 0; chunk < STAGE_CHUNKS; chunk++)
+#pragma unroll
+                    for (int slab = 0; slab < SLABS; slab++) {
+                        const Left left = operand(weights_of + (chunk * STRIPES + stripe_of(slab) / 4 * 4) * CHUNK_BYTES, 64);
+#pragma unroll
+                        for (int at = 0; at < STEPS; at++) multiply(sums[slab], left + at * 32 / 16, tokens_of(chunk) + at * 32 / 16);
+                    }
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                if (step > 0) release(stage ? stage - 1 : STAGES - 1);
+#else
+                const int count = min(end - first - step * STAGE_CHUNKS, STAGE_CHUNKS);
 #pragma unroll
                 for (int chunk = 0; chunk < STAGE_CHUNKS; chunk++)
                     if (chunk < count) {
-                        multiply_chunk(chunk);
+                        Left (&left)[STEPS] = w[chunk % 2];
+                        unpack(left, chunk);
+                        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                        for (int at = 0; at < STEPS; at++) multiply(sums[0], left[at], tokens_of(chunk) + at * 32 / 16);
+                        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                         if (chunk == 0 && step > 0) release(stage ? stage - 1 : STAGES - 1);
                     }
+#endif
                 if (++stage == STAGES) { stage = 0; parity ^= 1; }
             }
+#if TEAM == 1
+            if (lane == 0) arrive(&shared.turn[1 - group]);
+#endif
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-            for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : WGMMA_SUM(sums[i]) :: "memory");
+            for (int i = 0; i < SLABS * TOKENS / 2; i++) asm volatile("" : WGMMA_SUM(sums[i / (TOKENS / 2)][i % (TOKENS / 2)]) :: "memory");
             if (steps) release(stage ? stage - 1 : STAGES - 1);
+#if TEAM == 1
+            pass();
+#endif
 
 #if SPLIT > 1
             // Every block finishes each so-manieth column; the others send their sums of it to where the ring was.
@@ -329,7 +373,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                 const int owner = column % SPLIT, sender = (rank - owner + SPLIT - 1) % SPLIT;
                 Words four;
 #pragma unroll
-                for (int i = 0; i < 4; i++) four.at[i] = *(const u32*)&sums[4 * column + i];
+                for (int i = 0; i < 4; i++) four.at[i] = *(const u32*)&sums[0][4 * column + i];
                 if (owner != rank) send_words(parts[sender * OWN_COLUMNS + column / SPLIT][thread], owner, four, &shared.parts_full);
             }
             wait_for_blocks(&shared.parts_full);
@@ -341,56 +385,59 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             asm volatile("cp.async.wait_all;" ::: "memory");
             asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");  // every thread's grids are there
 #endif
-            const int own = stripe + warp;
+#pragma unroll
+            for (int slab = 0; slab < SLABS; slab++) {
+                const int own = stripe + stripe_of(slab);
 #if INTEGER
-            const Facts& of = shared.facts[group][warp];
-            const float steps_of[2] = {of.step[row], of.step[row + 8]};
-            const int zeros[2] = {-of.zero[row], -of.zero[row + 8]}, totals[2] = {-of.total[row], -of.total[row + 8]};
+                const Facts& of = shared.facts[group][stripe_of(slab)];
+                const float steps_of[2] = {of.step[row], of.step[row + 8]};
+                const int zeros[2] = {-of.zero[row], -of.zero[row + 8]}, totals[2] = {-of.total[row], -of.total[row + 8]};
 #endif
-            const int output = own * 16 + row;
-            const float bias_low = has_bias && output < outputs ? low_half(bias[output]) : 0.0f;
-            const float bias_high = has_bias && output + 8 < outputs ? low_half(bias[output + 8]) : 0.0f;
-            // A lane brings 8 outputs of one token of a piece to y. Units of 16 bytes lie so that no two are in each other's way.
-            const int half = lane % 2, written = lane / 2, place = own * 16 + 8 * half;
-            const u32 turned_row = address(shared.turned[warp]) + 128 * (lane / 8) + 16 * (lane % 8 ^ 4 * (lane / 8 % 2));
-            const u8* const mine = shared.turned[warp] + 128 * (2 * (written / 8) + half) + 16 * (written % 8 ^ 4 * half);
-            const int most = written < 8 * PIECE && place < outputs ? tokens - token - written : 0;
-            unsigned short* to = y + (u64)(token + written) * outputs + place;
+                const int output = own * 16 + row;
+                const float bias_low = has_bias && output < outputs ? low_half(bias[output]) : 0.0f;
+                const float bias_high = has_bias && output + 8 < outputs ? low_half(bias[output + 8]) : 0.0f;
+                // A lane brings 8 outputs of one token of a piece to y. Units of 16 bytes lie so that no two are in each other's way.
+                const int half = lane % 2, written = lane / 2, place = own * 16 + 8 * half;
+                const u32 turned_row = address(shared.turned[warp]) + 128 * (lane / 8) + 16 * (lane % 8 ^ 4 * (lane / 8 % 2));
+                const u8* const mine = shared.turned[warp] + 128 * (2 * (written / 8) + half) + 16 * (written % 8 ^ 4 * half);
+                const int most = written < 8 * PIECE && place < outputs ? tokens - token - written : 0;
+                unsigned short* to = y + (u64)(token + written) * outputs + place;
 #pragma unroll
-            for (int column = 0; column < COLUMNS; column += PIECE, to += 8 * PIECE * (u64)outputs) {
-                if (SPLIT > 1 && column % SPLIT != rank) continue;
-                asm volatile("" ::: "memory");  // grids stay in shared memory until they are used
-                u32 pairs[2 * PIECE];  // tokens 2 quarter and 2 quarter + 1 of a column; outputs g, g + 8
+                for (int column = 0; column < COLUMNS; column += PIECE, to += 8 * PIECE * (u64)outputs) {
+                    if (SPLIT > 1 && column % SPLIT != rank) continue;
+                    asm volatile("" ::: "memory");  // grids stay in shared memory until they are used
+                    u32 pairs[2 * PIECE];  // tokens 2 quarter and 2 quarter + 1 of a column; outputs g, g + 8
 #pragma unroll
-                for (int piece = 0; piece < PIECE; piece++) {
-                    sum_t four[4];
+                    for (int piece = 0; piece < PIECE; piece++) {
+                        sum_t four[4];
 #pragma unroll
-                    for (int i = 0; i < 4; i++) four[i] = sums[4 * (column + piece) + i];
+                        for (int i = 0; i < 4; i++) four[i] = sums[slab][4 * (column + piece) + i];
 #if SPLIT > 1
 #pragma unroll
-                    for (int sender = 0; sender < SPLIT - 1; sender++)
+                        for (int sender = 0; sender < SPLIT - 1; sender++)
 #pragma unroll
-                        for (int i = 0; i < 4; i++) four[i] += parts[sender * OWN_COLUMNS + column / SPLIT][thread][i];
+                            for (int i = 0; i < 4; i++) four[i] += parts[sender * OWN_COLUMNS + column / SPLIT][thread][i];
 #endif
-                    float values[4];
+                        float values[4];
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
+                        for (int i = 0; i < 4; i++) {
 #if INTEGER
-                        const Grid grid = shared.grids[group][8 * (column + piece) + 2 * quarter + i % 2];
-                        const int sum = (four[i] >> (i / 2 ? HIGH_BITS : 0)) + grid.zero * totals[i / 2] + grid.total * zeros[i / 2];
-                        values[i] = __fmul_rn(__fmul_rn((float)sum, grid.step), steps_of[i / 2]);
+                            const Grid grid = shared.grids[group][8 * (column + piece) + 2 * quarter + i % 2];
+                            const int sum = (four[i] >> (i / 2 ? HIGH_BITS : 0)) + grid.zero * totals[i / 2] + grid.total * zeros[i / 2];
+                            values[i] = __fmul_rn(__fmul_rn((float)sum, grid.step), steps_of[i / 2]);
 #else
-                        values[i] = __fmul_rn(four[i], steps_of[i / 2]);
+                            values[i] = __fmul_rn(four[i], steps_of[i / 2]);
 #endif
-                        values[i] = __fadd_rn(values[i], i < 2 ? bias_low : bias_high);
+                            values[i] = __fadd_rn(values[i], i < 2 ? bias_low : bias_high);
+                        }
+                        pairs[2 * piece] = half_pair(values[0], values[1]);
+                        pairs[2 * piece + 1] = half_pair(values[2], values[3]);
                     }
-                    pairs[2 * piece] = half_pair(values[0], values[1]);
-                    pairs[2 * piece + 1] = half_pair(values[2], values[3]);
+                    __syncwarp();  // the piece before was read
+                    store_turned(turned_row, pairs);
+                    __syncwarp();
+                    if (8 * column < most) *(Words*)to = *(const Words*)mine;
                 }
-                __syncwarp();  // the piece before was read
-                store_turned(turned_row, pairs);
-                __syncwarp();
-                if (8 * column < most) *(Words*)to = *(const Words*)mine;
             }
         }
     }

@@ -34,6 +34,7 @@ class Plan:
     split: int
     blocks: int
     share: int
+    team: int
     stage_chunks: int
     stages: int
     band: int
@@ -48,14 +49,15 @@ class Plan:
 
 
 def plan(
-    bits: int, tokens: int, split: int = 1, blocks: int = 1, share: int = 1, *,
+    bits: int, tokens: int, split: int = 1, blocks: int = 1, share: int = 1, team: int = 2, *,
     integer: bool, float16: bool = False, grouped: bool = False,
 ) -> Plan:  # fmt: skip
     """The kernel with tiles of ``tokens``, and as long a ring as there is memory for.
 
     tokens: a multiple of 16, 256 at most. split: 1, 2, 4 or 8 blocks of a cluster sum up one tile. blocks: 2 share a
     multiprocessor, each with half its registers, which is enough for 64 tokens; or 1. share: 1, or 2 blocks of a cluster fetch
-    tokens for each other; with split 1.
+    tokens for each other; with split 1. team: 2 warpgroups share a tile; or 1, and while one writes its tile, the other
+    multiplies: 8-bit weights, split 1, blocks 1, 160 tokens at most.
     """
     chunk_bytes = WeightShape(bits, integer, 0, 0, grouped).chunk_bytes
     stage_chunks = 4 if bits <= 4 and tokens <= 64 and blocks == 1 and not grouped else 2
@@ -63,7 +65,7 @@ def plan(
     fixed = 48 + 2048 * (2 if split == 1 else 1) + (2 * (16 * tokens + 8 * 12 * STRIPE) if integer else 0)
     stages = min(12, (_SHARED_BYTES // blocks - 1024 - fixed) // (stage + 16))
     shared_bytes = stages * (stage + 16) + fixed
-    return Plan(bits, integer, float16, grouped, tokens, split, blocks, share, stage_chunks, stages, _BAND, shared_bytes)
+    return Plan(bits, integer, float16, grouped, tokens, split, blocks, share, team, stage_chunks, stages, _BAND, shared_bytes)
 
 
 def tile_linear(x: IntegerTokens | Tensor, weight: ArrangedWeight, bias: Tensor | None, chosen: Plan) -> Tensor:

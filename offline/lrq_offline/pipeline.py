@@ -40,6 +40,8 @@ __all__ = ["BlockReport", "open_source", "quantize_model"]
 
 logger = logging.getLogger(__name__)
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class BlockReport:
@@ -73,10 +75,10 @@ def quantize_model(
     """
     started = time.monotonic()
     check_output(output, model_dir, overwrite=overwrite)
-    source = open_source(model_dir, settings)
-    manifest = manifest_of(source.config, settings)
     machine = machine or Machine()
     device = choose_device(machine.device)
+    source = open_source(model_dir, settings, device)
+    manifest = manifest_of(source.config, settings)
     _check_ranks(machine.gpus, device, settings, source, manifest)
     tokenizer = load_tokenizer(model_dir)
     texts = read_texts(settings.calibration or shipped_calibration(), tokenizer)
@@ -111,12 +113,13 @@ def quantize_model(
     return report
 
 
-def open_source(model_dir: Path, settings: QuantizeSettings) -> SourceModel:
-    """The float model as it is going to be quantized: rotated, if the settings say so."""
+def open_source(model_dir: Path, settings: QuantizeSettings, device: torch.device = _CPU) -> SourceModel:
+    """The float model as it is going to be quantized: rotated on ``device``, if the settings say so."""
     source = SourceModel.open(model_dir)
     if not settings.rotates:
         return source
-    return RotatedSource.of(source, rotation_of(source.config, source.family, settings.seed, settings.hadamard_block))
+    rotation = rotation_of(source.config, source.family, settings.seed, settings.hadamard_block, device)
+    return RotatedSource.of(source, rotation)
 
 
 def _check_ranks(count: int, device: torch.device, settings: QuantizeSettings, source: SourceModel, manifest: Manifest) -> None:

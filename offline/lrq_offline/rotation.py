@@ -25,22 +25,25 @@ __all__ = ["BlockRotation", "Rotation", "rotation_of"]
 
 # Rows of a weight that are rotated at once: a vocabulary has many.
 _ROWS_AT_ONCE = 8192
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class BlockRotation:
-    """H_B for every ``block`` of neighbouring channels, with a Paley matrix of ``order`` in it."""
+    """H_B for every ``block`` of neighbouring channels, with a Paley matrix of ``order`` in it; computed on ``device``."""
 
     block: int
     order: int
+    device: torch.device
 
     def rows(self, weight: Tensor) -> Tensor:
         """Each row w of a weight [..., in] as H w, float32."""
-        return torch.cat([rotate(rows, self.block, self.order) for rows in weight.split(_ROWS_AT_ONCE)])
+        parts = (rows.to(self.device) for rows in weight.split(_ROWS_AT_ONCE))
+        return torch.cat([rotate(rows, self.block, self.order).to(weight.device) for rows in parts])
 
     def columns(self, weight: Tensor) -> Tensor:
         """H W for W [out, in], or H b for a bias [out]; float32."""
-        return rotate(weight, self.block, self.order) if weight.dim() == 1 else self.rows(weight.T).T.contiguous()
+        return self.rows(weight.unsqueeze(0))[0] if weight.dim() == 1 else self.rows(weight.T).T.contiguous()
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,11 @@ class Rotation:
         return self.stream.columns(weight.float() * signs)
 
 
-def rotation_of(config: PreTrainedConfig, family: Family, seed: int, inner_block: int | None = None) -> Rotation:
-    """The rotation of a model. inner_block: H_B's size before down_proj; None takes its whole input.
+def rotation_of(
+    config: PreTrainedConfig, family: Family, seed: int, inner_block: int | None = None, device: torch.device = _CPU
+) -> Rotation:
+    """The rotation of a model. inner_block: H_B's size before down_proj; None takes its whole input. device: where it is
+    computed, a part of a weight at a time; weights come from the CPU, and go back to it.
 
     Raises SettingsError naming everything that stands in the way.
     """
@@ -93,7 +99,7 @@ def rotation_of(config: PreTrainedConfig, family: Family, seed: int, inner_block
             + "."
         )
         raise SettingsError(f"This {config.model_type} model cannot be rotated: {one_paragraph(problems, cure)}")
-    stream, head, inner = (BlockRotation(sizes[name], order) for name, order in orders.items() if order is not None)
+    stream, head, inner = (BlockRotation(sizes[name], order, device) for name, order in orders.items() if order is not None)
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(2, (config.hidden_size,), generator=generator).float() * 2 - 1
     return Rotation(signs, stream, head, inner)
