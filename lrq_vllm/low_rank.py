@@ -8,8 +8,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad
 
-from lrq_vllm.kernels import reference
-
 __all__ = ["LowRank", "Pair", "choose_low_rank"]
 
 _RANK_UNIT = 16
@@ -65,8 +63,10 @@ class Composed:
             _keep(layer, letter, [factor.to(dtype).float() for factor in factors])
 
     def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
-        """torch's own products."""
-        return reference.add_low_rank(y, x, list(zip(_kept(layer, "u"), _kept(layer, "v"), strict=True)))
+        """torch's own products, as one opaque op."""
+        from lrq_vllm.kernels import ops
+
+        return ops.add_low_rank(y, x, _kept(layer, "u"), _kept(layer, "v"))
 
 
 def _keep(layer: Any, letter: str, factors: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape
 from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
 
 __all__ = [
+    "add_low_rank",
     "add_low_rank_",
     "arranged_linear",
     "arranged_product",
@@ -145,6 +146,19 @@ def add_low_rank_(y: Tensor, x: Tensor, v: Tensor, u: list[Tensor]) -> None:
         rank, width = part.shape
         y[:, outputs : outputs + width].addmm_(shrunk[:, ranks : ranks + rank], part)
         outputs, ranks = outputs + width, ranks + rank
+
+
+@torch.library.custom_op("lrq::add_low_rank", mutates_args=())
+def add_low_rank(y: Tensor, x: Tensor, u: list[Tensor], v: list[Tensor]) -> Tensor:
+    """reference.add_low_rank, on a CPU. Not for torch.compile to look into: it would compute each slice of the sum where it is
+    used, and for rotary embeddings, which change their slices in place, copy more of a slice than there is (torch 2.13).
+    """
+    return reference.add_low_rank(y, x, list(zip(u, v, strict=True)))
+
+
+@add_low_rank.register_fake
+def _(y: Tensor, x: Tensor, u: list[Tensor], v: list[Tensor]) -> Tensor:
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
 
 
 @torch.library.custom_op("lrq::count_clipped_", mutates_args=("counts",))
