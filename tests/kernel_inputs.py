@@ -61,3 +61,9 @@ def assert_close_products(actual: Tensor, expected: Tensor, size: Tensor) -> Non
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     excess = (actual.float() - expected.float()).abs() - WEIGHT_ONLY_TOLERANCE[expected.dtype] * size
     assert (excess <= 0).all()
+
+
+def assert_equal_tokens(actual: QuantizedTokens, expected: QuantizedTokens) -> None:
+    for name, ours, theirs in zip(QuantizedTokens._fields, actual, expected, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape), name
+        assert torch.equal(ours.cpu(), theirs), name

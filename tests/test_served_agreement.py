@@ -45,7 +45,7 @@ def measured(
     compiled = {scheme: checkpoints(scheme, "lrq") for scheme in SCHEMES if scheme != "w8a8"} | {"olmo2": families["olmo2"]}
     eager = {model_type: folder for model_type, folder in families.items() if model_type not in compiled}
     folder = tmp_path_factory.mktemp("agreement")
-    # Not w4a4 with a correction: attention is summed up in another order, and 4-bit activations magnify that (docs/correction.md).
+    # Not w4a4 with a correction: what attention rounds otherwise is magnified by 4-bit activations (docs/correction.md).
     for name, settings, served in (
         (GROUPED, QuantizeSettings("w4a8", "rtn", group_size=64, **QUICK), eager),
         (ROTATED, QuantizeSettings("w4a4", "gptq", **QUICK), eager),

@@ -89,14 +89,17 @@ class InputSample:
 
     @property
     def low(self) -> Tensor:
+        """Each channel's smallest value, and 0 [in]."""
         return self._low.clamp(max=0)
 
     @property
     def high(self) -> Tensor:
+        """Each channel's largest value, and 0 [in]."""
         return self._high.clamp(min=0)
 
     @property
     def tokens(self) -> Tensor:
+        """Those that were kept [tokens, in]."""
         self._tokens = [torch.cat(self._tokens)]
         return self._tokens[0]
 
