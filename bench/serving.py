@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -58,45 +59,44 @@ def main() -> None:
         with Alone() as process:
             process.begin(write_llama, source, SIZES[arguments.size]).result()
     for first in range(0, len(arguments.candidates), arguments.at_once):
-        rows += measured(arguments.candidates[first : first + arguments.at_once], arguments)
-        rows.sort(key=lambda row: KNOWN.index(row["candidate"]))
-        write(arguments, rows)
+        for row in measured(arguments.candidates[first : first + arguments.at_once], arguments):
+            rows.append(row)
+            rows.sort(key=lambda row: KNOWN.index(row["candidate"]))
+            write(arguments, rows)
     show(rows, arguments.concurrency)
 
 
-def measured(candidates: list[str], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(candidates: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of these: made and started all at a time, then measured while the others have nothing to do."""
     folders = {candidate: arguments.work / candidate for candidate in candidates}
     written = [candidate for candidate in candidates if not folders[candidate].exists()]
     begin = time.monotonic()
     rows: dict[str, dict[str, Any]] = {candidate: {"candidate": candidate} for candidate in candidates}
     with all_alone(candidates) as makers:
-        making = {candidate: makers[candidate].begin(make, candidate, arguments.work) for candidate in written}
-        kept(making, rows)
+        collect({candidate: makers[candidate].begin(make, candidate, arguments.work) for candidate in written}, rows)
     print(f"{' '.join(written) or 'nothing'} written: {time.monotonic() - begin:.0f} s", flush=True)
     with all_alone(candidates) as servers:
-        left = [candidate for candidate in candidates if "why_not" not in rows[candidate]]
-        kept({candidate: servers[candidate].begin(start, folders[candidate], arguments) for candidate in left}, rows)
+        made = [candidate for candidate in candidates if "why_not" not in rows[candidate]]
+        collect({candidate: servers[candidate].begin(start, folders[candidate], arguments) for candidate in made}, rows)
         print(f"started: {time.monotonic() - begin:.0f} s", flush=True)
-        for candidate in left:
-            if "why_not" not in rows[candidate]:
-                kept({candidate: servers[candidate].begin(speeds, arguments)}, rows)
-            print(f"{time.monotonic() - begin:.0f} s, {json.dumps(rows[candidate])}"[:400], flush=True)
-        for candidate in left:
-            servers[candidate].begin(stop).result()
+        for candidate, row in rows.items():
+            if "why_not" not in row:
+                collect({candidate: servers[candidate].begin(speeds, arguments)}, rows)
+            print(f"{time.monotonic() - begin:.0f} s, {json.dumps(row)}"[:400], flush=True)
+            yield row
+        collect({candidate: servers[candidate].begin(stop) for candidate in made}, rows)
     if not arguments.keep:
         for candidate in written:
             shutil.rmtree(folders[candidate], ignore_errors=True)
-    return list(rows.values())
 
 
-def kept(work: dict[str, Future[dict[str, Any]]], rows: dict[str, dict[str, Any]]) -> None:
+def collect(work: dict[str, Future[dict[str, Any]]], rows: dict[str, dict[str, Any]]) -> None:
     """What each candidate's work found, in its row; or why it found nothing."""
     for candidate, future in work.items():
         try:
             rows[candidate] |= future.result()
         except Exception as error:
-            rows[candidate]["why_not"] = f"{type(error).__name__}: {error}"[:600]
+            rows[candidate].setdefault("why_not", f"{type(error).__name__}: {error}"[:600])
 
 
 def parsed() -> argparse.Namespace:
@@ -123,7 +123,13 @@ class Alone:
         self._pool.shutdown()
 
     def begin(self, work: Callable[..., Found], *given: Any) -> Future[Found]:
-        return self._pool.submit(work, *given)
+        """A process that has died says so in the result."""
+        try:
+            return self._pool.submit(work, *given)
+        except BrokenProcessPool as error:
+            future: Future[Found] = Future()
+            future.set_exception(error)
+            return future
 
 
 @contextmanager
@@ -156,6 +162,7 @@ def start(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def kv_bytes(arguments: argparse.Namespace) -> int:
+    """Of keys and values in 16 bits, for all requests of the largest load at a time."""
     size = SIZES[arguments.size]
     block = 128  # tokens, at most
     requests = [(max(arguments.concurrency), PROMPT + NEW), (arguments.prefill, PREFILL_TOKENS + 1)]
@@ -163,9 +170,11 @@ def kv_bytes(arguments: argparse.Namespace) -> int:
     return 2 * 2 * size["num_hidden_layers"] * size["num_key_value_heads"] * size["head_dim"] * tokens
 
 
-def stop() -> None:
+def stop() -> dict[str, Any]:
+    """The process would wait for its child."""
     if "llm" in globals():
-        llm.llm_engine.engine_core.shutdown()  # the process would wait for its child
+        llm.llm_engine.engine_core.shutdown()
+    return {}
 
 
 def speeds(arguments: argparse.Namespace) -> dict[str, Any]:
