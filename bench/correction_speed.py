@@ -114,7 +114,7 @@ def layers(
         return run
 
     copies = max(2, math.ceil(CACHE_BYTES / (outputs * inputs * bits / 8)))
-    made = [layer(weight._replace(q=weight.q.clone(), facts=weight.facts.clone()), u.clone(), v.clone()) for _ in range(copies)]
+    made = [layer(weight.copy(), u.clone(), v.clone()) for _ in range(copies)]
     check(made[0], (q, step, zero), grid, u, v, order if rotate else None)
     return made
 

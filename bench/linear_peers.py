@@ -170,7 +170,7 @@ def _lrq(bits: int, *, integer: bool, static: bool, group: int | None) -> Callab
         ready = arrange(q, step.squeeze(2), zeros, total, bits, integer=integer)
         calibrated = torch.tensor([8 / 255], device=weight.device), torch.tensor([127], dtype=torch.uint8, device=weight.device)
         grid = static_grid(*calibrated) if static else PER_TOKEN
-        weights = [ready._replace(q=ready.q.clone(), facts=ready.facts.clone()) for _ in range(copies)]
+        weights = [ready.copy() for _ in range(copies)]
         return [lambda x, w=w: arranged_linear(x, w, None, grid) for w in weights]
 
     return make

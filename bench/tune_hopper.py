@@ -25,7 +25,7 @@ import torch
 from linear import CACHE_BYTES, SHAPES, timed
 
 from lrq_vllm.kernels import cuda_kernel, stream_linear, tile_linear
-from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape
+from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, no_flags
 from lrq_vllm.kernels.hopper_table import STREAM, Tile
 from lrq_vllm.kernels.quantize_tokens import quantize_tokens
 
@@ -39,6 +39,8 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
 TILES = [
     *(Tile(tokens, split, blocks) for tokens in (16, 32, 64) for blocks in (1, 2) for split in (1, 2, 4, 8)),
     *(Tile(tokens, split) for tokens in (96, 128, 192, 256) for split in (1, 2)),
+    *(Tile(tokens, blocks=blocks, even=most) for tokens in (16, 32, 64) for blocks in (1, 2) for most in (2, 4, 8)),
+    *(Tile(tokens, share=share, even=2) for tokens in (128, 192, 256) for share in (1, 2)),
     *(Tile(tokens, share=2) for tokens in (128, 192, 256)),
     *(Tile(tokens, share=share, team=1) for tokens in (128, 160) for share in (1, 2)),
 ]
@@ -121,7 +123,7 @@ def random_weights(shape: WeightShape, device: torch.device) -> list[ArrangedWei
         q = torch.randint(0, 256, (stripes, chunks, width), dtype=torch.uint8, device=device)
         if shape.grouped:
             q[..., -4 * STRIPE :] = GROUP_WORD.to(device).repeat(STRIPE)
-        weights.append(ArrangedWeight(q, facts, shape))
+        weights.append(ArrangedWeight(q, facts, no_flags(device), shape))
     return weights
 
 
@@ -150,9 +152,10 @@ def sensible(tile: Tile | None, tokens: int, shape: WeightShape) -> bool:
     if tile is STREAM:
         return tokens <= stream_linear.MOST_TOKENS
     rows = -(-tokens // tile.tokens)
-    blocks = rows * -(-shape.out_features // 128) * tile.split
-    fits = rows <= max(2, tokens / 128) and tile.tokens < 2 * max(tokens, 16) and (tile.split == 1 or blocks <= 4 * 132)
-    return fits and exists(tile, shape)
+    tiles = rows * -(-shape.out_features // 128)
+    fits = rows <= max(2, tokens / 128) and tile.tokens < 2 * max(tokens, 16) and (tile.split == 1 or tiles * tile.split <= 528)
+    another = tile.even <= 2 or tiles * tile.even // 2 < 132 * tile.blocks  # than with a smaller number
+    return fits and another and exists(tile, shape)
 
 
 def chosen(found: list[tuple[int, dict[Tile | None, float]]]) -> list[tuple[int | None, Any]]:

@@ -20,6 +20,7 @@ def keep_arranged(layer: Any, weight: ArrangedWeight, dtype: torch.dtype, kind: 
     prepare(weight.shape, dtype, weight.q.device, kind)
     layer.lrq_q = Parameter(weight.q, requires_grad=False)
     layer.lrq_facts = Parameter(weight.facts, requires_grad=False)
+    layer.lrq_flags = Parameter(weight.flags, requires_grad=False)
     layer.lrq_weight_shape = weight.shape
 
 
@@ -28,7 +29,8 @@ def arranged_linear(layer: Any, x: Tensor, bias: Tensor | None, grid: InputGrid 
     from lrq_vllm.kernels import ops
 
     bits, integer, outputs, *_ = layer.lrq_weight_shape
-    return ops.arranged_linear(x, layer.lrq_q, layer.lrq_facts, bits, integer, outputs, bias, grid.kind, list(grid.calibrated))
+    weight = layer.lrq_q, layer.lrq_facts, layer.lrq_flags
+    return ops.arranged_linear(x, *weight, bits, integer, outputs, bias, grid.kind, list(grid.calibrated))
 
 
 def quantized_in_graph(layer: Any, x: Tensor, bias: Tensor | None, grid: InputGrid, fusion: Fusion) -> Tensor:
@@ -38,4 +40,5 @@ def quantized_in_graph(layer: Any, x: Tensor, bias: Tensor | None, grid: InputGr
     tokens = reference.quantize_input(x, grid)
     total = tokens.total if fusion is Fusion.INTEGERS_AND_TOTALS else None
     bits, _, outputs, *_ = layer.lrq_weight_shape
-    return ops.arranged_product(tokens.q, *grid.calibrated, total, layer.lrq_q, layer.lrq_facts, bits, outputs, bias, x.dtype)
+    weight = layer.lrq_q, layer.lrq_facts, layer.lrq_flags
+    return ops.arranged_product(tokens.q, *grid.calibrated, total, *weight, bits, outputs, bias, x.dtype)

@@ -10,7 +10,7 @@ from lrq_vllm import arranged_layer
 from lrq_vllm.input_fusion import Fusion, fusion_of
 from lrq_vllm.integer_backends import HopperBackend
 from lrq_vllm.kernels import hopper_table, stream_linear, tile_linear
-from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, arranged_integers
+from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, arranged_integers, no_flags
 from lrq_vllm.kernels.hopper_table import STREAM
 from lrq_vllm.kernels.reference import InputKind
 from lrq_vllm.kernels.stream_linear import Input, plan
@@ -149,7 +149,8 @@ class ArrangedLayer(torch.nn.Module):
         stripes, chunks = -(-shape.out_features // STRIPE), -(-shape.in_features // CHUNK)
         q = torch.zeros(stripes, chunks, shape.chunk_bytes, dtype=torch.uint8, device="meta")
         facts = torch.zeros(stripes, 3, STRIPE, dtype=torch.int32, device="meta")
-        self.lrq_q, self.lrq_facts = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in (q, facts))
+        tensors = q, facts, no_flags(q.device)
+        self.lrq_q, self.lrq_facts, self.lrq_flags = (torch.nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
         self.lrq_weight_shape = shape
 
     def forward(self, x: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ def with_kinds(*tiles: Tile) -> list[Any]:
 TILES = [
     Tile(16, blocks=2), Tile(32, split=2), Tile(64, blocks=2), Tile(64, split=4), Tile(128, split=2), Tile(192), Tile(256),
     Tile(96), Tile(256, share=2), Tile(128, share=2), Tile(128, team=1), Tile(64, share=2, team=1),
-    Tile(160, team=1),
+    Tile(160, team=1), Tile(16, even=8), Tile(64, blocks=2, even=2), Tile(128, share=2, even=4), Tile(256, even=2),
 ]  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_steps_for_groups_of_inputs(bits: int, rows: int, columns: int, group: i
             if tokens <= 32:
                 found = stream_linear.stream_linear(x, weight.arranged, bias)
                 assert_product(found, wanted, integer=False)
-            for tile in (Tile(16, blocks=2), Tile(64, split=4), Tile(128), Tile(256, share=2)):
+            for tile in (Tile(16, blocks=2), Tile(64, split=4), Tile(128), Tile(256, share=2), Tile(32, even=4)):
                 chosen = tile_linear.plan(bits, *tile, integer=False, float16=dtype == torch.float16, grouped=True)
                 assert_product(tile_linear.tile_linear(x, weight.arranged, bias, chosen), wanted, integer=False)
 
@@ -149,7 +149,7 @@ def test_steps_for_groups_of_inputs(bits: int, rows: int, columns: int, group: i
     ("bits", "integer", "tile"),
     with_kinds(
         Tile(128), Tile(64, blocks=2), Tile(96), Tile(128, share=2), Tile(128, team=1), Tile(96, share=2, team=1),
-        Tile(160, share=2, team=1),
+        Tile(160, share=2, team=1), Tile(128, even=2), Tile(64, blocks=2, even=2), Tile(192, share=2, even=2),
     ),
 )  # fmt: skip
 def test_a_block_goes_on_with_the_next_tile(bits: int, integer: bool, columns: int, tile: Tile) -> None:

@@ -16,9 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "STRIPE", "ArrangedWeight", "WeightShape", "arrange", "arranged_integers"]
+__all__ = ["CHUNK", "STRIPE", "WARPS", "ArrangedWeight", "WeightShape", "arrange", "arranged_integers", "no_flags"]
 
 STRIPE, CHUNK = 16, 64  # outputs and inputs of a chunk
+WARPS = 8  # of a block of tile_linear, that multiply
+_MOST_BLOCKS = 2 * 144  # of tile_linear, at the same time, on a GPU of the Hopper generation
 _SLICE = 64 * STRIPE  # outputs arranged at a time: the integers take 4 bytes each meanwhile
 _WORDS_OF_THREE_BITS = ((0, 1, 2, 3, 12), (4, 5, 6, 7, 14), (8, 9, 10, 11, 15))  # pairs, from the lowest bits up
 _TOP_PAIR = 13
@@ -49,7 +51,12 @@ class ArrangedWeight(NamedTuple):
 
     q: Tensor  # uint8 [stripes, chunks, shape.chunk_bytes]: :func:`arranged_integers`, and words of groups
     facts: Tensor  # int32 [stripes, 3, 16]: step (the float's bits), zero-point on q's grid (0 if there are groups), total
+    flags: Tensor  # int32, 0 between products: with them, warps of tile_linear tell each other what they have done
     shape: WeightShape
+
+    def copy(self) -> "ArrangedWeight":
+        """The same in memory of its own."""
+        return ArrangedWeight(self.q.clone(), self.facts.clone(), self.flags.clone(), self.shape)
 
 
 def arrange(q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor | None, bits: int, *, integer: bool) -> ArrangedWeight:
@@ -71,7 +78,12 @@ def arrange(q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor | None, b
         if values is not None:
             facts[place, :rows] = values
     by_stripe = facts.unflatten(1, (-1, STRIPE)).transpose(0, 1).contiguous()
-    return ArrangedWeight(words, by_stripe, WeightShape(bits, integer, rows, columns, grouped))
+    return ArrangedWeight(words, by_stripe, no_flags(q.device), WeightShape(bits, integer, rows, columns, grouped))
+
+
+def no_flags(device: torch.device) -> Tensor:
+    """ArrangedWeight.flags. Each weight has its own: two may be multiplied at the same time, on two streams."""
+    return torch.zeros(_MOST_BLOCKS * WARPS, dtype=torch.int32, device=device)
 
 
 def arranged_integers(q: Tensor, bits: int, *, integer: bool) -> Tensor:

@@ -23,6 +23,7 @@ class Tile(NamedTuple):
     blocks: int = 1
     share: int = 1
     team: int = 2
+    even: int = 0
 
 
 STREAM = None

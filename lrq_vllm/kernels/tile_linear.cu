@@ -13,9 +13,13 @@
 // is a cluster for each tile then. Or it is SHARE blocks with the same tokens and outputs next to each other: each fetches a part
 // of the tokens for all. Otherwise, and then too, blocks go on with the next tile.
 //
-// Constants: BITS, INTEGER, FLOAT16, GROUPED, TOKENS, SPLIT, SHARE (one of them is 1), BLOCKS (1 or 2 that share a multiprocessor),
-// TEAM (warpgroups that share a tile: 2 or 1), STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns), and the macros of
-// tile_linear._wgmma_macros. hopper.cuh and weight_chunk.cuh come before.
+// Or, if EVEN, every cluster has as much work, however many tiles there are: a span of all stages of all tiles ("Stream-K",
+// arXiv 2301.03598). Who has the first stages of a tile finishes it, with the sums of those that have the others, which come by
+// way of global memory.
+//
+// Constants: BITS, INTEGER, FLOAT16, GROUPED, TOKENS, SPLIT, SHARE (one of them is 1), EVEN (SPLIT is 1 then), BLOCKS (1 or 2 that
+// share a multiprocessor), TEAM (warpgroups that share a tile: 2 or 1), STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns),
+// and the macros of tile_linear._wgmma_macros. hopper.cuh and weight_chunk.cuh come before.
 
 #define STRIPES 8  // of a tile
 #define WEIGHT_BYTES (STRIPES * STAGE_CHUNKS * CHUNK_BYTES)
@@ -44,7 +48,8 @@
 
 static_assert(STAGE_CHUNKS % 2 == 0);  // chunks take turns with the registers
 static_assert(SPLIT == 1 || SHARE == 1);
-static_assert(TEAM == 2 || BITS == 8 && SPLIT == 1 && BLOCKS == 1);
+static_assert(!EVEN || SPLIT == 1);
+static_assert(TEAM == 2 || BITS == 8 && SPLIT == 1 && !EVEN && BLOCKS == 1);
 
 struct Shared {
     u8 turned[WARPS][PIECE * 256];  // of a piece: 8 tokens x 8 outputs, for each column and half of the warp's outputs
@@ -131,9 +136,39 @@ __device__ __forceinline__ void store_turned(u32 row, const u32 (&matrices)[2 * 
 #endif
 }
 
+#if EVEN
+// A word of global memory that a warp sets when others may read what its lanes have written.
+__device__ __forceinline__ void set_flag(int* flag, int lane) {
+    __syncwarp();
+    if (lane == 0) asm volatile("fence.acq_rel.gpu;\n st.relaxed.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
+}
+
+// And that the one who reads it sets back, for the next launch.
+__device__ __forceinline__ void wait_for_flag(int* flag) {
+    int set;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(set) : "l"(flag) : "memory");
+    while (!set);
+    *flag = 0;
+}
+
+// Past the first-level cache, which other multiprocessors' stores do not reach.
+__device__ __forceinline__ void store_sums(void* there, const sum_t* four) {
+    const u32* const words = (const u32*)four;
+    asm volatile("st.global.cg.v4.b32 [%0], {%1, %2, %3, %4};"
+        ::"l"(there), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]) : "memory");
+}
+
+__device__ __forceinline__ Words load_sums(const void* from) {
+    Words four;
+    asm volatile("ld.global.cg.v4.b32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(four.at[0]), "=r"(four.at[1]), "=r"(four.at[2]), "=r"(four.at[3]) : "l"(from));
+    return four;
+}
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(CLUSTER, 1, 1) tile_linear(
     const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, const float* x_steps, const u8* x_zeros,
-    const int* x_totals, const Facts* facts, const unsigned short* bias, unsigned short* y,
+    const int* x_totals, const Facts* facts, const unsigned short* bias, unsigned short* y, u8* parts, int* flags,
     int x_kind, int has_bias, int tokens, int outputs, int chunks, int stripes) {
     extern __shared__ __align__(1024) u8 memory[];
     u8* const ring = memory;
@@ -145,6 +180,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
     const int share = ((chunks + SPLIT - 1) / SPLIT + STAGE_CHUNKS - 1) / STAGE_CHUNKS * STAGE_CHUNKS;
     const int first = SPLIT > 1 ? min(rank * share, chunks) : 0, end = min(first + share, chunks);
     const int steps = (end - first + STAGE_CHUNKS - 1) / STAGE_CHUNKS;
+#if EVEN
+    // Who finishes a tile waits for the spans behind its own: those of blocks that began before it.
+    const int span = clusters - 1 - cluster;
+    auto begin_of = [&](int span) { return (int)((u64)wide * high * steps * span / clusters); };
+    const int start = begin_of(span), last = begin_of(span + 1);
+#else
+    const int start = cluster, last = wide * high;
+#endif
+    // Stages of a tile, and where this block goes on then.
+    struct Work { int tile, begin, end, next; };
+    auto work_at = [&](int at, int stride) -> Work {
+#if EVEN
+        const int begin = at % steps, end = min(steps, begin + last - at);
+        return {at / steps, begin, end, at + end - begin};
+#else
+        return {at, 0, steps, at + stride};
+#endif
+    };
     // Tiles near each other in time share tokens or outputs, so that the cache serves them.
     auto place_of = [&](int tile, int& stripe, int& token) {
         const int band = tile / (BAND * wide), within = tile % (BAND * wide), height = min(high - band * BAND, BAND);
@@ -200,19 +253,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             };
             int stripe, token;
             bool made = false;  // whether x may be read
-            for (int tile = cluster; tile < wide * high; tile += clusters) {
-                place_of(tile, stripe, token);
-                for (int step = 0; step < steps; step++) {
+            Work work;
+            for (int at = start; at < last; at = work.next) {
+                work = work_at(at, clusters);
+                place_of(work.tile, stripe, token);
+                for (int step = work.begin; step < work.end; step++) {
                     const int begin = first + step * STAGE_CHUNKS, count = min(end - begin, STAGE_CHUNKS);
                     wait_for(&shared.empty[stage], parity);
                     fill_weight(stripe, begin, count);
                     if (made) fill_x(stage, begin, count, token);
-                    else if (--before == 0 || step == steps - 1) {
+                    else if (--before == 0 || step == work.end - 1) {
                         made = true;
                         asm volatile("griddepcontrol.wait;" ::: "memory");
-                        for (int done = 0; done <= step; done++) {
-                            const int at = first + done * STAGE_CHUNKS;
-                            fill_x(done, at, min(end - at, STAGE_CHUNKS), token);
+                        for (int done = work.begin; done <= step; done++) {
+                            const int chunk = first + done * STAGE_CHUNKS;
+                            fill_x(done - work.begin, chunk, min(end - chunk, STAGE_CHUNKS), token);
                         }
                     }
                     if (++stage == STAGES) { stage = 0; parity ^= 1; }
@@ -243,28 +298,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
         // A barrier tells its phase by parity alone: a team waits for its stages only when the other has seen all of its own full.
         int turn_parity = 1 - group;  // the first turn is there already
         if (group == 1) pass();
-        const int start = cluster + group * clusters, stride = 2 * clusters;
+        const int own_start = start + group * clusters, stride = 2 * clusters;
 #else
-        const int start = cluster, stride = clusters;
+        const int own_start = start, stride = clusters;
 #endif
         [[maybe_unused]] const int zero_of_all = INTEGER ? common_zero(x_kind, x_zeros) : 0;
-        for (int tile = start; tile < wide * high; tile += stride) {
+        Work work;
+        for (int at = own_start; at < last; at = work.next) {
+            work = work_at(at, stride);
             int stripe, token;
-            place_of(tile, stripe, token);
+            place_of(work.tile, stripe, token);
+            [[maybe_unused]] const bool finishes = work.begin == 0;
 #if INTEGER
-            asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");  // the warpgroup is done with the tile before
-            if (thread % 128 == 0) {
-                const int bytes = min(max(stripes - stripe, 0), STRIPES) * sizeof(Facts);
-                expect(&shared.facts_full[group], bytes);
-                if (bytes) fetch(shared.facts[group], facts + stripe, bytes, &shared.facts_full[group]);
-            }
-            asm volatile("griddepcontrol.wait;" ::: "memory");  // for the kernel that made x and its grids
-            for (int at = thread % 128; at < min(tokens - token, TOKENS); at += 128) {
-                Grid& grid = shared.grids[group][at];
-                fetch_word(&grid.step, x_steps + own_step(x_kind, token + at));
-                fetch_word(&grid.total, x_totals + token + at);
-                if (x_kind == PER_TOKEN) fetch_word(&grid.zero, (const int*)x_zeros + token + at);
-                else grid.zero = zero_of_all;
+            if (finishes) {
+                asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");  // the warpgroup is done with the tile before
+                if (thread % 128 == 0) {
+                    const int bytes = min(max(stripes - stripe, 0), STRIPES) * sizeof(Facts);
+                    expect(&shared.facts_full[group], bytes);
+                    if (bytes) fetch(shared.facts[group], facts + stripe, bytes, &shared.facts_full[group]);
+                }
+                asm volatile("griddepcontrol.wait;" ::: "memory");  // for the kernel that made x and its grids
+                for (int own = thread % 128; own < min(tokens - token, TOKENS); own += 128) {
+                    Grid& grid = shared.grids[group][own];
+                    fetch_word(&grid.step, x_steps + own_step(x_kind, token + own));
+                    fetch_word(&grid.total, x_totals + token + own);
+                    if (x_kind == PER_TOKEN) fetch_word(&grid.zero, (const int*)x_zeros + token + own);
+                    else grid.zero = zero_of_all;
+                }
             }
 #else
             const Facts& of = facts[min(stripe + warp, stripes - 1)];
@@ -314,7 +374,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             turn_parity ^= 1;
 #endif
 #pragma unroll 1
-            for (int step = 0; step < steps; step++) {
+            for (int step = work.begin; step < work.end; step++) {
                 wait_for(&shared.full[stage], parity);
                 const u8* const weights_of = ring + stage * STAGE_BYTES;
                 auto tokens_of = [&](int chunk) {
@@ -334,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                     }
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                if (step > 0) release(stage ? stage - 1 : STAGES - 1);
+                if (step > work.begin) release(stage ? stage - 1 : STAGES - 1);
 #else
                 const int count = min(end - first - step * STAGE_CHUNKS, STAGE_CHUNKS);
 #pragma unroll
@@ -347,7 +407,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                         for (int at = 0; at < STEPS; at++) multiply(sums[0], left[at], tokens_of(chunk) + at * 32 / 16);
                         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-                        if (chunk == 0 && step > 0) release(stage ? stage - 1 : STAGES - 1);
+                        if (chunk == 0 && step > work.begin) release(stage ? stage - 1 : STAGES - 1);
                     }
 #endif
                 if (++stage == STAGES) { stage = 0; parity ^= 1; }
@@ -358,7 +418,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
             for (int i = 0; i < SLABS * TOKENS / 2; i++) asm volatile("" : WGMMA_SUM(sums[i / (TOKENS / 2)][i % (TOKENS / 2)]) :: "memory");
-            if (steps) release(stage ? stage - 1 : STAGES - 1);
+            if (work.end > work.begin) release(stage ? stage - 1 : STAGES - 1);
 #if TEAM == 1
             pass();
 #endif
@@ -379,6 +439,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             wait_for_blocks(&shared.parts_full);
 #endif
             asm volatile("griddepcontrol.wait;" ::: "memory");  // somebody may still read what will be y
+#if EVEN
+            // Of a span: this warp's flag, and this thread's sums of a column.
+            auto flag_of = [&](int span) { return flags + (span * SHARE + rank) * WARPS + warp; };
+            auto sums_of = [&](int span, int column) {
+                return parts + ((u64)((span * SHARE + rank) * COLUMNS + column) * CONSUMERS + thread) * sizeof(Words);
+            };
+            if (!finishes) {
+#pragma unroll
+                for (int column = 0; column < COLUMNS; column++) store_sums(sums_of(span, column), &sums[0][4 * column]);
+                set_flag(flag_of(span), lane);
+                continue;
+            }
+            if (work.end < steps) {
+                const int tile_end = (work.tile + 1) * steps;
+                for (int other = span + 1 + lane; begin_of(other) < tile_end; other += 32) wait_for_flag(flag_of(other));
+                __syncwarp();
+                for (int other = span + 1; begin_of(other) < tile_end; other++)
+#pragma unroll
+                    for (int column = 0; column < COLUMNS; column++) {
+                        const Words four = load_sums(sums_of(other, column));
+#pragma unroll
+                        for (int i = 0; i < 4; i++) sums[0][4 * column + i] += *(const sum_t*)&four.at[i];
+                    }
+            }
+#endif
 #if INTEGER
             wait_for(&shared.facts_full[group], facts_parity);
             facts_parity ^= 1;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.kernels import cuda_kernel
-from lrq_vllm.kernels.arranged_weight import STRIPE, ArrangedWeight, WeightShape
+from lrq_vllm.kernels.arranged_weight import STRIPE, WARPS, ArrangedWeight, WeightShape
 from lrq_vllm.kernels.quantize_tokens import IntegerTokens, aligned
 
 __all__ = ["Plan", "plan", "tile_linear"]
@@ -35,6 +35,7 @@ class Plan:
     blocks: int
     share: int
     team: int
+    even: int
     stage_chunks: int
     stages: int
     band: int
@@ -42,14 +43,14 @@ class Plan:
 
     def source(self) -> cuda_kernel.Source:
         """The kernel's text with its constants in front."""
-        constants = {**asdict(self), "calibrated": False}
+        constants = {**asdict(self), "even": self.even > 0, "calibrated": False}
         macros = _wgmma_macros(self.tokens // 2, integer=self.integer, registers=self.bits < 8)
         headers = ("hopper.cuh", "weight_chunk.cuh")
         return cuda_kernel.source("tile_linear", constants, *headers, shared_bytes=self.shared_bytes, macros=macros)
 
 
 def plan(
-    bits: int, tokens: int, split: int = 1, blocks: int = 1, share: int = 1, team: int = 2, *,
+    bits: int, tokens: int, split: int = 1, blocks: int = 1, share: int = 1, team: int = 2, even: int = 0, *,
     integer: bool, float16: bool = False, grouped: bool = False,
 ) -> Plan:  # fmt: skip
     """The kernel with tiles of ``tokens``, and as long a ring as there is memory for.
@@ -57,7 +58,8 @@ def plan(
     tokens: a multiple of 16, 256 at most. split: 1, 2, 4 or 8 blocks of a cluster sum up one tile. blocks: 2 share a
     multiprocessor, each with half its registers, which is enough for 64 tokens; or 1. share: 1, or 2 blocks of a cluster fetch
     tokens for each other; with split 1. team: 2 warpgroups share a tile; or 1, and while one writes its tile, the other
-    multiplies: 8-bit weights, split 1, blocks 1, 160 tokens at most.
+    multiplies: 8-bit weights, split 1, blocks 1, 160 tokens at most. even: 0, or as many clusters as there are, but
+    no more than this for a tile, have the same amount of work each; with split 1, team 2.
     """
     chunk_bytes = WeightShape(bits, integer, 0, 0, grouped).chunk_bytes
     stage_chunks = 4 if bits <= 4 and tokens <= 64 and blocks == 1 and not grouped else 2
@@ -65,7 +67,9 @@ def plan(
     fixed = 48 + 2048 * (2 if split == 1 else 1) + (2 * (16 * tokens + 8 * 12 * STRIPE) if integer else 0)
     stages = min(12, (_SHARED_BYTES // blocks - 1024 - fixed) // (stage + 16))
     shared_bytes = stages * (stage + 16) + fixed
-    return Plan(bits, integer, float16, grouped, tokens, split, blocks, share, team, stage_chunks, stages, _BAND, shared_bytes)
+    return Plan(
+        bits, integer, float16, grouped, tokens, split, blocks, share, team, even, stage_chunks, stages, _BAND, shared_bytes
+    )
 
 
 def tile_linear(x: IntegerTokens | Tensor, weight: ArrangedWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
@@ -87,14 +91,19 @@ def tile_linear(x: IntegerTokens | Tensor, weight: ArrangedWeight, bias: Tensor 
         rows.data_ptr(), tokens, size * rows.shape[1], box, stride=size * rows.stride(0), swizzled=True
     )  # fmt: skip
     tiles = -(-outputs // (_OUTPUTS * chosen.share)) * -(-tokens // chosen.tokens)  # of clusters
-    clusters = tiles if chosen.split > 1 else min(tiles, cuda_kernel.processors(y.device) * chosen.blocks // chosen.share)
+    resident = min(cuda_kernel.processors(y.device) * chosen.blocks, weight.flags.numel() // WARPS) // chosen.share
+    most = min(max(chosen.even, 1), -(-chunks // chosen.stage_chunks))  # that a tile is dealt out to, a stage to each at least
+    clusters = tiles if chosen.split > 1 else min(tiles * most, resident)
+    parts = y  # or what clusters send each other
+    if chosen.even:
+        parts = torch.empty(clusters * chosen.share * chosen.tokens * _OUTPUTS, dtype=torch.int32, device=y.device)
     chunk_bytes = weight.shape.chunk_bytes
     box = _OUTPUTS // STRIPE, chunk_bytes * (1 if weight.shape.bits == 8 else chosen.stage_chunks)
     boxes = cuda_kernel.boxes(weight.q.data_ptr(), stripes, chunks * chunk_bytes, box)
     _compiled(chosen, y.device).launch(
         clusters * chosen.split * chosen.share, _THREADS,
         [
-            boxes, given, *grids, weight.facts, y if bias is None else bias, y,
+            boxes, given, *grids, weight.facts, y if bias is None else bias, y, parts, weight.flags,
             kind, int(bias is not None), tokens, outputs, chunks, stripes,
         ],
     )  # fmt: skip
