@@ -71,7 +71,9 @@ def measured(candidates: list[str], arguments: argparse.Namespace) -> Iterator[d
     folders = {candidate: arguments.work / candidate for candidate in candidates}
     written = [candidate for candidate in candidates if not folders[candidate].exists()]
     begin = time.monotonic()
-    rows: dict[str, dict[str, Any]] = {candidate: {"candidate": candidate} for candidate in candidates}
+    rows: dict[str, dict[str, Any]] = {
+        candidate: {"candidate": candidate, "at_once": arguments.at_once} for candidate in candidates
+    }
     with all_alone(candidates) as makers:
         collect({candidate: makers[candidate].begin(make, candidate, arguments.work) for candidate in written}, rows)
     print(f"{' '.join(written) or 'nothing'} written: {time.monotonic() - begin:.0f} s", flush=True)

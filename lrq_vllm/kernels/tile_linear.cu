@@ -19,16 +19,16 @@
 //
 // Constants: BITS, INTEGER, FLOAT16, GROUPED, TOKENS, SPLIT, SHARE (one of them is 1), EVEN (SPLIT is 1 then), BLOCKS (1 or 2 that
 // share a multiprocessor), TEAM (warpgroups that share a tile: 2 or 1), STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns),
-// and the macros of tile_linear._wgmma_macros. hopper.cuh and weight_chunk.cuh come before.
+// WARPS (8, that multiply), ROW_BYTES (128 of x, that are fetched at once: a line of the cache), and the macros of
+// tile_linear._wgmma_macros. hopper.cuh and weight_chunk.cuh come before.
 
 #define STRIPES 8  // of a tile
 #define WEIGHT_BYTES (STRIPES * STAGE_CHUNKS * CHUNK_BYTES)
 #define BOX_CHUNKS (BITS == 8 ? 1 : STAGE_CHUNKS)  // of the weight, that are fetched at once: 8 x 64 bytes follow each other at 8 bits
-#define ROW_BYTES 128  // of x, that are fetched at once: a line of the cache
 #define ROW_CHUNKS (INTEGER ? 2 : 1)
 #define TOKEN_BYTES (TOKENS * ROW_BYTES)
 #define STAGE_BYTES (WEIGHT_BYTES + STAGE_CHUNKS / ROW_CHUNKS * TOKEN_BYTES)
-#define CONSUMERS 256
+#define CONSUMERS (32 * WARPS)
 #define THREADS (CONSUMERS + 128)
 // Registers of a thread: all that there are for those that multiply, a few for the others. 2 * MANY + FEW is 3 * 168 or 3 * 80.
 #if BLOCKS == 2
@@ -40,7 +40,6 @@
 #endif
 #define COLUMNS (TOKENS / 8)  // of 8 tokens
 #define CLUSTER (SPLIT * SHARE)
-#define WARPS (CONSUMERS / 32)  // that multiply
 #define TEAM_WARPS (4 * TEAM)  // that share a tile
 #define SLABS (2 / TEAM)  // of 64 outputs, that a warpgroup has of a tile
 #define OWN_COLUMNS ((COLUMNS + SPLIT - 1) / SPLIT)  // that a block finishes, at most
@@ -228,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
 #endif
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
-    if (warp >= CONSUMERS / 32) {
+    if (warp >= WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 " FEW ";");
         if (thread == CONSUMERS) {
             int stage = 0, parity = 1, before = STAGES;  // stages to fill with weights before the kernel that makes x has ended
@@ -527,7 +526,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
         }
     }
 #if SPLIT > 1
-    if (warp >= CONSUMERS / 32) {
+    if (warp >= WARPS) {
         __syncwarp();
         cluster_arrive();  // with the consumers
         cluster_wait();

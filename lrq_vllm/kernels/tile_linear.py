@@ -17,7 +17,7 @@ __all__ = ["Plan", "plan", "tile_linear"]
 
 _OUTPUTS = 128  # of a tile
 _ROW_BYTES = 128  # of a token, that are fetched at once
-_THREADS = 384  # two warpgroups multiply, one gives them its registers and fills
+_THREADS = 32 * WARPS + 128  # two warpgroups multiply, one gives them its registers and fills
 _SHARED_BYTES = 227 * 1024
 _BAND = 8
 
@@ -43,10 +43,10 @@ class Plan:
 
     def source(self) -> cuda_kernel.Source:
         """The kernel's text with its constants in front."""
-        constants = {**asdict(self), "even": self.even > 0, "calibrated": False}
+        fixed = {"even": self.even > 0, "calibrated": False, "warps": WARPS, "row_bytes": _ROW_BYTES}
         macros = _wgmma_macros(self.tokens // 2, integer=self.integer, registers=self.bits < 8)
         headers = ("hopper.cuh", "weight_chunk.cuh")
-        return cuda_kernel.source("tile_linear", constants, *headers, shared_bytes=self.shared_bytes, macros=macros)
+        return cuda_kernel.source("tile_linear", asdict(self) | fixed, *headers, shared_bytes=self.shared_bytes, macros=macros)
 
 
 def plan(
