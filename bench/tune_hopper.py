@@ -44,6 +44,7 @@ TILES = [
     *(Tile(tokens, share=2) for tokens in (128, 192, 256)),
     *(Tile(tokens, share=share, team=1) for tokens in (128, 160) for share in (1, 2)),
 ]
+PROCESSORS = 132  # of an H100 and of an H200
 PASSES = 3
 WORTH = 1.015
 # Of a group (arranged_weight.py): zero-point 8, and 1.0 as bfloat16 for its step.
@@ -153,9 +154,10 @@ def sensible(tile: Tile | None, tokens: int, shape: WeightShape) -> bool:
         return tokens <= stream_linear.MOST_TOKENS
     rows = -(-tokens // tile.tokens)
     tiles = rows * -(-shape.out_features // 128)
-    fits = rows <= max(2, tokens / 128) and tile.tokens < 2 * max(tokens, 16) and (tile.split == 1 or tiles * tile.split <= 528)
-    another = tile.even <= 2 or tiles * tile.even // 2 < 132 * tile.blocks  # than with a smaller number
-    return fits and another and exists(tile, shape)
+    fits = rows <= max(2, tokens / 128) and tile.tokens < 2 * max(tokens, 16)
+    few = tile.split == 1 or tiles * tile.split <= 4 * PROCESSORS
+    another = tile.even <= 2 or tiles * tile.even // 2 < PROCESSORS * tile.blocks  # than with a smaller number
+    return fits and few and another and exists(tile, shape)
 
 
 def chosen(found: list[tuple[int, dict[Tile | None, float]]]) -> list[tuple[int | None, Any]]:
