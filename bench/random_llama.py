@@ -25,6 +25,10 @@ SIZES: dict[str, dict[str, int]] = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
     },
+    "narrow": {  # as many layers as 8b, and next to nothing for a GPU to do: what is left is the host's time
+        "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 32, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096,
+    },
     "small": {
         "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4096,

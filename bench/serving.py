@@ -10,6 +10,8 @@ Each form is quantized by round-to-nearest (corrections are random pairs), serve
 have it (torch.compile, CUDA graphs), measured and deleted. With --at-once 4, so many start side by side, and each is measured
 while the others have nothing to do: 30 GB of GPU memory for each form of Llama-3-8B.
 
+With --size narrow the GPU has next to nothing to do, and a step takes what the host takes for it.
+
 Decoding: so many requests at a time, each PROMPT random tokens, then NEW more. Prefill: PREFILL prompts of PREFILL_TOKENS
 random tokens, one new token each. Medians of REPEATS, after one that does not count. Candidates that are in the file from
 before stay there.
@@ -32,6 +34,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
+from gpu_trace import begin_trace, end_trace
 from linear import version_of
 from random_llama import SIZES, write_llama, write_ours, write_stock
 
@@ -110,6 +113,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lrq-serving", help="for checkpoints")
     parser.add_argument("--keep", action="store_true", help="leave the quantized checkpoints there")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="quantized and started side by side")
+    parser.add_argument("--trace", action="store_true", help="also say what the GPU did in one more run, which is slower")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     return parser.parse_args()
 
@@ -187,10 +191,23 @@ def speeds(arguments: argparse.Namespace) -> dict[str, Any]:
         found = [count * NEW / seconds(vocabulary, generator, count, PROMPT, NEW) for _ in range(REPEATS + 1)][1:]
         row["decode"][str(count)] = round(statistics.median(found), 1)
         row["decode_all"][str(count)] = [round(value, 1) for value in found]
+        if arguments.trace:
+            row.setdefault("traced", {})[str(count)] = traced(vocabulary, generator, count, PROMPT, NEW)
     if count := arguments.prefill:
         found = [count * PREFILL_TOKENS / seconds(vocabulary, generator, count, PREFILL_TOKENS, 1) for _ in range(REPEATS + 1)]
         row["prefill"] = round(statistics.median(found[1:]), 1)
+        row["prefill_all"] = [round(value, 1) for value in found[1:]]
+        if arguments.trace:
+            row.setdefault("traced", {})["prefill"] = traced(vocabulary, generator, count, PREFILL_TOKENS, 1)
     return row
+
+
+def traced(vocabulary: int, generator: torch.Generator, count: int, tokens: int, new: int) -> dict[str, Any]:
+    """As seconds, with the GPU's kernels written down."""
+    llm.collective_rpc(begin_trace)
+    elapsed = seconds(vocabulary, generator, count, tokens, new)
+    (found,) = llm.collective_rpc(end_trace)
+    return {"ms": round(1000 * elapsed, 3), **found}
 
 
 def facts() -> dict[str, Any]:

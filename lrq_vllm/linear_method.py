@@ -54,9 +54,10 @@ class LrqLinearMethod(LinearMethodBase, ABC):
         layer.lrq_kernel, product = self._prepare(layer, packed)
         device, dtype = packed[0].device, layer.lrq_dtype
         if self._hadamard is not None and device.type == "cuda":
-            from lrq_vllm.kernels import hadamard
+            from lrq_vllm.kernels import hadamard, rotate_tokens
 
-            hadamard.check(self._hadamard.block, self._hadamard.order)
+            hadamard.check(self._hadamard.block, self._hadamard.order, device)
+            rotate_tokens.prepare(self._hadamard.block, self._hadamard.order, dtype, device)
         if pairs:
             self._low_rank = choose_low_rank(device)
             self._low_rank.prepare(layer, pairs, dtype)

@@ -6,11 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.functional import pad
+
+from lrq_vllm.kernels import low_rank
 
 __all__ = ["LowRank", "Pair", "choose_low_rank"]
-
-_RANK_UNIT = 16
 
 Pair = tuple[Tensor, Tensor]
 """U [out, k] and V [in, k] of one of the modules that are fused into a layer."""
@@ -27,7 +26,7 @@ class LowRank(Protocol):
 
 
 def choose_low_rank(device: torch.device) -> LowRank:
-    """By device: cuBLAS adds where y stands already; on a CPU torch adds as the reference says."""
+    """By device: a GPU adds where y stands already; on a CPU torch adds as the reference says."""
     return InPlace() if device.type == "cuda" else Composed()
 
 
@@ -35,22 +34,18 @@ class InPlace:
     """A GPU, as one opaque op: y is read and written once more, and no sum of both products is ever stored apart."""
 
     def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
-        """V of all parts stand side by side, as one product reads x once; U of each is U^T [k, out], read row by row.
-
-        Ranks are filled up with zeros to what tensor cores take at a time: products of other sizes are several times slower.
-        """
-
-        def wide(factor: Tensor) -> Tensor:
-            return pad(factor, (0, -factor.shape[1] % _RANK_UNIT)).to(dtype)
-
-        _keep(layer, "u", [wide(u).t() for u, _ in pairs])
-        _keep(layer, "v", [torch.cat([wide(v) for _, v in pairs], dim=1)])
+        """Lay the factors out, and compile what they may need."""
+        factors = low_rank.arrange(pairs, dtype)
+        low_rank.prepare(factors)
+        layer.lrq_low_rank_v = Parameter(factors.v, requires_grad=False)
+        layer.lrq_low_rank_u = Parameter(factors.u, requires_grad=False)
+        layer.lrq_low_rank_sizes = list(factors.widths), list(factors.ranks)
 
     def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
         """Two products in 16 bits with float32 sums."""
         from lrq_vllm.kernels import ops
 
-        ops.add_low_rank_(y, x, *_kept(layer, "v"), _kept(layer, "u"))
+        ops.add_low_rank_(y, x, layer.lrq_low_rank_v, layer.lrq_low_rank_u, *layer.lrq_low_rank_sizes)
         return y
 
 

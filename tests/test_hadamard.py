@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from lrq_vllm.checkpoint.hadamard import paley_matrix, paley_order, rotate
 from lrq_vllm.errors import SettingsError
+from lrq_vllm.kernels import cuda_kernel
 from lrq_vllm.kernels import hadamard as kernel
+from lrq_vllm.kernels.rotate_tokens import rotate_tokens
 
 SPECIFICATION = Path(__file__).parents[1] / "docs" / "checkpoint-format.md"
 
@@ -66,23 +68,59 @@ def test_a_rotation_is_its_definition_and_keeps_lengths(blocks: int, order: int,
 KERNEL_BLOCKS = [(64, 1), (512, 1), (16384, 1), (192, 12), (768, 12), (14336, 28)]
 
 
+def inputs_with_outliers(tokens: int, block: int, dtype: torch.dtype) -> torch.Tensor:
+    """Two blocks of each token, in rows of more."""
+    x = torch.randn(tokens, 2 * block + 8)
+    x[1, ::50] *= 100  # what rotations are for
+    return x.to(dtype)[:, : 2 * block]
+
+
+def assert_rotated(found: torch.Tensor, x: torch.Tensor, block: int, order: int) -> None:
+    """But for one rounding to 16 bits (the interpreter cuts off where a GPU rounds), and what sums of float32 leave."""
+    wanted, bits = rotate(x, block, order), 8 if x.dtype == torch.bfloat16 else 11
+    assert found.dtype == x.dtype
+    torch.testing.assert_close(found.float(), wanted, rtol=2 ** (1 - bits), atol=2**-18 * wanted.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("block", "order"), KERNEL_BLOCKS)
 def test_the_kernel_rotates_as_the_definition_does(device: torch.device, block: int, order: int, dtype: torch.dtype) -> None:
-    kernel.check(block, order)
-    x = torch.randn(3, 2 * block + 8)
-    x[1, ::50] *= 100  # outliers: what rotations are for
-    x = x.to(dtype)[:, : 2 * block]
-    found, wanted = kernel.rotate(x.to(device), block, order).cpu(), rotate(x, block, order)
-    # One rounding to 16 bits (the interpreter cuts off where a GPU rounds), and what sums of float32 leave.
-    bits = 8 if dtype == torch.bfloat16 else 11
-    torch.testing.assert_close(found.float(), wanted, rtol=2 ** (1 - bits), atol=2**-18 * wanted.abs().max().item())
+    kernel.check(block, order, device)
+    x = inputs_with_outliers(3, block, dtype)
+    assert_rotated(kernel.rotate(x.to(device), block, order).cpu(), x, block, order)
+
+
+# Butterflies of 4 to 14 bits; Paley's matrices of one to ten rows of tensor-core tiles; what fills shared memory.
+HOPPER_BLOCKS = [
+    *KERNEL_BLOCKS, (16, 1), (32, 1), (1408, 44), (8192, 1), (13824, 108), (18944, 148), (24576, 12), (32256, 252),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("block", "order"), HOPPER_BLOCKS)
+def test_the_kernel_for_hopper_rotates_as_the_definition_does(block: int, order: int, dtype: torch.dtype) -> None:
+    kernel.check(block, order, torch.device("cuda"))
+    x = inputs_with_outliers(150, block, dtype)
+    assert_rotated(rotate_tokens(x.cuda(), block, order).cpu(), x, block, order)
+    assert rotate_tokens(x[:0].cuda(), block, order).shape == (0, 2 * block)
 
 
 @pytest.mark.parametrize(("block", "order"), [(96, 12), (29568, 924), (2**17, 1)])
 def test_a_block_that_the_kernel_does_not_take_is_refused(block: int, order: int) -> None:
     with pytest.raises(SettingsError, match=f"rotates {block} inputs .*--no-rotate"):
-        kernel.check(block, order)
+        kernel.check(block, order, torch.device("cpu"))
+
+
+def test_a_block_that_takes_more_shared_memory_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(cuda_kernel, "why_not", lambda device: "needs a GPU of the Hopper generation")
+    monkeypatch.setattr(kernel, "_shared_bytes", lambda device: 166912)
+    kernel.check(14336, 28, gpu)
+    with pytest.raises(SettingsError, match="needs 393216 bytes of shared memory, and this GPU has 166912"):
+        kernel.check(18944, 148, gpu)
+    monkeypatch.setattr(cuda_kernel, "why_not", lambda device: None)
+    kernel.check(18944, 148, gpu)
 
 
 def test_a_default_dtype_changes_no_matrix() -> None:

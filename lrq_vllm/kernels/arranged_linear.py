@@ -28,8 +28,6 @@ def why_not(device: torch.device, weight: WeightShape) -> str | None:
     reason = cuda_kernel.why_not(device)
     if reason is not None:
         return reason
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return "needs a GPU of the Hopper generation"
     if weight.integer and weight.grouped:
         return "integers with a step for each group of inputs have no such kernel"
     if (weight.bits, weight.integer) not in ((8, True), (4, True), (4, False), (3, False)):

@@ -13,13 +13,14 @@ from torch import Tensor
 __all__ = ["CudaKernel", "Source", "boxes", "compiled", "processors", "source", "why_not"]
 
 
+@cache
 def why_not(device: torch.device) -> str | None:
-    """The reason why nothing can be compiled for ``device``, or None if it can."""
+    """The reason why our kernels for Hopper GPUs do not run on ``device``, or None if they do."""
     if device.type != "cuda" or torch.version.hip:
         return "needs an NVIDIA GPU"
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         return "the package cuda-bindings is not installed"
-    return None
+    return None if torch.cuda.get_device_capability(device)[0] == 9 else "needs a GPU of the Hopper generation"
 
 
 class Source(NamedTuple):

@@ -10,9 +10,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.compiler.compiler import max_shared_mem
 
 from lrq_vllm.checkpoint.hadamard import paley_matrix
 from lrq_vllm.errors import SettingsError
+from lrq_vllm.kernels import cuda_kernel
 
 __all__ = ["check", "rotate"]
 
@@ -21,15 +23,25 @@ _MOST_VALUES = 2**15  # of one block, padded: in the registers of one program
 _MOST_ROWS = 256  # of Paley's matrix, padded: in shared memory
 
 
-def check(block: int, order: int) -> None:
-    """Raises SettingsError for a block that the kernel does not take."""
+def check(block: int, order: int, device: torch.device) -> None:
+    """Raises SettingsError for a block that no kernel takes on ``device``: this one, or rotate_tokens.py on a Hopper GPU."""
     size = block // order
     rows = _rows(order, size)
+    what = f"The checkpoint rotates {block} inputs at a time by a Hadamard matrix of order {order} times {size}"
     if not _LEAST <= size <= _MOST_AT_ONCE**2 or rows > _MOST_ROWS or rows * size > _MOST_VALUES:
         raise SettingsError(
-            f"The checkpoint rotates {block} inputs at a time by a Hadamard matrix of order {order} times {size}, which the "
-            f"GPU kernel does not take: it takes orders up to {_MOST_ROWS}, times {_LEAST} to {_MOST_AT_ONCE**2}, and "
-            f"{_MOST_VALUES} inputs, where the order is filled up to a power of two. Quantize with --no-rotate."
+            f"{what}, which the GPU kernel does not take: it takes orders up to {_MOST_ROWS}, times {_LEAST} to "
+            f"{_MOST_AT_ONCE**2}, and {_MOST_VALUES} inputs, where the order is filled up to a power of two. Quantize with "
+            "--no-rotate."
+        )
+    if order == 1 or device.type != "cuda" or cuda_kernel.why_not(device) is None:
+        return
+    needed = 4 * rows * (rows + size)  # bytes of a product with Paley's matrix
+    given = _shared_bytes(device)
+    if needed > given:
+        raise SettingsError(
+            f"{what}, for which the Triton kernel needs {needed} bytes of shared memory, and this GPU has {given}. Serve it on "
+            "a GPU of the Hopper generation with the package cuda-bindings, or quantize with --no-rotate."
         )
 
 
@@ -46,6 +58,12 @@ def rotate(x: Tensor, block: int, order: int) -> Tensor:
             ORDER=order, ROWS=rows, SIZE=size, LEFT=size // right, RIGHT=right, num_warps=4 if rows * size <= 4096 else 16,
         )  # fmt: skip
     return y
+
+
+def _shared_bytes(device: torch.device) -> int:
+    """What a block of threads may have."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return max_shared_mem(index)
 
 
 def _rows(order: int, size: int) -> int:

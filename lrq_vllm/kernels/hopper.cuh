@@ -14,6 +14,12 @@
 #define LOWEST (KIND == CLIPPED ? -8.0f : -128.0f)
 #define HIGHEST (KIND == CLIPPED ? 7.0f : 127.0f)
 
+#if FLOAT16
+#define FORMAT "f16"
+#else
+#define FORMAT "bf16"
+#endif
+
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned char u8;
@@ -137,6 +143,13 @@ __device__ __forceinline__ u32 half_pair(float low, float high) {
 __device__ __forceinline__ Words load_words(const void* from, bool inside) {
     const Words none = {{0, 0, 0, 0}};
     return inside ? *(const Words*)from : none;
+}
+
+// sums += w x on tensor cores, 16-bit floats: 16 rows of w, 16 inputs, 8 tokens.
+__device__ __forceinline__ void multiply_floats(float sums[4], const u32 w[4], const u32 x[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." FORMAT "." FORMAT ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x[0]), "r"(x[1]));
 }
 
 // Two inputs, as bytes on the int8 grid: clamp(round(x / step) + zero, LOWEST, HIGHEST), with IEEE division. The quotient by

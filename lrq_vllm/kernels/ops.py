@@ -139,13 +139,11 @@ def _(
 
 
 @torch.library.custom_op("lrq::add_low_rank_", mutates_args=("y",))
-def add_low_rank_(y: Tensor, x: Tensor, v: Tensor, u: list[Tensor]) -> None:
-    """reference.add_low_rank, in y. v [K, sum of k]: V of all parts side by side; u: U^T [k_i, N_i] of each."""
-    shrunk, outputs, ranks = x @ v, 0, 0
-    for part in u:
-        rank, width = part.shape
-        y[:, outputs : outputs + width].addmm_(shrunk[:, ranks : ranks + rank], part)
-        outputs, ranks = outputs + width, ranks + rank
+def add_low_rank_(y: Tensor, x: Tensor, v: Tensor, u: Tensor, widths: list[int], ranks: list[int]) -> None:
+    """kernels/low_rank.py; what begins with v are its Factors."""
+    from lrq_vllm.kernels import low_rank
+
+    low_rank.add_low_rank_(y, x, low_rank.Factors(v, u, tuple(widths), tuple(ranks)))
 
 
 @torch.library.custom_op("lrq::add_low_rank", mutates_args=())
@@ -174,11 +172,14 @@ def count_clipped_(counts: Tensor, x: Tensor, step: Tensor, zero_point: Tensor) 
 
 @torch.library.custom_op("lrq::rotate", mutates_args=())
 def rotate(x: Tensor, block: int, order: int) -> Tensor:
-    """checkpoint/hadamard.py, rounded to x's dtype; on a GPU kernels/hadamard.py."""
+    """checkpoint/hadamard.py, rounded to x's dtype; on a GPU kernels/rotate_tokens.py, or kernels/hadamard.py."""
     if not x.is_cuda:
         return hadamard.rotate(x, block, order).to(x.dtype)
+    from lrq_vllm.kernels import cuda_kernel, rotate_tokens
     from lrq_vllm.kernels import hadamard as kernel
 
+    if cuda_kernel.why_not(x.device) is None:
+        return rotate_tokens.rotate_tokens(x, block, order)
     return kernel.rotate(x, block, order)
 
 

@@ -49,11 +49,10 @@ __device__ __forceinline__ void multiply(sum_t sums[4], const u32 w[4], const u3
 #if INTEGER
     asm("mma.sync.aligned.m16n8k32.row.col.s32." WEIGHT_TYPE ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-#else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." FORMAT "." FORMAT ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-#endif
         : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x[0]), "r"(x[1]));
+#else
+    multiply_floats(sums, w, x);
+#endif
 }
 
 // One chunk: 16 outputs x 64 inputs, by all tokens.

@@ -16,13 +16,7 @@ typedef int sum_t;
 typedef float sum_t;
 #define STEPS 4
 #define X_REGISTERS 8
-#if FLOAT16
-#define FORMAT "f16"
-#define UNIT 0x1p-24f
-#else
-#define FORMAT "bf16"
-#define UNIT 0x1p-133f
-#endif
+#define UNIT (FLOAT16 ? 0x1p-24f : 0x1p-133f)
 #endif
 #if BITS == 8
 #define WEIGHT_TYPE "s8"

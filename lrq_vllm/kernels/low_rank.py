@@ -1,0 +1,141 @@
+"""y += U (V^T x) on a GPU, in y. Twin: reference.add_low_rank.
+
+For few tokens on a Hopper GPU, CUDA C++: two kernels for all parts, which read U and V before the kernels in front of them have
+ended. Else cuBLAS: V^T x of all parts in one product, then one for each U, which adds where y stands.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrq_vllm.kernels import cuda_kernel
+from lrq_vllm.kernels.quantize_tokens import aligned
+
+__all__ = ["Factors", "add_low_rank_", "add_to_few_", "add_to_many_", "arrange", "prepare"]
+
+_RANK_UNIT = 16  # what tensor cores take at a time: products of other sizes are several times slower
+_MOST_TOKENS = 8  # with 16, cuBLAS is faster (bench/results/correction-parts-h200.json)
+_MOST_RANK = 2048  # of a part: for more, t does not fit shared memory beside other blocks
+_CHUNK = 32  # inputs, or ranks, of a 16-byte word of each of 4 lanes
+_SHRINKING_WARPS = 8
+_AHEAD = 8  # chunks that a warp reads ahead
+_MOST_SHARES = 4
+
+
+class Factors(NamedTuple):
+    """U and V of the parts that stand one after the other in y, in 16 bits; ranks are filled up with zeros to _RANK_UNIT."""
+
+    v: Tensor  # [sum of k_i, K]: V^T of all parts, one below the other
+    u: Tensor  # [sum of N_i * k_i]: U of each part, row by row
+    widths: tuple[int, ...]  # N_i
+    ranks: tuple[int, ...]  # k_i
+
+    def each_u(self) -> list[Tensor]:
+        """U [N_i, k_i] of each part."""
+        sizes = [width * rank for width, rank in zip(self.widths, self.ranks, strict=True)]
+        return [u.view(*shape) for u, *shape in zip(self.u.split(sizes), self.widths, self.ranks, strict=True)]
+
+
+def arrange(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Factors:
+    """Of U [N_i, k_i] and V [K, k_i] of each part."""
+
+    def filled(factor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(factor, (0, -factor.shape[1] % _RANK_UNIT)).to(dtype)
+
+    us, vs = [filled(u) for u, _ in pairs], [filled(v).t() for _, v in pairs]
+    widths, ranks = tuple(u.shape[0] for u in us), tuple(u.shape[1] for u in us)
+    return Factors(torch.cat(vs).contiguous(), torch.cat([u.flatten() for u in us]), widths, ranks)
+
+
+def add_low_rank_(y: Tensor, x: Tensor, factors: Factors) -> None:
+    """y [T, N] += U (V^T x) for x [T, K]; y with rows of whole elements one after the other."""
+    if _is_for_few(x, factors):
+        add_to_few_(y, x, factors)
+    else:
+        add_to_many_(y, x, factors)
+
+
+def prepare(factors: Factors) -> None:
+    """Compile every kernel that :func:`add_low_rank_` may take for these: a CUDA graph cannot record compiling."""
+    x = torch.empty(_MOST_TOKENS, factors.v.shape[1], dtype=factors.v.dtype, device=factors.v.device)
+    if _is_for_few(x, factors):
+        plan = _plan_for(x, factors)
+        for source in (plan.shrink, plan.expand):
+            cuda_kernel.compiled(source, x.device)
+
+
+def add_to_many_(y: Tensor, x: Tensor, factors: Factors) -> None:
+    """As :func:`add_low_rank_`, by cuBLAS, or on a CPU by torch's own products."""
+    shrunk, outputs, ranks = x @ factors.v.t(), 0, 0
+    for u in factors.each_u():
+        width, rank = u.shape
+        y[:, outputs : outputs + width].addmm_(shrunk[:, ranks : ranks + rank], u.t())
+        outputs, ranks = outputs + width, ranks + rank
+
+
+def _is_for_few(x: Tensor, factors: Factors) -> bool:
+    fits = 0 < len(x) <= _MOST_TOKENS and x.shape[1] % 8 == 0 and 0 < max(factors.ranks) <= _MOST_RANK
+    return fits and cuda_kernel.why_not(x.device) is None
+
+
+def add_to_few_(y: Tensor, x: Tensor, factors: Factors) -> None:
+    """As :func:`add_low_rank_`, by our kernels, for 1 to 32 tokens; K a multiple of 8."""
+    x = aligned(x)
+    tokens = len(x)
+    plan = _plan_for(x, factors)
+    sums = torch.empty((plan.shares, tokens, len(factors.v)), dtype=torch.float32, device=x.device)
+    shrink, expand = (cuda_kernel.compiled(source, x.device) for source in (plan.shrink, plan.expand))
+    shrink.launch(*plan.shrink_grid, [factors.v, x, sums, tokens, 2 * x.stride(0)])
+    expand.launch(*plan.expand_grid, [factors.u, sums, y, tokens, y.stride(0)])
+
+
+class _Plan(NamedTuple):
+    """The kernels for so many tokens, in eights."""
+
+    shares: int
+    shrink: cuda_kernel.Source
+    shrink_grid: tuple[int, int]  # blocks, and threads of each
+    expand: cuda_kernel.Source
+    expand_grid: tuple[int, int]
+
+
+def _plan_for(x: Tensor, factors: Factors) -> _Plan:
+    processors = cuda_kernel.processors(x.device)
+    return _plan(-(-len(x) // 8), x.shape[1], factors.widths, factors.ranks, x.dtype == torch.float16, processors)
+
+
+@cache
+def _plan(
+    tiles: int, inputs: int, widths: tuple[int, ...], ranks: tuple[int, ...], float16: bool, processors: int
+) -> _Plan:  # fmt: skip
+    stripes = sum(ranks) // _RANK_UNIT
+    shares = max(min(processors // stripes, _MOST_SHARES), 1)
+    turns = -(-inputs // (_CHUNK * _SHRINKING_WARPS * shares))
+    common = {"FLOAT16": float16, "TILES": tiles, "RANKS": sum(ranks), "SHARES": shares}
+    shrink = cuda_kernel.source(
+        "low_rank_shrink",
+        {**common, "INPUTS": inputs, "WARPS": _SHRINKING_WARPS, "TURNS": turns, "AHEAD": min(turns, _AHEAD)},
+        "hopper.cuh",
+    )
+    # As many outputs to a block as still leave one for each multiprocessor.
+    warps = next((warps for warps in (8, 4) if sum(widths) >= 16 * warps * processors), 2)
+    blocks = [-(-width // (16 * warps)) for width in widths]
+    sizes = [width * rank for width, rank in zip(widths, ranks, strict=True)]
+    begins = (accumulate(counts, initial=0) for counts in (blocks, widths, ranks, sizes))
+    parts = ", ".join(
+        f"{{{block}, {output}, {width}, {first}, {rank}, {u}ull}}"
+        for block, output, first, u, width, rank in zip(*begins, widths, ranks, strict=False)
+    )
+    most = -(-max(ranks) // _CHUNK) * _CHUNK
+    expand = cuda_kernel.source(
+        "low_rank_expand",
+        {**common, "WARPS": warps, "MOST": most, "PARTS": len(widths)},
+        "hopper.cuh",
+        shared_bytes=2 * 8 * tiles * (most + 8),
+        macros=f"#define PART {parts}\n",
+    )
+    return _Plan(shares, shrink, (stripes * shares, 32 * _SHRINKING_WARPS), expand, (sum(blocks), 32 * warps))

@@ -1,0 +1,75 @@
+"""CUDA C++ for Hopper GPUs: rotation of a layer's input by a Hadamard matrix.
+
+Twin: rotate of checkpoint/hadamard.py, rounded to x's dtype.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lrq_vllm.checkpoint.hadamard import paley_matrix
+from lrq_vllm.kernels import cuda_kernel
+from lrq_vllm.kernels.quantize_tokens import aligned
+
+__all__ = ["prepare", "rotate_tokens", "source"]
+
+_MOST_THREADS = 512
+_MOST_AT_ONCE = 32  # inputs of a thread
+_PALEY_UNIT = 16  # of rows and columns, on tensor cores
+_BANKS = 32  # of 4 bytes
+_ROW_BANKS = 8  # from row to row: what tensor cores leave, 4 rows of 8 sums, meets in no bank
+
+
+def rotate_tokens(x: Tensor, block: int, order: int) -> Tensor:
+    """H x of x [T, K], bfloat16 or float16, in x's dtype. For blocks that hadamard.check lets through."""
+    x = aligned(x)
+    tokens, inputs = x.shape
+    y = torch.empty((tokens, inputs), dtype=x.dtype, device=x.device)
+    if tokens:
+        arguments = [x, _signs(order, x.dtype, x.device), y, inputs, 2 * x.stride(0)]
+        kernel = cuda_kernel.compiled(source(block, order, x.dtype), x.device)
+        kernel.launch(tokens * (inputs // block), _threads(block), arguments)
+    return y
+
+
+def prepare(block: int, order: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what :func:`rotate_tokens` takes, where it runs: a CUDA graph cannot record compiling."""
+    if cuda_kernel.why_not(device) is None:
+        cuda_kernel.compiled(source(block, order, dtype), device)
+        _signs(order, dtype, device)
+
+
+@cache
+def source(block: int, order: int, dtype: torch.dtype) -> cuda_kernel.Source:
+    """Of the kernel that :func:`rotate_tokens` takes."""
+    size, rows = block // order, _filled(order)
+    x_stride = size + 8  # rows of tensor cores' operands begin at different banks
+    y_stride = size + size // _BANKS
+    if order > 1:
+        y_stride += (_ROW_BANKS - y_stride) % _BANKS
+    constants = {
+        "FLOAT16": dtype == torch.float16, "ORDER": order, "LOG_SIZE": size.bit_length() - 1, "ROWS": rows,
+        "X_STRIDE": x_stride, "Y_STRIDE": y_stride, "THREADS": _threads(block),
+    }  # fmt: skip
+    shared_bytes = 4 * order * y_stride + (2 * rows * x_stride if order > 1 else 0)
+    scale = f"#define SCALE {block**-0.5!r}f\n"
+    return cuda_kernel.source("rotate_tokens", constants, "hopper.cuh", shared_bytes=shared_bytes, macros=scale)
+
+
+def _threads(block: int) -> int:
+    groups = -(-block // _MOST_AT_ONCE)
+    rounds = -(-groups // _MOST_THREADS)
+    return 32 * -(-groups // (32 * rounds))
+
+
+def _filled(order: int) -> int:
+    return -(-order // _PALEY_UNIT) * _PALEY_UNIT
+
+
+@cache
+def _signs(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """P, filled up with zeros."""
+    filled = torch.zeros(_filled(order), _filled(order), dtype=dtype)
+    filled[:order, :order] = paley_matrix(order)
+    return filled.to(device)
