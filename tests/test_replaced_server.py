@@ -28,7 +28,7 @@ pytestmark = [
 
 COMPOSE = yaml.safe_load((ROOT / "docker" / "compose.replicas.yaml").read_text())
 # Clients pause between requests: on two cores a server must find time to start beside another one that answers.
-CLIENTS, PAUSE_S, BEFORE, AFTER, NEW_TOKENS = 4, 0.5, 12, 12, 24
+CLIENTS, PAUSE_S, BEFORE, AFTER, NEW_TOKENS = 4, 0.5, 12, 12, 12
 SHARED_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 OPTIONS = ("--max-model-len", "256", "--enforce-eager", "--host", "127.0.0.1")
 

@@ -23,6 +23,11 @@ class Agreement:
     max_difference: float
     greedy_agreement: float
 
+    reference_noise: float
+    """Mean difference of the reference path from itself where its attention is computed in float64, which is what the order of
+    sums changes. No server can be expected to be nearer, unless it adds up in the reference's order.
+    """
+
 
 @torch.inference_mode()
 def agreement_with_reference(folder: Path, prompts: Tensor, log_probabilities: Tensor, continuations: Tensor) -> Agreement:
@@ -31,12 +36,23 @@ def agreement_with_reference(folder: Path, prompts: Tensor, log_probabilities: T
     prompts: token ids [texts, tokens]; log_probabilities [texts, tokens - 1] of all but their first; continuations: the
     greedy token ids [texts, new tokens] that followed.
     """
-    model = load_model(folder, served_in=torch.bfloat16)
-    texts = torch.cat([prompts, continuations], dim=1)
-    expected = torch.stack([model(input_ids=text[None], use_cache=False).logits[0] for text in texts]).log_softmax(-1)
+    expected = _log_probabilities(folder, torch.cat([prompts, continuations], dim=1))
     last = prompts.shape[1] - 1
-    of_prompts = expected[:, :last].gather(2, prompts[:, 1:, None]).squeeze(2)
+    of_prompts = _of_tokens(expected[:, :last], prompts)
     difference = (log_probabilities - of_prompts).abs()
     greedy = expected[:, last:-1].argmax(-1)
     same = (continuations == greedy).float().mean().item()
-    return Agreement(difference.mean().item(), difference.max().item(), same)
+    otherwise = _of_tokens(_log_probabilities(folder, prompts, torch.float64)[:, :last], prompts)
+    noise = (otherwise - of_prompts).abs().mean().item()
+    return Agreement(difference.mean().item(), difference.max().item(), same, noise)
+
+
+def _log_probabilities(folder: Path, texts: Tensor, attention_in: torch.dtype = torch.float32) -> Tensor:
+    """[texts, tokens, vocabulary]"""
+    model = load_model(folder, served_in=torch.bfloat16, attention_in=attention_in)
+    return torch.stack([model(input_ids=text[None], use_cache=False).logits[0] for text in texts]).log_softmax(-1)
+
+
+def _of_tokens(log_probabilities: Tensor, texts: Tensor) -> Tensor:
+    """Of all tokens but the first, [texts, tokens - 1]."""
+    return log_probabilities.gather(2, texts[:, 1:, None]).squeeze(2)

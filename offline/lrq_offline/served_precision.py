@@ -37,8 +37,14 @@ def served_dtype(raw_config: Mapping[str, Any]) -> torch.dtype:
     return torch.float16 if "float16" in (raw_config.get("dtype"), raw_config.get("torch_dtype")) else torch.bfloat16
 
 
-def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dtype) -> None:
-    """Add the roundings of a server that runs in ``dtype`` to a float32 model, in place."""
+def round_like_a_server(
+    model: PreTrainedModel, family: Family, dtype: torch.dtype, attention_in: torch.dtype = torch.float32
+) -> None:
+    """Add the roundings of a server that runs in ``dtype`` to a float32 model, in place.
+
+    attention_in: what attention is computed in before it is rounded. A server sums up in an order of its own, and rounds a few
+    outputs the other way, as float64 does.
+    """
 
     def rounded(x: Tensor) -> Tensor:
         return x.to(dtype).float()
@@ -54,7 +60,8 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
         *, scaling: float, softcap: float | None = None, **_: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         # q and k come from the rotary embedding. v comes from its linear layer: rounded there, it stays as it is.
-        return written(plain_attention(rotated(q), rotated(k), written(v), mask, scaling, softcap)), None
+        q, k, v = rotated(q).to(attention_in), rotated(k).to(attention_in), written(v).to(attention_in)
+        return written(plain_attention(q, k, v, mask, scaling, softcap).float()), None
 
     use_attention(model.config, "lrq_served", attention)
     for name, module in model.named_modules():
