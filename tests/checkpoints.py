@@ -1,14 +1,21 @@
-"""The tiny model, its held-out text, and its quantized forms, each made once per session."""
+"""The tiny model, its held-out text, and its quantized forms, each made once for the same sources."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+import lrq_offline
+import lrq_vllm
 from lrq_offline import random_model
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
@@ -76,16 +83,36 @@ def write_random_model(model_type: str, folder: Path) -> Path:
     return folder
 
 
-def checkpoint_maker(folder: Path) -> Checkpoints:
-    """(scheme, method) -> checkpoint."""
+def checkpoint_maker(kept: Path) -> Checkpoints:
+    """(scheme, method) -> checkpoint, not to be changed. What the same sources have made before is found in ``kept``."""
+    folder = kept / _fingerprint()
+    folder.mkdir(exist_ok=True)
+    for other in kept.iterdir():
+        if other != folder:
+            shutil.rmtree(other, ignore_errors=True)
 
     @cache
     def make(scheme: str, method: str) -> Path:
         output = folder / f"{scheme}-{method}"
-        quantize_model(TINY, output, QuantizeSettings(scheme, method, iters=ITERS.get(scheme, 50), **LEARNED))
+        if not output.exists():
+            with TemporaryDirectory(dir=folder) as own:
+                made = Path(own) / output.name
+                quantize_model(TINY, made, QuantizeSettings(scheme, method, iters=ITERS.get(scheme, 50), **LEARNED))
+                with suppress(OSError):  # another process was faster
+                    made.rename(output)
         return output
 
     return make
+
+
+def _fingerprint() -> str:
+    """Of all that a checkpoint depends on."""
+    found = hashlib.sha256(f"torch {torch.__version__}, transformers {transformers.__version__}".encode())
+    packages = (Path(package.__file__).parent for package in (lrq_offline, lrq_vllm))
+    files = [path for folder in (*packages, TINY) for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in (Path(__file__), *(path for path in files if path.suffix != ".pyc")):
+        found.update(str(path).encode() + hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:16]
 
 
 def with_16_bit_steps(folder: Path, factor: float = 1) -> None:

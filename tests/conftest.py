@@ -27,9 +27,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+def checkpoints(pytestconfig: pytest.Config) -> Checkpoints:
     """Checkpoints of the tiny model, by scheme and method."""
-    return checkpoint_maker(tmp_path_factory.mktemp("checkpoints"))
+    assert pytestconfig.cache is not None
+    return checkpoint_maker(pytestconfig.cache.mkdir("checkpoints"))
 
 
 @pytest.fixture(scope="session")
