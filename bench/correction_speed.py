@@ -100,12 +100,13 @@ def layers(
     order = paley_order(inputs)
 
     def layer(weight: ArrangedWeight, u: Tensor, v: Tensor) -> Any:
-        low_rank, factors = InPlace(), torch.nn.Module()
-        low_rank.prepare(factors, [(u, v)], torch.bfloat16)
+        low_rank, factors = InPlace(hopper=True), torch.nn.Module()
+        if rank:
+            low_rank.prepare(factors, [(u, v)], torch.bfloat16)
 
         def run(x: Tensor) -> Tensor:
             if rotate:
-                x = ops.rotate(x, inputs, order)
+                x = ops.rotate(x, inputs, order, True)
             y = arranged_linear(x, weight, None, grid)
             if rank:
                 y = low_rank.add(factors, y, x)

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from lrq_vllm.checkpoint.hadamard import rotate
 from lrq_vllm.checkpoint.schema import Manifest
+from lrq_vllm.kernel_choice import HOPPER
 from lrq_vllm.kernels import ops, reference
 from lrq_vllm.layer_self_test import check_layer
 from lrq_vllm.layer_weights import LayerWeights
@@ -39,6 +40,7 @@ class LrqLinearMethod(LinearMethodBase, ABC):
         hadamard = manifest.online_hadamard
         self._hadamard = hadamard if hadamard is not None and self._module in hadamard.modules else None
         self._low_rank: LowRank | None = None
+        self._on_hopper = False
 
     def create_weights(
         self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
@@ -52,14 +54,16 @@ class LrqLinearMethod(LinearMethodBase, ABC):
         """Check that everything came, and bring it into the layout of the kernels that will run."""
         packed, pairs = self._weights.take(layer)
         layer.lrq_kernel, product = self._prepare(layer, packed)
+        self._on_hopper = layer.lrq_kernel == HOPPER  # the rotation and the correction too
         device, dtype = packed[0].device, layer.lrq_dtype
         if self._hadamard is not None and device.type == "cuda":
             from lrq_vllm.kernels import hadamard, rotate_tokens
 
-            hadamard.check(self._hadamard.block, self._hadamard.order, device)
-            rotate_tokens.prepare(self._hadamard.block, self._hadamard.order, dtype, device)
+            hadamard.check(self._hadamard.block, self._hadamard.order, device, hopper=self._on_hopper)
+            if self._on_hopper:
+                rotate_tokens.prepare(self._hadamard.block, self._hadamard.order, dtype, device)
         if pairs:
-            self._low_rank = choose_low_rank(device)
+            self._low_rank = choose_low_rank(device, hopper=self._on_hopper)
             self._low_rank.prepare(layer, pairs, dtype)
         logger.debug("%s runs on %s", self._name, layer.lrq_kernel)
 
@@ -76,7 +80,7 @@ class LrqLinearMethod(LinearMethodBase, ABC):
         """x [..., in] to [..., out], in x's dtype."""
         rows = x.reshape(-1, x.shape[-1])
         if self._hadamard is not None:
-            rows = ops.rotate(rows, self._hadamard.block, self._hadamard.order)
+            rows = ops.rotate(rows, self._hadamard.block, self._hadamard.order, self._on_hopper)
         y = self._multiply(layer, rows, bias)
         if self._low_rank is not None:
             y = self._low_rank.add(layer, y, rows)

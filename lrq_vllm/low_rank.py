@@ -25,18 +25,25 @@ class LowRank(Protocol):
         """y [tokens, out] + U (V^T x) for x [tokens, in]. y may be overwritten."""
 
 
-def choose_low_rank(device: torch.device) -> LowRank:
-    """By device: a GPU adds where y stands already; on a CPU torch adds as the reference says."""
-    return InPlace() if device.type == "cuda" else Composed()
+def choose_low_rank(device: torch.device, *, hopper: bool) -> LowRank:
+    """By device: a GPU adds where y stands already; on a CPU torch adds as the reference says. hopper: see :class:`InPlace`."""
+    return InPlace(hopper=hopper) if device.type == "cuda" else Composed()
 
 
 class InPlace:
-    """A GPU, as one opaque op: y is read and written once more, and no sum of both products is ever stored apart."""
+    """A GPU, as one opaque op: y is read and written once more, and no sum of both products is ever stored apart.
+
+    hopper: whether our kernels for that generation are to be used.
+    """
+
+    def __init__(self, *, hopper: bool) -> None:
+        self._hopper = hopper
 
     def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
         """Lay the factors out, and compile what they may need."""
         factors = low_rank.arrange(pairs, dtype)
-        low_rank.prepare(factors)
+        if self._hopper:
+            low_rank.prepare(factors)
         layer.lrq_low_rank_v = Parameter(factors.v, requires_grad=False)
         layer.lrq_low_rank_u = Parameter(factors.u, requires_grad=False)
         layer.lrq_low_rank_sizes = list(factors.widths), list(factors.ranks)
@@ -45,7 +52,7 @@ class InPlace:
         """Two products in 16 bits with float32 sums."""
         from lrq_vllm.kernels import ops
 
-        ops.add_low_rank_(y, x, layer.lrq_low_rank_v, layer.lrq_low_rank_u, *layer.lrq_low_rank_sizes)
+        ops.add_low_rank_(y, x, layer.lrq_low_rank_v, layer.lrq_low_rank_u, *layer.lrq_low_rank_sizes, self._hopper)
         return y
 
 

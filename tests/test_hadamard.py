@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from lrq_vllm.checkpoint.hadamard import paley_matrix, paley_order, rotate
 from lrq_vllm.errors import SettingsError
-from lrq_vllm.kernels import cuda_kernel
 from lrq_vllm.kernels import hadamard as kernel
 from lrq_vllm.kernels.rotate_tokens import rotate_tokens
 
@@ -85,7 +84,7 @@ def assert_rotated(found: torch.Tensor, x: torch.Tensor, block: int, order: int)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("block", "order"), KERNEL_BLOCKS)
 def test_the_kernel_rotates_as_the_definition_does(device: torch.device, block: int, order: int, dtype: torch.dtype) -> None:
-    kernel.check(block, order, device)
+    kernel.check(block, order, device, hopper=False)
     x = inputs_with_outliers(3, block, dtype)
     assert_rotated(kernel.rotate(x.to(device), block, order).cpu(), x, block, order)
 
@@ -100,7 +99,7 @@ HOPPER_BLOCKS = [
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("block", "order"), HOPPER_BLOCKS)
 def test_the_kernel_for_hopper_rotates_as_the_definition_does(block: int, order: int, dtype: torch.dtype) -> None:
-    kernel.check(block, order, torch.device("cuda"))
+    kernel.check(block, order, torch.device("cuda"), hopper=True)
     x = inputs_with_outliers(150, block, dtype)
     assert_rotated(rotate_tokens(x.cuda(), block, order).cpu(), x, block, order)
     assert rotate_tokens(x[:0].cuda(), block, order).shape == (0, 2 * block)
@@ -109,18 +108,16 @@ def test_the_kernel_for_hopper_rotates_as_the_definition_does(block: int, order:
 @pytest.mark.parametrize(("block", "order"), [(96, 12), (29568, 924), (2**17, 1)])
 def test_a_block_that_the_kernel_does_not_take_is_refused(block: int, order: int) -> None:
     with pytest.raises(SettingsError, match=f"rotates {block} inputs .*--no-rotate"):
-        kernel.check(block, order, torch.device("cpu"))
+        kernel.check(block, order, torch.device("cpu"), hopper=False)
 
 
 def test_a_block_that_takes_more_shared_memory_than_there_is_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    monkeypatch.setattr(cuda_kernel, "why_not", lambda device: "needs a GPU of the Hopper generation")
     monkeypatch.setattr(kernel, "_shared_bytes", lambda device: 166912)
-    kernel.check(14336, 28, gpu)
+    kernel.check(14336, 28, gpu, hopper=False)
     with pytest.raises(SettingsError, match="needs 393216 bytes of shared memory, and this GPU has 166912"):
-        kernel.check(18944, 148, gpu)
-    monkeypatch.setattr(cuda_kernel, "why_not", lambda device: None)
-    kernel.check(18944, 148, gpu)
+        kernel.check(18944, 148, gpu, hopper=False)
+    kernel.check(18944, 148, gpu, hopper=True)
 
 
 def test_a_default_dtype_changes_no_matrix() -> None:

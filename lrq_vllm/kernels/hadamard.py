@@ -14,7 +14,6 @@ from triton.compiler.compiler import max_shared_mem
 
 from lrq_vllm.checkpoint.hadamard import paley_matrix
 from lrq_vllm.errors import SettingsError
-from lrq_vllm.kernels import cuda_kernel
 
 __all__ = ["check", "rotate"]
 
@@ -23,8 +22,8 @@ _MOST_VALUES = 2**15  # of one block, padded: in the registers of one program
 _MOST_ROWS = 256  # of Paley's matrix, padded: in shared memory
 
 
-def check(block: int, order: int, device: torch.device) -> None:
-    """Raises SettingsError for a block that no kernel takes on ``device``: this one, or rotate_tokens.py on a Hopper GPU."""
+def check(block: int, order: int, device: torch.device, *, hopper: bool) -> None:
+    """Raises SettingsError for a block that no kernel takes on ``device``: this one or, if ``hopper``, rotate_tokens.py."""
     size = block // order
     rows = _rows(order, size)
     what = f"The checkpoint rotates {block} inputs at a time by a Hadamard matrix of order {order} times {size}"
@@ -34,14 +33,14 @@ def check(block: int, order: int, device: torch.device) -> None:
             f"{_MOST_AT_ONCE**2}, and {_MOST_VALUES} inputs, where the order is filled up to a power of two. Quantize with "
             "--no-rotate."
         )
-    if order == 1 or device.type != "cuda" or cuda_kernel.why_not(device) is None:
+    if order == 1 or device.type != "cuda" or hopper:
         return
     needed = 4 * rows * (rows + size)  # bytes of a product with Paley's matrix
     given = _shared_bytes(device)
     if needed > given:
         raise SettingsError(
             f"{what}, for which the Triton kernel needs {needed} bytes of shared memory, and this GPU has {given}. Serve it on "
-            "a GPU of the Hopper generation with the package cuda-bindings, or quantize with --no-rotate."
+            "a GPU of the Hopper generation with the package cuda-bindings and LRQ_KERNEL unset, or quantize with --no-rotate."
         )
 
 

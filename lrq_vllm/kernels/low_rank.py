@@ -51,18 +51,20 @@ def arrange(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Facto
     return Factors(torch.cat(vs).contiguous(), torch.cat([u.flatten() for u in us]), widths, ranks)
 
 
-def add_low_rank_(y: Tensor, x: Tensor, factors: Factors) -> None:
-    """y [T, N] += U (V^T x) for x [T, K]; y with rows of whole elements one after the other."""
-    if _is_for_few(x, factors):
+def add_low_rank_(y: Tensor, x: Tensor, factors: Factors, *, hopper: bool) -> None:
+    """y [T, N] += U (V^T x) for x [T, K]; y with rows of whole elements one after the other. hopper: whether our kernels may
+    add to few tokens.
+    """
+    if hopper and _are_few(x, factors):
         add_to_few_(y, x, factors)
     else:
         add_to_many_(y, x, factors)
 
 
 def prepare(factors: Factors) -> None:
-    """Compile every kernel that :func:`add_low_rank_` may take for these: a CUDA graph cannot record compiling."""
+    """Compile our kernels that :func:`add_low_rank_` may take for these: a CUDA graph cannot record compiling."""
     x = torch.empty(_MOST_TOKENS, factors.v.shape[1], dtype=factors.v.dtype, device=factors.v.device)
-    if _is_for_few(x, factors):
+    if _are_few(x, factors):
         plan = _plan_for(x, factors)
         for source in (plan.shrink, plan.expand):
             cuda_kernel.compiled(source, x.device)
@@ -77,9 +79,8 @@ def add_to_many_(y: Tensor, x: Tensor, factors: Factors) -> None:
         outputs, ranks = outputs + width, ranks + rank
 
 
-def _is_for_few(x: Tensor, factors: Factors) -> bool:
-    fits = 0 < len(x) <= _MOST_TOKENS and x.shape[1] % 8 == 0 and 0 < max(factors.ranks) <= _MOST_RANK
-    return fits and cuda_kernel.why_not(x.device) is None
+def _are_few(x: Tensor, factors: Factors) -> bool:
+    return 0 < len(x) <= _MOST_TOKENS and x.shape[1] % 8 == 0 and 0 < max(factors.ranks) <= _MOST_RANK
 
 
 def add_to_few_(y: Tensor, x: Tensor, factors: Factors) -> None:

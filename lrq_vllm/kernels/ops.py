@@ -1,4 +1,4 @@
-"""The Triton kernels as torch ops: opaque to torch.compile, with shapes that it can follow. Registered on import.
+"""The kernels as torch ops: opaque to torch.compile, with shapes that it can follow. Registered on import.
 
 Arguments are those of the kernels, flattened: a NamedTuple cannot cross an op's schema.
 """
@@ -139,11 +139,13 @@ def _(
 
 
 @torch.library.custom_op("lrq::add_low_rank_", mutates_args=("y",))
-def add_low_rank_(y: Tensor, x: Tensor, v: Tensor, u: Tensor, widths: list[int], ranks: list[int]) -> None:
-    """kernels/low_rank.py; what begins with v are its Factors."""
+def add_low_rank_(
+    y: Tensor, x: Tensor, v: Tensor, u: Tensor, widths: list[int], ranks: list[int], hopper: bool
+) -> None:  # fmt: skip
+    """kernels/low_rank.py; from v to ranks these are its Factors."""
     from lrq_vllm.kernels import low_rank
 
-    low_rank.add_low_rank_(y, x, low_rank.Factors(v, u, tuple(widths), tuple(ranks)))
+    low_rank.add_low_rank_(y, x, low_rank.Factors(v, u, tuple(widths), tuple(ranks)), hopper=hopper)
 
 
 @torch.library.custom_op("lrq::add_low_rank", mutates_args=())
@@ -171,18 +173,16 @@ def count_clipped_(counts: Tensor, x: Tensor, step: Tensor, zero_point: Tensor) 
 
 
 @torch.library.custom_op("lrq::rotate", mutates_args=())
-def rotate(x: Tensor, block: int, order: int) -> Tensor:
-    """checkpoint/hadamard.py, rounded to x's dtype; on a GPU kernels/rotate_tokens.py, or kernels/hadamard.py."""
+def rotate(x: Tensor, block: int, order: int, hopper: bool) -> Tensor:
+    """checkpoint/hadamard.py, rounded to x's dtype; on a GPU kernels/rotate_tokens.py if ``hopper``, or kernels/hadamard.py."""
     if not x.is_cuda:
         return hadamard.rotate(x, block, order).to(x.dtype)
-    from lrq_vllm.kernels import cuda_kernel, rotate_tokens
     from lrq_vllm.kernels import hadamard as kernel
+    from lrq_vllm.kernels import rotate_tokens
 
-    if cuda_kernel.why_not(x.device) is None:
-        return rotate_tokens.rotate_tokens(x, block, order)
-    return kernel.rotate(x, block, order)
+    return rotate_tokens.rotate_tokens(x, block, order) if hopper else kernel.rotate(x, block, order)
 
 
 @rotate.register_fake
-def _(x: Tensor, block: int, order: int) -> Tensor:
+def _(x: Tensor, block: int, order: int, hopper: bool) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -34,10 +34,9 @@ def rotate_tokens(x: Tensor, block: int, order: int) -> Tensor:
 
 
 def prepare(block: int, order: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile what :func:`rotate_tokens` takes, where it runs: a CUDA graph cannot record compiling."""
-    if cuda_kernel.why_not(device) is None:
-        cuda_kernel.compiled(source(block, order, dtype), device)
-        _signs(order, dtype, device)
+    """Compile what :func:`rotate_tokens` takes: a CUDA graph cannot record compiling."""
+    cuda_kernel.compiled(source(block, order, dtype), device)
+    _signs(order, dtype, device)
 
 
 @cache
