@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lrq_offline.reference_model import load_model
 
-__all__ = ["Agreement", "agreement_with_reference"]
+__all__ = ["Agreement", "agreement_with_reference", "reference_noise"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,6 @@ class Agreement:
     mean_difference: float
     max_difference: float
     greedy_agreement: float
-
-    reference_noise: float
-    """Mean difference of the reference path from itself where its attention is computed in float64, which is what the order of
-    sums changes. No server can be expected to be nearer, unless it adds up in the reference's order.
-    """
 
 
 @torch.inference_mode()
@@ -42,9 +37,20 @@ def agreement_with_reference(folder: Path, prompts: Tensor, log_probabilities: T
     difference = (log_probabilities - of_prompts).abs()
     greedy = expected[:, last:-1].argmax(-1)
     same = (continuations == greedy).float().mean().item()
-    otherwise = _of_tokens(_log_probabilities(folder, prompts, torch.float64)[:, :last], prompts)
-    noise = (otherwise - of_prompts).abs().mean().item()
-    return Agreement(difference.mean().item(), difference.max().item(), same, noise)
+    return Agreement(difference.mean().item(), difference.max().item(), same)
+
+
+@torch.inference_mode()
+def reference_noise(folder: Path, prompts: Tensor) -> float:
+    """Mean difference of the prompts' log-probabilities by the reference path from those with its attention in float64.
+
+    That is what the order of sums changes. No server can be expected to be nearer, unless it adds up in the reference's order.
+    """
+    in_float32, in_float64 = (
+        _of_tokens(_log_probabilities(folder, prompts, attention_in)[:, :-1], prompts)
+        for attention_in in (torch.float32, torch.float64)
+    )
+    return (in_float64 - in_float32).abs().mean().item()
 
 
 def _log_probabilities(folder: Path, texts: Tensor, attention_in: torch.dtype = torch.float32) -> Tensor:
