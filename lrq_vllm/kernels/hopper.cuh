@@ -152,6 +152,16 @@ __device__ __forceinline__ void multiply_floats(float sums[4], const u32 w[4], c
         : "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]), "r"(x[0]), "r"(x[1]));
 }
 
+// The same for a lane's 16-byte words of rows g and g + 8 of w, and of x: 8 inputs that stand for those of two steps, in the same
+// other order for both.
+__device__ __forceinline__ void multiply_words(float sums[4], const Words (&w)[2], const Words& x) {
+#pragma unroll
+    for (int step = 0; step < 4; step += 2) {
+        const u32 operand[4] = {w[0].at[step], w[1].at[step], w[0].at[step + 1], w[1].at[step + 1]};
+        multiply_floats(sums, operand, x.at + step);
+    }
+}
+
 // Two inputs, as bytes on the int8 grid: clamp(round(x / step) + zero, LOWEST, HIGHEST), with IEEE division. The quotient by
 // multiplication decides, except close to a border between two integers.
 __device__ __forceinline__ u32 quantized_pair(u32 pair, const Grid& grid) {

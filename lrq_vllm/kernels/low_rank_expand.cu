@@ -58,11 +58,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) low_rank_expand(
 #pragma unroll
             for (int tile = 0; tile < TILES; tile++) {
                 const Words given = load_words(t + (8 * tile + row) * T_STRIDE + 32 * (chunk + i) + 8 * unit, chunk + i < CHUNKS);
-#pragma unroll
-                for (int step = 0; step < 4; step += 2) {
-                    const u32 operand[4] = {w[0].at[step], w[1].at[step], w[0].at[step + 1], w[1].at[step + 1]};
-                    multiply_floats(added[tile], operand, given.at + step);
-                }
+                multiply_words(added[tile], w, given);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) ahead[i][half] = weights_of(chunk + i + AHEAD, half);

@@ -36,11 +36,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) low_rank_shrink(
             for (int tile = 0; tile < TILES; tile++) {
                 const int token = 8 * tile + row;
                 const Words given = load_words(x + (u64)token * x_row_bytes + 2 * input, input < INPUTS && token < tokens);
-#pragma unroll
-                for (int step = 0; step < 4; step += 2) {
-                    const u32 operand[4] = {w[0].at[step], w[1].at[step], w[0].at[step + 1], w[1].at[step + 1]};
-                    multiply_floats(own[tile], operand, given.at + step);
-                }
+                multiply_words(own[tile], w, given);
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) ahead[i][half] = weights_of(turn + i + AHEAD, half);
