@@ -16,7 +16,9 @@ def register() -> None:
 
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
+        from vllm.platforms import current_platform
 
+        from lrq_vllm.cpu_waiting import wait_asleep
         from lrq_vllm.quant_config import LrqConfig
     except ImportError as error:
         logging.getLogger(f"vllm.{__name__}").warning(
@@ -24,4 +26,6 @@ def register() -> None:
         )
         return
     register_quantization_config("lrq")(LrqConfig)
+    if current_platform.is_cpu():
+        wait_asleep()
     show_lrq_errors_plainly()

@@ -1,6 +1,7 @@
 """The plugin inside vLLM's own layers, without an engine: loading, sharding rules, arithmetic, torch.compile."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -184,6 +185,21 @@ def test_registering_twice_changes_nothing() -> None:
 
     lrq_vllm.register()
     assert get_quantization_config("lrq") is LrqConfig
+
+
+def test_on_a_cpu_vllms_processes_do_not_wait_by_giving_up_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lrq_vllm/cpu_waiting.py says what that does to everybody else."""
+    from vllm.distributed.device_communicators import shm_broadcast
+    from vllm.distributed.utils import sched_yield
+
+    import lrq_vllm
+
+    lrq_vllm.register()
+    assert shm_broadcast.sched_yield is sched_yield
+    given_up: list[None] = []
+    monkeypatch.setattr(os, "sched_yield", lambda: given_up.append(None))
+    shm_broadcast.sched_yield()
+    assert not given_up
 
 
 def test_a_folder_without_weights_is_left_to_vllm(tmp_path: Path) -> None:
