@@ -1,7 +1,8 @@
 """y += U (V^T x) on a GPU, in y. Twin: reference.add_low_rank.
 
 For few tokens on a Hopper GPU, CUDA C++: two kernels for all parts, which read U and V before the kernels in front of them have
-ended. Else cuBLAS: V^T x of all parts in one product, then one for each U, which adds where y stands.
+ended. Else cuBLAS: V^T x of all parts in one product, then one for each U, or one for parts that are alike, which adds where y
+stands.
 """
 
 from collections.abc import Sequence
@@ -72,11 +73,16 @@ def prepare(factors: Factors) -> None:
 
 def add_to_many_(y: Tensor, x: Tensor, factors: Factors) -> None:
     """As :func:`add_low_rank_`, by cuBLAS, or on a CPU by torch's own products."""
-    shrunk, outputs, ranks = x @ factors.v.t(), 0, 0
-    for u in factors.each_u():
-        width, rank = u.shape
-        y[:, outputs : outputs + width].addmm_(shrunk[:, ranks : ranks + rank], u.t())
-        outputs, ranks = outputs + width, ranks + rank
+    shrunk = x @ factors.v.t()
+    parts = list(zip(factors.widths, factors.ranks, strict=True))
+    if len(parts) > 1 and len(set(parts)) == 1:
+        many, each = (
+            values.unflatten(1, (len(parts), size)).transpose(0, 1) for values, size in zip((y, shrunk), parts[0], strict=True)
+        )
+        many.baddbmm_(each, factors.u.view(len(parts), *parts[0]).mT)
+        return
+    for part, values, u in zip(y.split(factors.widths, 1), shrunk.split(factors.ranks, 1), factors.each_u(), strict=True):
+        part.addmm_(values, u.t())
 
 
 def _are_few(x: Tensor, factors: Factors) -> bool:

@@ -1,46 +1,87 @@
 // Tokens, rotated by a Hadamard matrix H_B = (P (x) S) / sqrt(B): P Paley's, S Sylvester's.
 //
 // Twin: rotate of checkpoint/hadamard.py, rounded to x's type. A block of threads takes B inputs of a token. The product with P is
-// taken on tensor cores, of 16-bit inputs with float32 sums; that with S is log2 of its size butterflies in float32, up to five at
-// a time in registers.
+// taken on tensor cores, of 16-bit inputs with float32 sums. A lane gets 16 neighbouring columns of it, and takes the product with
+// S for their 4 bits at once: butterflies in float32. Those of the other bits follow, up to five at a time, through shared memory.
 //
-// Constants: FLOAT16, ORDER (of P; 1 for none), LOG_SIZE (of S), ROWS (ORDER, filled up to what tensor cores take), X_STRIDE and
-// Y_STRIDE (from row to row in shared memory, of inputs and of sums), THREADS, SCALE (1 / sqrt(B)). hopper.cuh comes before.
+// Constants: FLOAT16, ORDER (of P; 1 for none), LOG_SIZE (of S, 4 at least), ROWS (ORDER, filled up to what tensor cores take),
+// Y_STRIDE (of sums in shared memory, from row to row), THREADS, SCALE (1 / sqrt(B)). hopper.cuh comes before.
 
 #define SIZE (1 << LOG_SIZE)
 #define WARPS (THREADS / 32)
-#define PASSES ((LOG_SIZE + 4) / 5)
-#define UNITS (ORDER * SIZE / 8)  // of 8 inputs
+#define OWN_BITS 4  // of a lane's columns
+#define OWN (1 << OWN_BITS)
+#define LEFT (LOG_SIZE - OWN_BITS)  // bits
+#define PASSES ((LEFT + 4) / 5)
+#define TILES (ROWS / 16)
+#define GROUPS ((SIZE + 63) / 64)  // of columns
 
-// Columns stand so that threads which read 8, 16 or 32 columns each, one by one, meet in no bank.
-__device__ __forceinline__ int place(int row, int column) { return row * Y_STRIDE + column + column / 32; }
+// 16 bytes more for every 16 columns: what 8 lanes write, or 32 lanes read, meets in no bank.
+__device__ __forceinline__ int place(int row, int column) { return row * Y_STRIDE + column + column / OWN * 4; }
+
+template <int COUNT> __device__ __forceinline__ void add_and_subtract(float (&values)[COUNT]) {
+#pragma unroll
+    for (int half = 1; half < COUNT; half *= 2)
+#pragma unroll
+        for (int i = 0; i < COUNT; i++)
+            if (!(i & half)) {
+                const float a = values[i], b = values[i + half];
+                values[i] = a + b;
+                values[i + half] = a - b;
+            }
+}
+
+// 16 neighbouring columns of a row, to where the next butterflies find them, or out.
+__device__ __forceinline__ void put(const float (&values)[OWN], int row, int column, float* y, unsigned short* to) {
+    if constexpr (LEFT > 0) {
+#pragma unroll
+        for (int i = 0; i < OWN; i += 4)
+            *(float4*)(y + place(row, column) + i) = {values[i], values[i + 1], values[i + 2], values[i + 3]};
+    } else {
+#pragma unroll
+        for (int i = 0; i < OWN; i += 8) {
+            Words words;
+#pragma unroll
+            for (int j = 0; j < 4; j++) words.at[j] = half_pair(values[i + 2 * j] * SCALE, values[i + 2 * j + 1] * SCALE);
+            *(Words*)(to + row * SIZE + column + i) = words;
+        }
+    }
+}
 
 #if ORDER > 1
-// P x: its columns are those of S, of which each warp takes 8 at a time.
-__device__ __forceinline__ void multiply_by_paley(const u8* paley, const u8* x, float* y) {
-    const int lane = threadIdx.x % 32, row = lane / 4, pair = 2 * (lane % 4);
-    for (int rows = 0; rows < ORDER; rows += 16) {
-        u32 signs[ROWS / 16][4];
-#pragma unroll
-        for (int k = 0; k < ROWS / 16; k++)
-#pragma unroll
-            for (int part = 0; part < 4; part++)
-                signs[k][part] = *(const u32*)(paley + 2 * ((rows + row + part % 2 * 8) * ROWS + 16 * k + pair + part / 2 * 8));
-        for (int columns = threadIdx.x / 32 * 8; columns < SIZE; columns += 8 * WARPS) {
-            float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-            for (int k = 0; k < ROWS / 16; k++) {
-                u32 inputs[2];
-                asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                             : "=r"(inputs[0]), "=r"(inputs[1])
-                             : "r"(address(x + 2 * ((16 * k + lane % 16) * X_STRIDE + columns))) : "memory");
-                multiply_floats(sums, signs[k], inputs);
-            }
+// P x. A warp takes 64 columns; of a tile of 8 columns, the instruction's column n is column 8 n + tile of them.
+__device__ __forceinline__ void multiply_by_paley(const u8* __restrict__ paley, const u8* __restrict__ x, float* y, unsigned short* to) {
+    constexpr int UNROLLED = TILES <= 2 ? TILES : 1;
+    const int lane = threadIdx.x % 32, row = lane / 4, unit = lane % 4;
+    for (int task = threadIdx.x / 32; task < TILES * GROUPS; task += WARPS) {
+        const int first = task % TILES * 16, column = task / TILES * 64;
+        float sums[8][4] = {};
+#pragma unroll UNROLLED
+        for (int k = 0; k < ROWS; k += 16) {
+            Words inputs[4];
+            u32 signs[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int to = rows + row + i / 2 * 8;
-                if (to < ORDER) y[place(to, columns + pair + i % 2)] = sums[i];
+                const int from = k + 2 * unit + i % 2 + i / 2 * 8;
+                inputs[i] = load_words(x + 2 * (from * SIZE + column + 8 * row), from < ORDER && column + 8 * row < SIZE);
+                signs[i] = *(const u32*)(paley + 2 * ((first + row + i % 2 * 8) * ROWS + k + 2 * unit + i / 2 * 8));
             }
+#pragma unroll
+            for (int tile = 0; tile < 8; tile++) {
+                const int order = tile % 2 ? 0x7632 : 0x5410;
+                const u32 pairs[2] = {__byte_perm(inputs[0].at[tile / 2], inputs[1].at[tile / 2], order),
+                                      __byte_perm(inputs[2].at[tile / 2], inputs[3].at[tile / 2], order)};
+                multiply_floats(sums[tile], signs, pairs);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float values[OWN];
+#pragma unroll
+            for (int i = 0; i < OWN; i++) values[i] = sums[i % 8][2 * half + i / 8];
+            add_and_subtract(values);
+            const int here = first + row + 8 * half, own = column + OWN * unit;
+            if (here < ORDER && own < SIZE) put(values, here, own, y, to);
         }
     }
 }
@@ -48,8 +89,8 @@ __device__ __forceinline__ void multiply_by_paley(const u8* paley, const u8* x, 
 
 // Bits FIRST to FIRST + BITS of the column; the last ones are scaled and leave.
 template <int PASS> __device__ __forceinline__ void butterflies(float* y, unsigned short* to) {
-    constexpr int EACH = LOG_SIZE / PASSES, SHORT = PASSES - LOG_SIZE % PASSES;  // so many passes of EACH bits come first
-    constexpr int FIRST = PASS * EACH + (PASS > SHORT ? PASS - SHORT : 0), BITS = EACH + (PASS >= SHORT);
+    constexpr int EACH = LEFT / PASSES, SHORT = PASSES - LEFT % PASSES;  // so many passes of EACH bits come first
+    constexpr int FIRST = OWN_BITS + PASS * EACH + (PASS > SHORT ? PASS - SHORT : 0), BITS = EACH + (PASS >= SHORT);
     constexpr int ABOVE = LOG_SIZE - FIRST - BITS, COUNT = 1 << BITS;
     constexpr bool LAST = PASS == PASSES - 1;
     __syncthreads();
@@ -59,15 +100,7 @@ template <int PASS> __device__ __forceinline__ void butterflies(float* y, unsign
         float values[COUNT];
 #pragma unroll
         for (int i = 0; i < COUNT; i++) values[i] = y[place(row, column + (i << FIRST))];
-#pragma unroll
-        for (int half = 1; half < COUNT; half *= 2)
-#pragma unroll
-            for (int i = 0; i < COUNT; i++)
-                if (!(i & half)) {
-                    const float a = values[i], b = values[i + half];
-                    values[i] = a + b;
-                    values[i + half] = a - b;
-                }
+        add_and_subtract(values);
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
             if constexpr (LAST) to[row * SIZE + column + (i << FIRST)] = half_bits(values[i] * SCALE);
@@ -79,27 +112,28 @@ template <int PASS> __device__ __forceinline__ void butterflies(float* y, unsign
 
 extern "C" __global__ void __launch_bounds__(THREADS) rotate_tokens(
     const u8* x, const u8* paley, unsigned short* rotated, int inputs, int x_row_bytes) {
-    extern __shared__ __align__(16) u8 room[];
-    float* const y = (float*)room;
+    extern __shared__ __align__(16) float y[];
     const int blocks = inputs / (ORDER * SIZE);
     const u64 token = blockIdx.x / blocks;
     const int first = blockIdx.x % blocks * (ORDER * SIZE);
     const u8* const from = x + token * x_row_bytes + 2 * first;
+    unsigned short* const to = rotated + token * inputs + first;
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #if ORDER > 1
-    u8* const here = room + 4 * ORDER * Y_STRIDE;
-    for (int unit = threadIdx.x; unit < ROWS * SIZE / 8; unit += THREADS)
-        *(Words*)(here + 2 * (8 * unit / SIZE * X_STRIDE + 8 * unit % SIZE)) = load_words(from + 16 * unit, unit < UNITS);
-    __syncthreads();
-    multiply_by_paley(paley, here, y);
+    multiply_by_paley(paley, from, y, to);
 #else
-    for (int unit = threadIdx.x; unit < UNITS; unit += THREADS) {
-        const Words words = load_words(from + 16 * unit, true);
+    for (int column = OWN * threadIdx.x; column < SIZE; column += OWN * THREADS) {
+        float values[OWN];
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            y[place(0, 8 * unit + i)] = i % 2 ? high_half(words.at[i / 2]) : low_half(words.at[i / 2]);
+        for (int i = 0; i < OWN; i += 8) {
+            const Words words = load_words(from + 2 * (column + i), true);
+#pragma unroll
+            for (int j = 0; j < 8; j++) values[i + j] = j % 2 ? high_half(words.at[j / 2]) : low_half(words.at[j / 2]);
+        }
+        add_and_subtract(values);
+        put(values, 0, column, y, to);
     }
 #endif
-    butterflies<0>(y, rotated + token * inputs + first);
+    if constexpr (LEFT > 0) butterflies<0>(y, to);
 }

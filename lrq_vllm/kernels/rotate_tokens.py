@@ -18,7 +18,7 @@ _MOST_THREADS = 512
 _MOST_AT_ONCE = 32  # inputs of a thread
 _PALEY_UNIT = 16  # of rows and columns, on tensor cores
 _BANKS = 32  # of 4 bytes
-_ROW_BANKS = 8  # from row to row: what tensor cores leave, 4 rows of 8 sums, meets in no bank
+_ROW_BANKS = 16  # from row to row: what lanes write of two rows, or read of two rows, meets in no bank
 
 
 def rotate_tokens(x: Tensor, block: int, order: int) -> Tensor:
@@ -42,16 +42,14 @@ def prepare(block: int, order: int, dtype: torch.dtype, device: torch.device) ->
 @cache
 def source(block: int, order: int, dtype: torch.dtype) -> cuda_kernel.Source:
     """Of the kernel that :func:`rotate_tokens` takes."""
-    size, rows = block // order, _filled(order)
-    x_stride = size + 8  # rows of tensor cores' operands begin at different banks
-    y_stride = size + size // _BANKS
-    if order > 1:
-        y_stride += (_ROW_BANKS - y_stride) % _BANKS
+    size = block // order
+    y_stride = size + size // 4
+    y_stride += (_ROW_BANKS - y_stride) % _BANKS
     constants = {
-        "FLOAT16": dtype == torch.float16, "ORDER": order, "LOG_SIZE": size.bit_length() - 1, "ROWS": rows,
-        "X_STRIDE": x_stride, "Y_STRIDE": y_stride, "THREADS": _threads(block),
+        "FLOAT16": dtype == torch.float16, "ORDER": order, "LOG_SIZE": size.bit_length() - 1, "ROWS": _filled(order),
+        "Y_STRIDE": y_stride, "THREADS": _threads(block),
     }  # fmt: skip
-    shared_bytes = 4 * order * y_stride + (2 * rows * x_stride if order > 1 else 0)
+    shared_bytes = 4 * order * y_stride
     scale = f"#define SCALE {block**-0.5!r}f\n"
     return cuda_kernel.source("rotate_tokens", constants, "hopper.cuh", shared_bytes=shared_bytes, macros=scale)
 
