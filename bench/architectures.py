@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from linear import version_of
+from measured_on import version_of
 
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import FAMILIES

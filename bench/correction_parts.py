@@ -9,7 +9,6 @@ there are more of them than the cache holds. "floor": U and V read once at the m
 """
 
 import argparse
-import datetime
 import json
 import math
 import statistics
@@ -22,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from linear import CACHE_BYTES, MEMORY_TB_PER_S, timed, version_of
+from linear import CACHE_BYTES, timed
+from measured_on import measured_on, memory_tb_per_s
 from torch import Tensor
 
 from lrq_vllm.checkpoint.hadamard import paley_order
@@ -41,17 +41,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
-    device = torch.cuda.get_device_name()
-    bytes_per_us = MEMORY_TB_PER_S[device] * 1e6
+    bytes_per_us = memory_tb_per_s() * 1e6
     rows: list[dict[str, Any]] = []
     for row in (*corrections(), *rotations()):
         row["floor_us"] = row.pop("bytes") / bytes_per_us
         rows.append(row)
         print(" ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()), flush=True)
         result = {
-            "date": datetime.date.today().isoformat(),
-            "device": device,
-            "versions": {name: version_of(name) for name in ("lrq", "torch", "triton")},
+            **measured_on("lrq", "torch", "triton"),
             "unit": "microseconds, median of graph replays; bfloat16",
             "rows": rows,
         }

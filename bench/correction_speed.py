@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Microseconds that a low-rank correction adds to a quantized linear layer, with random weights, in one run on one GPU.
 
-    python bench/correction_speed.py --out bench/results/correction-speed-h100.json
+    python bench/correction_speed.py --out bench/results/correction-speed-h200.json
 
 For each shape, number of tokens and rank (a share of the smaller side): the layer without a correction, with it, and with a
 rotated input besides. "branch floor" is what reading U and V once takes at the speed of memory, or its products at the tensor
@@ -9,7 +9,6 @@ cores' peak, the larger: no kernel adds less while the layer itself is bound by 
 """
 
 import argparse
-import datetime
 import json
 import math
 import statistics
@@ -20,7 +19,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from linear import CACHE_BYTES, MEMORY_TB_PER_S, SHAPES, timed, version_of
+from linear import CACHE_BYTES, SHAPES, timed
+from measured_on import measured_on, memory_tb_per_s
 from torch import Tensor
 
 from lrq_vllm.checkpoint.hadamard import paley_order
@@ -41,19 +41,14 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
-    device = torch.cuda.get_device_name()
-    memory = MEMORY_TB_PER_S.get(device)
-    if memory is None:
-        sys.exit(f"Add the memory speed of {device} to MEMORY_TB_PER_S in bench/linear.py: floors are counted from it.")
+    memory = memory_tb_per_s()
     rows: list[dict[str, Any]] = []
     for shape in arguments.shapes:
         for tokens in arguments.tokens:
             rows += measured(shape, tokens, memory * 1e6)
             show(rows[-len(SHARES) - 1 :])
             result = {
-                "date": datetime.date.today().isoformat(),
-                "device": device,
-                "versions": {name: version_of(name) for name in ("lrq", "torch", "triton")},
+                **measured_on("lrq", "torch", "triton"),
                 "unit": "microseconds, median of graph replays; bfloat16; w4a4",
                 "memory_tb_per_s": memory,
                 "rows": rows,

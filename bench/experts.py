@@ -12,7 +12,6 @@ are in the cache. For every cell each product is timed alone in several division
 """
 
 import argparse
-import datetime
 import functools
 import json
 import os
@@ -30,7 +29,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from linear import reason, timed, version_of
+from linear import reason, timed
+from measured_on import measured_on
 from torch import Tensor
 
 from lrq_vllm.checkpoint.packing import packed_width
@@ -95,10 +95,8 @@ def main() -> None:
     tokens = [1, 5] if arguments.small else arguments.tokens
     rows: list[dict[str, Any]] = []
     result = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU, Triton's interpreter: no timings",
-        "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "triton")},
-        "unit": "microseconds, median",
+        **measured_on("lrq", "torch", "vllm", "triton"),
+        "unit": "microseconds, median" if DEVICE.type == "cuda" else "Triton's interpreter: no timings",
         "layers": {name: layer._asdict() for name, layer in layers.items()},
         "rows": rows,
     }

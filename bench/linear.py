@@ -11,14 +11,12 @@ A candidate that does not run, or whose result is not the product, is listed wit
 """
 
 import argparse
-import datetime
 import json
 import math
 import multiprocessing
 import statistics
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from linear_peers import Candidate, Layer, all_candidates
+from measured_on import measured_on, memory_tb_per_s
 from torch import Tensor
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TOKENS = (1, 16, 64, 256, 1024, 8192)
 BITS = {"bf16": 16, "w8a8": 8, "w4a8": 4, "w4a16": 4, "w3a16": 3, "w4a16-g128": 4}
-MEMORY_TB_PER_S = {"NVIDIA H100 80GB HBM3": 3.0, "NVIDIA H200": 4.3}  # a copy's bytes read and written
 OPERATIONS_PER_US = {"w8a8": 1979e6, "w4a8": 1979e6}  # dense int8 on a Hopper GPU; 16-bit products: half
 # Relative error of y for round-to-nearest of a normal weight, with room.
 ERRORS = {"bf16": 0.01, "w8a8": 0.05, "w4a8": 0.25, "w4a16": 0.25, "w3a16": 0.5, "w4a16-g128": 0.2}
@@ -41,9 +39,7 @@ REPLAYS = 9
 
 def main() -> None:
     arguments = parsed()
-    memory = MEMORY_TB_PER_S.get(torch.cuda.get_device_name())
-    if memory is None:
-        sys.exit(f"Add the memory speed of {torch.cuda.get_device_name()} to MEMORY_TB_PER_S: floors are counted from it.")
+    memory = memory_tb_per_s()
     candidates = [
         candidate
         for candidate in all_candidates()
@@ -53,9 +49,7 @@ def main() -> None:
         warm_up(arguments)
     rows: list[dict[str, Any]] = []
     result = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "triton", "humming-kernels")},
+        **measured_on("lrq", "torch", "vllm", "triton", "humming-kernels"),
         "unit": "microseconds, median",
         "memory_tb_per_s": memory,
         "rows": rows,
@@ -193,13 +187,6 @@ def compile_one(place: int, shape: str, tokens: list[int]) -> None:
 
 def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def version_of(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -12,16 +12,15 @@ first number:
 """
 
 import argparse
-import datetime
 import json
 import subprocess
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from measured_on import measured_on
 
 from lrq_offline.agreement import agreement_with_reference, reference_noise
 from lrq_offline.calibration import token_windows
@@ -58,11 +57,8 @@ def main() -> None:
                 if arguments.noise:
                     row["reference_noise"] = reference_noise(folder, windows(folder, arguments.text))
                 rows.append(row | {"as_first": as_first(answer["tokens"], of_folder[0]["tokens"])})
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"]
     result = {
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "versions": {"torch": version("torch"), "vllm": version("vllm"), "transformers": version("transformers")},
+        **measured_on("torch", "vllm", "transformers"),
         "positions": f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} greedy tokens each, bfloat16",
         "rows": rows,
     }

@@ -18,7 +18,6 @@ before stay there.
 """
 
 import argparse
-import datetime
 import json
 import multiprocessing
 import os
@@ -35,7 +34,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from gpu_trace import begin_trace, end_trace
-from linear import version_of
+from measured_on import measured_on
 from random_llama import SIZES, write_llama, write_ours, write_stock
 
 from lrq_vllm.golden_replay import kernels_of
@@ -237,9 +236,7 @@ def seconds(vocabulary: int, generator: torch.Generator, count: int, tokens: int
 
 def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     result = {
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"],
-        "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "transformers")},
+        **measured_on("lrq", "torch", "vllm", "transformers"),
         "model": SIZES[arguments.size],
         "unit": f"decode: output tokens/s of so many requests of {PROMPT} + {NEW} tokens; prefill: prompt tokens/s",
         "rows": rows,

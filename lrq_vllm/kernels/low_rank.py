@@ -25,6 +25,7 @@ _CHUNK = 32  # inputs, or ranks, of a 16-byte word of each of 4 lanes
 _SHRINKING_WARPS = 8
 _AHEAD = 8  # chunks that a warp reads ahead
 _MOST_SHARES = 4
+_MOST_TURNS = 20  # of a warp: with more, cuBLAS is faster (bench/results/correction-speed-*.json: down, from 20% on)
 
 
 class Factors(NamedTuple):
@@ -86,7 +87,10 @@ def add_to_many_(y: Tensor, x: Tensor, factors: Factors) -> None:
 
 
 def _are_few(x: Tensor, factors: Factors) -> bool:
-    return 0 < len(x) <= _MOST_TOKENS and x.shape[1] % 8 == 0 and 0 < max(factors.ranks) <= _MOST_RANK
+    if not (0 < len(x) <= _MOST_TOKENS and x.shape[1] % 8 == 0 and 0 < max(factors.ranks) <= _MOST_RANK):
+        return False
+    shares = _shares(factors.ranks, cuda_kernel.processors(x.device))
+    return _turns(x.shape[1], shares) <= _MOST_TURNS
 
 
 def add_to_few_(y: Tensor, x: Tensor, factors: Factors) -> None:
@@ -119,9 +123,8 @@ def _plan_for(x: Tensor, factors: Factors) -> _Plan:
 def _plan(
     tiles: int, inputs: int, widths: tuple[int, ...], ranks: tuple[int, ...], float16: bool, processors: int
 ) -> _Plan:  # fmt: skip
-    stripes = sum(ranks) // _RANK_UNIT
-    shares = max(min(processors // stripes, _MOST_SHARES), 1)
-    turns = -(-inputs // (_CHUNK * _SHRINKING_WARPS * shares))
+    shares = _shares(ranks, processors)
+    turns = _turns(inputs, shares)
     common = {"FLOAT16": float16, "TILES": tiles, "RANKS": sum(ranks), "SHARES": shares}
     shrink = cuda_kernel.source(
         "low_rank_shrink",
@@ -145,4 +148,16 @@ def _plan(
         shared_bytes=2 * 8 * tiles * (most + 8),
         macros=f"#define PART {parts}\n",
     )
-    return _Plan(shares, shrink, (stripes * shares, 32 * _SHRINKING_WARPS), expand, (sum(blocks), 32 * warps))
+    shrinking = sum(ranks) // _RANK_UNIT * shares, 32 * _SHRINKING_WARPS
+    return _Plan(shares, shrink, shrinking, expand, (sum(blocks), 32 * warps))
+
+
+def _shares(ranks: tuple[int, ...], processors: int) -> int:
+    """Into how many blocks the inputs of V^T x are divided, for as many ranks as tensor cores take at a time."""
+    stripes = sum(ranks) // _RANK_UNIT
+    return max(min(processors // stripes, _MOST_SHARES), 1)
+
+
+def _turns(inputs: int, shares: int) -> int:
+    """Chunks of inputs that a warp of such a block takes, one after the other."""
+    return -(-inputs // (_CHUNK * _SHRINKING_WARPS * shares))
