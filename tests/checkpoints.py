@@ -70,14 +70,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 Checkpoints = Callable[[str, str], Path]
 
 
-def write_random_model(model_type: str, folder: Path) -> Path:
-    """A small bfloat16 model of a family whose activations keep their size, with tiny's tokenizer."""
+def write_random_model(model_type: str, folder: Path, **changes: Any) -> Path:
+    """A small bfloat16 model of a family whose activations keep their size, with tiny's tokenizer. changes: of its config."""
     shape = {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1,
         "pad_token_id": 1, "tie_word_embeddings": False, "dtype": "bfloat16",
     }  # fmt: skip
-    random_model.write_random_model(AutoConfig.for_model(model_type, **shape | FAMILIES.get(model_type, {})), folder)
+    config = AutoConfig.for_model(model_type, **shape | FAMILIES.get(model_type, {}) | changes)
+    random_model.write_random_model(config, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)
     return folder

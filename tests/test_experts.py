@@ -1,4 +1,5 @@
-"""Mixtures of experts: apart they compute what the fused ones do; few tokens, GPTQ, refusals. Served: test_served.py."""
+"""Mixtures of experts: apart they compute what the fused ones do; few tokens, GPTQ, refusals. Served: test_served.py. Quantized
+by several processes: test_expert_ranks.py."""
 
 import json
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lrq_offline.compute import Machine
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import empty_model
 from lrq_offline.expert_tokens import TOO_FEW
@@ -19,7 +19,7 @@ from lrq_offline.resource_plan import block_flops
 from lrq_offline.run_manifest import manifest_of
 from lrq_offline.source_model import SourceModel, model_config
 from lrq_vllm.checkpoint.store import read_manifest
-from lrq_vllm.errors import ModelFolderError, SettingsError
+from lrq_vllm.errors import ModelFolderError
 from tests.checkpoints import QUICK, write_random_model
 
 MODELS = ("mixtral", "qwen3_moe")
@@ -145,11 +145,3 @@ def test_blocks_with_and_without_experts_are_refused(models: dict[str, Path]) ->
     for changed in ({"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}):
         with pytest.raises(ModelFolderError, match="experts and blocks without"):
             model_config(raw | changed, models["qwen3_moe"])
-
-
-def test_several_gpus_are_refused_before_any_work(models: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="a model with experts is quantized on one"):
-        quantize_model(
-            models["mixtral"], tmp_path / "out", QuantizeSettings("w4a16", "lrq", **QUICK), machine=Machine("cpu", gpus=2)
-        )
-    assert not (tmp_path / "out").exists()

@@ -39,6 +39,7 @@ def test_one_rank_changes_nothing() -> None:
         ONE_RANK.share,
         ONE_RANK.own_rows,
         ONE_RANK.all_rows,
+        ONE_RANK.joined,
         ONE_RANK.own_rows_of_sum,
         ONE_RANK.sum,
         ONE_RANK.smallest,

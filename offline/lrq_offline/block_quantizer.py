@@ -15,6 +15,7 @@ from lrq_offline.compute import served_in
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import Family
 from lrq_offline.expert_tokens import TOO_FEW, lend_samples, short_of_tokens
+from lrq_offline.experts import experts_of
 from lrq_offline.hidden_states import HiddenStates
 from lrq_offline.input_rotation import InputRotation
 from lrq_offline.layer_inputs import InputSample, sample_inputs, watch_inputs
@@ -90,6 +91,8 @@ class BlockQuantizer:
         X, if corrections are to be found with its moments. All of this rank's windows; the outcome is the same in every rank.
         hadamard: what rotates inputs in ``block`` already, and has to in the quantized one.
         """
+        for experts in experts_of(block):
+            experts.ranks = self.ranks
         samples = self._samples(block, inputs, arguments, generator)
         short = short_of_tokens(self.family, samples)
         lend_samples(self.family, samples, short)

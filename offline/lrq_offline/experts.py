@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ExpertNames", "Experts"]
+from lrq_offline.ranks import ONE_RANK, Ranks
+
+__all__ = ["ExpertNames", "Experts", "experts_of", "forget_idle"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,14 @@ class ExpertNames:
 
 
 class Experts(nn.ModuleList):
-    """In place of transformers' fused experts, with weights yet to be filled."""
+    """In place of transformers' fused experts, with weights yet to be filled.
+
+    ranks: the processes that look at these experts or learn them together. With several, an expert that no token of this one
+    has chosen computes as well, with none: what its layers tell the others is then told in all processes, and in one order.
+    """
+
+    ranks: Ranks = ONE_RANK
+    _chosen: Tensor
 
     def __init__(self, fused: Any, names: ExpertNames) -> None:
         weight = fused.down_proj
@@ -53,12 +62,33 @@ class Experts(nn.ModuleList):
         chosen: int64 [tokens, choices]. shares: by which factor each choice counts, [tokens, choices].
         """
         total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        self._chosen = chosen
         for index, expert in enumerate(self):
             token, choice = torch.where(chosen == index)
-            if len(token):
+            if len(token) or self.ranks.size > 1:
                 share = shares[token, choice].unsqueeze(1)
                 total = total.index_add(0, token, expert(x[token]).float() * share.float())
         return total.to(x.dtype)
+
+    def idle(self) -> list[nn.Module]:
+        """The experts that no token of any process has chosen in the last call. All processes have to ask."""
+        met = self.ranks.sum(torch.bincount(self._chosen.flatten(), minlength=len(self)))
+        return [expert for expert, tokens in zip(self, met.tolist(), strict=True) if not tokens]
+
+
+def experts_of(block: nn.Module) -> list[Experts]:
+    """The mixtures of experts in ``block``."""
+    return [module for module in block.modules() if isinstance(module, Experts)]
+
+
+def forget_idle(block: nn.Module) -> None:
+    """After a backward pass: no gradients for idle experts, as one process alone has none. With zeros an optimizer would still
+    move what it has in motion.
+    """
+    for experts in experts_of(block):
+        if experts.ranks.size > 1:
+            for expert in experts.idle():
+                expert.zero_grad(set_to_none=True)
 
 
 class _Expert(nn.Module):

@@ -27,9 +27,10 @@ class HessianSum:
         self._tokens += len(x)
 
     def value(self, ranks: Ranks = ONE_RANK) -> Tensor:
-        """H of the inputs of all ranks, which are as many in each. Only after the first call."""
+        """H of the inputs of all ranks, however many each has; at least one there must be. Only after the first call."""
         assert self._sum is not None
-        return ranks.sum(self._sum.clone()) * (2 / (self._tokens * ranks.size))
+        tokens = ranks.sum(torch.tensor(self._tokens, device=self._sum.device)).item()
+        return ranks.sum(self._sum.clone()) * (2 / tokens)
 
 
 @dataclass(frozen=True)

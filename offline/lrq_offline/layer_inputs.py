@@ -45,7 +45,7 @@ class InputSample:
     """Of one layer's input over all windows: the extremes of every channel, and an even share of random tokens.
 
     low, high: [in] (widened to hold 0). tokens: [about ``wanted``, in], of the ``seen`` ones. NaN and infinite values count as
-    0; ``finite`` says whether there were none.
+    0; ``finite`` says whether there were none. A call may come without tokens.
     """
 
     def __init__(self, calls: int, wanted: int, generator: torch.Generator) -> None:
@@ -60,16 +60,17 @@ class InputSample:
         self.finite = self.finite and bool(torch.isfinite(x).all())
         self.seen += len(x)
         x = x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = x.aminmax(dim=0)
+        low, high = x.aminmax(dim=0) if len(x) else x.new_zeros((2, x.shape[1]))
         self._low, self._high = torch.minimum(self._low.to(x.device), low), torch.maximum(self._high.to(x.device), high)
-        chosen = torch.randint(len(x), (min(self._share, len(x)),), generator=self._generator)
+        chosen = torch.randint(max(len(x), 1), (min(self._share, len(x)),), generator=self._generator)
         self._tokens.append(x[chosen.to(x.device)])
 
     def share(self, ranks: Ranks) -> None:
         """Make this the sample of all ranks' inputs, the same in each."""
         self._low, self._high = ranks.smallest(self._low), -ranks.smallest(-self._high)
-        self._tokens = [ranks.all_rows(self.tokens)]
-        self.finite = ranks.sum(torch.tensor(0.0 if self.finite else 1.0, device=self._low.device)).item() == 0
+        self._tokens = [ranks.joined(self.tokens)]
+        damaged, self.seen = ranks.sum(torch.tensor([not self.finite, self.seen], device=self._low.device)).tolist()
+        self.finite = damaged == 0
 
     @classmethod
     def of_any(cls, samples: Iterable["InputSample"]) -> "InputSample":
@@ -117,7 +118,9 @@ def sample_inputs(
 ) -> dict[str, InputSample]:
     """Layer name -> a sample of its inputs over the windows of all ranks, for the layers in ``names``."""
     calls = -(-len(hidden) // batch_size) * ranks.size
-    samples = {name: InputSample(calls, wanted, generator) for name in names}
+    # How much is drawn depends on how many tokens reach an expert.
+    own = ranks.own_generator(generator)
+    samples = {name: InputSample(calls, wanted, own) for name in names}
     watch_inputs(block, hidden, arguments, samples, hidden.slices(batch_size), dtype)
     for sample in samples.values():
         sample.share(ranks)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrq_offline.compute import block_output
-from lrq_offline.experts import Experts
+from lrq_offline.experts import experts_of, forget_idle
 from lrq_offline.hidden_states import BatchFeeder
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.sharded_rounding import finish_backward, start_weights
@@ -64,8 +64,7 @@ class LearningStep:
         self.losses = torch.zeros(steps, dtype=torch.float32, device=device)
         self._loss = torch.zeros((), device=device)
         # How many tokens an expert gets, the host has to know.
-        fixed = not any(isinstance(module, Experts) for module in block.modules())
-        self._graph = self._captured() if device.type == "cuda" and fixed else None
+        self._graph = self._captured() if device.type == "cuda" and not experts_of(block) else None
 
     def run(self, step: int) -> None:
         """Take one step. Its loss (this rank's part, relative to ``scale``) lands in ``losses[step]``, on the device."""
@@ -94,6 +93,7 @@ class LearningStep:
         loss = block_loss(self._block, self._feeder.inputs, self._feeder.targets, self._arguments, self._dtype) / self._scale
         loss.backward()
         finish_backward(self._block)
+        forget_idle(self._block)
         self._optimizer.step()
         self._loss.copy_(loss.detach())
 

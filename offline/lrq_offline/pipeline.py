@@ -129,8 +129,6 @@ def _check_ranks(count: int, device: torch.device, settings: QuantizeSettings, s
         problems.append(f"gpus is {count}, but must be at least 1")
     elif device.type == "cuda" and count > torch.cuda.device_count():
         problems.append(f"gpus is {count}, but this machine has {torch.cuda.device_count()}")
-    elif count > 1 and source.family.experts is not None:
-        problems.append(f"gpus is {count}, but a model with experts is quantized on one")
     else:
         divided = {"samples": settings.samples, "batch-size": settings.batch_size}
         divided |= {f"the outputs of {name}": out_features for name, (out_features, _) in manifest.quantized.items()}

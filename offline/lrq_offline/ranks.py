@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,6 +24,15 @@ class Ranks:
         """This process's samples, [samples / size, ...] of [samples, ...]."""
         return samples[self.rank :: self.size]
 
+    def own_generator(self, generator: torch.Generator) -> torch.Generator:
+        """For draws that are not as many in every process: one that is seeded by ``generator``, the same in all of them, which
+        they would drive apart.
+        """
+        if self.size == 1:
+            return generator
+        seed = int(torch.randint(2**62, (), generator=generator).item())
+        return torch.Generator().manual_seed(seed + self.rank)
+
     def own_rows(self, tensor: Tensor) -> Tensor:
         """This process's part of dimension 0, which ``size`` divides."""
         return tensor.chunk(self.size)[self.rank].contiguous()
@@ -34,6 +44,16 @@ class Ranks:
         gathered = own.new_empty((self.size * len(own), *own.shape[1:]))
         _all_gather(gathered, own)
         return gathered
+
+    def joined(self, own: Tensor) -> Tensor:
+        """All processes' rows, however many each has, in the order of the processes: the same tensor everywhere."""
+        if self.size == 1:
+            return own
+        counts = self.all_rows(torch.tensor([len(own)], device=own.device)).tolist()
+        padded = own.new_zeros((max(counts), *own.shape[1:]))
+        padded[: len(own)] = own
+        parts = self.all_rows(padded).unflatten(0, (self.size, len(padded)))
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def own_rows_of_sum(self, tensor: Tensor) -> Tensor:
         """:meth:`own_rows` of the sum over all processes."""
