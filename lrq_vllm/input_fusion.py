@@ -4,8 +4,8 @@ With one calibrated step for all tokens, an input is quantized point by point. A
 the integers on the way; an activation function works point by point over the whole GPU, also for one token, and a sum of the
 row would leave it to one block of threads. Attention is a kernel of its own, and so is a rotation: nothing fuses with them.
 
-Steps of each token's own are left to our kernels: with what torch.compile made of a range per row, a step of w4a8 took the GPU as
-long or longer (docs/kernels.md).
+Steps of each token's own are left to our kernels: with what torch.compile made of a range per row, a step of w4a8 took the GPU
+as long or longer (docs/kernels.md).
 """
 
 from enum import Enum

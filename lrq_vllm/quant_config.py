@@ -20,6 +20,9 @@ from lrq_vllm.vllm_versions import check_version
 
 __all__ = ["LrqConfig"]
 
+# Where a model class does not say it: Qwen3-MoE's names what its dense blocks fuse only if mlp_only_layers lists some.
+_FUSED = {"gate_up_proj": ["gate_proj", "up_proj"]}
+
 
 class LrqConfig(QuantizationConfig):
     """What ``--quantization lrq``, or quant_method in config.json, turns into. Sent to vLLM's worker processes."""
@@ -125,7 +128,7 @@ class LrqConfig(QuantizationConfig):
     def modules_of(self, prefix: str) -> list[str]:
         """The checkpoint's modules behind a layer of vLLM: qkv_proj stands for q_proj, k_proj and v_proj, and so on."""
         parent, _, name = prefix.rpartition(".")
-        shards = self.packed_modules_mapping.get(name, [name])
+        shards = (_FUSED | self.packed_modules_mapping).get(name, [name])
         if prefix in self.manifest.quantized or prefix in self.manifest.skipped:
             shards = [name]  # fused in the checkpoint already
         return [f"{parent}.{shard}" if parent else shard for shard in shards]

@@ -33,20 +33,20 @@ QUICK = {"iters": 2, "samples": 2, "seq_len": 32}
 LEARNED = {"samples": 32}
 ITERS = {"w8a8": 20}
 
-# Families other than the tiny model's, each with what sets it apart.
+_QWEN3_MOE = {
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 96,
+    "norm_topk_prob": True,
+}
+
+# Families other than the tiny model's, each with what sets it apart; behind a dash, in which form.
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 32, "sliding_window": 40},
     "phi3": {},  # fused queries, keys and values, and gate and up projection
     "qwen2": {},  # biases of queries, keys and values
     "qwen3": {"head_dim": 32},  # norms of queries and keys
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {
-        "head_dim": 32,
-        "num_experts": 8,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 96,
-        "norm_topk_prob": True,
-    },
     "olmo2": {},  # norms after attention and MLP, and one of all queries and one of all keys
     # Gains of 1 + w, a scaled embedding, one block with a window, capped scores and logits: caps that bend what they see.
     "gemma2": {
@@ -65,19 +65,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 24,
         "tie_word_embeddings": True,
     },
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": _QWEN3_MOE,
+    "qwen3_moe-mixed": {**_QWEN3_MOE, "decoder_sparse_step": 2},  # experts in the second block alone
 }
 
 Checkpoints = Callable[[str, str], Path]
 
 
-def write_random_model(model_type: str, folder: Path, **changes: Any) -> Path:
-    """A small bfloat16 model of a family whose activations keep their size, with tiny's tokenizer. changes: of its config."""
+def model_type_of(family: str) -> str:
+    """config.json's, for one of FAMILIES."""
+    return family.partition("-")[0]
+
+
+def write_random_model(family: str, folder: Path, **changes: Any) -> Path:
+    """A small bfloat16 model of one of FAMILIES, or llama, whose activations keep their size, with tiny's tokenizer.
+
+    changes: of its config.
+    """
     shape = {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 4096, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1,
         "pad_token_id": 1, "tie_word_embeddings": False, "dtype": "bfloat16",
     }  # fmt: skip
-    config = AutoConfig.for_model(model_type, **shape | FAMILIES.get(model_type, {}) | changes)
+    config = AutoConfig.for_model(model_type_of(family), **shape | FAMILIES.get(family, {}) | changes)
     random_model.write_random_model(config, folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(TINY / name, folder / name)

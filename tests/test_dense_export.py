@@ -33,10 +33,10 @@ def test_a_dense_export_gives_the_checkpoint_s_numbers_to_the_bit(
     assert torch.equal(logits(tmp_path / "dense"), logits(folder))
 
 
-@pytest.mark.parametrize("model_type", ["phi3", "mixtral"])
-def test_groups_fused_layers_and_experts_are_exported(model_type: str, tmp_path: Path) -> None:
-    source = write_random_model(model_type, tmp_path / "float")
-    quantize_model(source, tmp_path / "lrq", QuantizeSettings("w4a16", "rtn", group_size=64, **QUICK))
+@pytest.mark.parametrize(("family", "group_size"), [("phi3", 64), ("mixtral", 64), ("qwen3_moe-mixed", 32)])
+def test_groups_fused_layers_and_experts_are_exported(family: str, group_size: int, tmp_path: Path) -> None:
+    source = write_random_model(family, tmp_path / "float")
+    quantize_model(source, tmp_path / "lrq", QuantizeSettings("w4a16", "rtn", group_size=group_size, **QUICK))
     export_dense(tmp_path / "lrq", tmp_path / "dense")
     assert torch.equal(logits(tmp_path / "dense"), logits(tmp_path / "lrq"))
 

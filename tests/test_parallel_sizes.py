@@ -15,11 +15,13 @@ LLAMA_3_8B: dict[str, Any] = {
 
 
 def sizes_of(model_type: str, shape: dict[str, Any], scheme: str, group_size: int | None = None) -> tuple[int, ...]:
-    config, family = AutoConfig.for_model(model_type, **shape), FAMILIES[model_type]
+    config = AutoConfig.for_model(model_type, **shape)
     hidden, wide = shape["hidden_size"], shape["intermediate_size"]
     inputs = {"o_proj": shape["num_attention_heads"] * shape["head_dim"], "down_proj": wide}
-    quantized = {f"model.layers.0.{name}": (hidden, inputs.get(name.split(".")[1], hidden)) for name in family.linears}
-    return tensor_parallel_sizes(config, family, WeightFormat(SCHEMES[scheme].weight_bits, group_size=group_size), quantized)
+    quantized = {
+        f"model.layers.0.{name}": (hidden, inputs.get(name.split(".")[1], hidden)) for name in FAMILIES[model_type].linears
+    }
+    return tensor_parallel_sizes(config, WeightFormat(SCHEMES[scheme].weight_bits, group_size=group_size), quantized)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "phi3"])

@@ -169,6 +169,14 @@ def test_a_layer_that_the_checkpoint_does_not_know_is_refused() -> None:
         empty_layer(manifest)
 
 
+def test_a_fused_mlp_is_known_where_the_model_class_does_not_say_what_it_fuses() -> None:
+    parts = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up")]
+    for modules in (parts, ["model.layers.0.mlp.gate_up_proj"]):  # apart in the checkpoint, or fused there already
+        config = lrq_config(manifest_for("w4a16", dict.fromkeys(modules, (256, 256))))
+        config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+        assert config.modules_of("model.layers.0.mlp.gate_up_proj") == modules
+
+
 def test_a_skipped_layer_stays_unquantized() -> None:
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 

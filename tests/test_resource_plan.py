@@ -12,7 +12,7 @@ from lrq_offline.attention import plain_attention
 from lrq_offline.cli import main
 from lrq_offline.compute import Machine, product_dtype
 from lrq_offline.config import PRESETS, QuantizeSettings
-from lrq_offline.decoder_blocks import empty_model
+from lrq_offline.decoder_blocks import FAMILIES, empty_model
 from lrq_offline.pipeline import open_source
 from lrq_offline.resource_plan import block_flops, plan_run, step_memory
 from lrq_offline.run_manifest import manifest_of
@@ -67,16 +67,14 @@ def test_the_planned_peak_is_near_the_measured_one(row: dict[str, float | str]) 
     attention, mlp = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096)], [(14336, 4096)] * 2 + [(4096, 14336)]
     config = LlamaConfig(hidden_size=4096, intermediate_size=14336)
     hidden_states = 2 * preset.samples * preset.seq_len * 4096 * 2
-    planned = step_memory(attention + mlp, settings, config, torch.bfloat16) + hidden_states
+    planned = step_memory(attention + mlp, settings, config, FAMILIES["llama"], torch.bfloat16) + hidden_states
     assert planned == pytest.approx(float(row["peak_gb"]) * 1e9, rel=0.25)
 
 
 def test_the_plan_has_room_for_capped_scores_and_their_gradients() -> None:
     settings = QuantizeSettings("w4a16", batch_size=2, seq_len=64)
-    planned = [
-        step_memory([(128, 128)], settings, Gemma2Config(attn_logit_softcapping=cap, num_attention_heads=8), torch.float32)
-        for cap in (None, 50.0)
-    ]
+    configs = [Gemma2Config(attn_logit_softcapping=cap, num_attention_heads=8) for cap in (None, 50.0)]
+    planned = [step_memory([(128, 128)], settings, config, FAMILIES["gemma2"], torch.float32) for config in configs]
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,7 +100,7 @@ def test_a_correction_that_is_learned_is_planned_for() -> None:
         settings = QuantizeSettings("w4a16", method, correction_rank=rank, iters=500)
         plan = plan_run(TINY, settings, Machine("cpu"))
         source = open_source(TINY, settings)
-        return plan.host_bytes, block_flops(source, manifest_of(source.config, settings), settings)
+        return plan.host_bytes, block_flops(source, manifest_of(source.config, settings), settings, 0)
 
     plain, corrected, larger = (needed("lrq", rank) for rank in (None, 8, 16))
     extra = [needed("gptq", rank) for rank in (8, 16)]

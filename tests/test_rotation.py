@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from lrq_offline.cli import main
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import blocks_of, empty_model, family_of, restore_constants
+from lrq_offline.decoder_blocks import FAMILIES, blocks_of, empty_model, restore_constants
 from lrq_offline.input_rotation import InputRotation
 from lrq_offline.pipeline import open_source, quantize_model
 from lrq_offline.reference_model import load_model
@@ -130,7 +130,7 @@ def test_a_model_that_cannot_be_rotated_is_refused(model_type: str, shape: dict[
         model_type, **{"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128} | shape
     )
     with pytest.raises(SettingsError, match=f"{words}.*--no-rotate"):
-        rotation_of(config, family_of(config), 0)
+        rotation_of(config, FAMILIES[config.model_type], 0)
 
 
 def test_a_refused_rotation_leaves_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,22 +34,22 @@ MAGNIFIED = "w4a4-rotated-corrected"
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By model type, a checkpoint of a random model."""
+    """By family, a checkpoint of a random model."""
     folder = tmp_path_factory.mktemp("families")
-    for model_type in FAMILIES:
-        source = write_random_model(model_type, folder / f"{model_type}-float")
-        quantize_model(source, folder / model_type, QuantizeSettings("w8a8", "smoothquant-rtn", **QUICK))
-    return {model_type: folder / model_type for model_type in FAMILIES}
+    for family in FAMILIES:
+        source = write_random_model(family, folder / f"{family}-float")
+        quantize_model(source, folder / family, QuantizeSettings("w8a8", "smoothquant-rtn", **QUICK))
+    return {family: folder / family for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")
 def measured(
     checkpoints: Checkpoints, families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """By scheme or model type, what bench/served_agreement.py found."""
+    """By scheme or family, what bench/served_agreement.py found."""
     # vLLM runs OLMo 2 as transformers' own code, which it compiles in another order than its own (cpu_compilation.py).
     compiled = {scheme: checkpoints(scheme, "lrq") for scheme in SCHEMES if scheme != "w8a8"} | {"olmo2": families["olmo2"]}
-    eager = {model_type: folder for model_type, folder in families.items() if model_type not in compiled}
+    eager = {family: folder for family, folder in families.items() if family not in compiled}
     folder = tmp_path_factory.mktemp("agreement")
     for name, settings, served in (
         (GROUPED, QuantizeSettings("w4a8", "rtn", group_size=64, **QUICK), eager),

@@ -67,7 +67,7 @@ class QuantizedBlock:
 
 @dataclass(frozen=True)
 class BlockQuantizer:
-    """What is the same for all blocks of a run. ``dtype``: of matrix products (compute.py)."""
+    """What is the same for all blocks of a kind. ``family``: as they have it. ``dtype``: of matrix products (compute.py)."""
 
     settings: QuantizeSettings
     family: Family

@@ -18,7 +18,7 @@ from lrq_offline.block_quantizer import BlockQuantizer, QuantizedBlock
 from lrq_offline.calibration import BlockInputs, capture_block_inputs
 from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import empty_model, load_block, restore_constants
+from lrq_offline.decoder_blocks import block_family, empty_model, load_block, restore_constants
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
 from lrq_offline.input_rotation import InputRotation
 from lrq_offline.kv_cache import quantize_kv_cache
@@ -107,7 +107,8 @@ class BlockwiseRun:
         if index < len(self.finished):
             restore_block(block, name, self.manifest, load_file(self.finished[index]), dtype)
         else:
-            quantizer = BlockQuantizer(self.settings, self.source.family, self.source.config, dtype, ranks)
+            config = self.source.config
+            quantizer = BlockQuantizer(self.settings, block_family(config, index), config, dtype, ranks)
             # Of the block alone, so that a run that goes on draws what an uninterrupted one would.
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index)
             float_inputs = kept[0] if kept else None

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lrq_offline.attention import attend, use_attention
-from lrq_offline.experts import ExpertNames, Experts
+from lrq_offline.experts import DenseBlocks, ExpertNames, Experts
 
 __all__ = [
     "FAMILIES",
     "Family",
+    "block_families",
+    "block_family",
     "block_names",
     "blocks_of",
     "empty_model",
-    "family_of",
     "load_block",
     "restore_constants",
     "with_names_of_files",
@@ -47,7 +48,8 @@ class Family:
     mixed_attention: whether some blocks may see a window and others all tokens (config.json's layer_types).
     renamed: modules of a block that transformers calls differently than checkpoint files do: its name, and the files'. All
     other names here are the files'.
-    experts, expert_count: of a mixture of experts. :func:`family_of` adds their linear layers, as many as a model has.
+    experts, expert_count: of a mixture of experts. Where a block has them, :func:`block_family` puts their linear layers, as
+    many as a model has, in place of the MLP's.
     """
 
     blocks: str
@@ -107,6 +109,10 @@ class Family:
         """The linear layers that read the MLP's inner values."""
         return tuple(name for name in self.cut_along_inputs if name != self.attention_output)
 
+    def inner_width(self, config: PreTrainedConfig) -> int:
+        """Of the MLP's inner values, or of one expert's."""
+        return int(config.intermediate_size if self.experts is None else getattr(config, self.experts.width))
+
     @property
     def norms_read_residual(self) -> bool:
         """Whether norms, and nothing else, read the residual stream: a server then adds and normalizes in one operation."""
@@ -145,9 +151,6 @@ _GEMMA = replace(
     mixed_attention=True,
 )
 
-# Of a family with experts: what stands here is outside of them.
-_ATTENTION_ALONE: dict[str, Any] = {"linear_groups": _LLAMA.linear_groups[:2], "producers": _LLAMA.producers[:2]}
-
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -171,7 +174,8 @@ FAMILIES = {
     "gemma3_text": replace(_GEMMA, norms=_GEMMA.norms + _HEAD_NORMS),
     "mixtral": replace(
         _LLAMA,
-        **_ATTENTION_ALONE,
+        linear_groups=_LLAMA.linear_groups[:2],  # no block is without experts
+        producers=_LLAMA.producers[:2],
         residual=(("input_layernorm", "self_attn"), ("post_attention_layernorm", "block_sparse_moe")),
         activation_functions=".act_fn",
         renamed=(("mlp", "block_sparse_moe"),),
@@ -182,34 +186,50 @@ FAMILIES = {
     "qwen3_moe": replace(
         _LLAMA,
         norms=_LLAMA.norms + _HEAD_NORMS,
-        **_ATTENTION_ALONE,
         activation_functions=".act_fn",
         experts=ExpertNames(
-            "mlp.experts", "mlp.gate", "gate_proj", "up_proj", "down_proj", "num_experts", "moe_intermediate_size"
+            "mlp.experts",
+            "mlp.gate",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+            "num_experts",
+            "moe_intermediate_size",
+            dense=DenseBlocks("mlp_only_layers", "decoder_sparse_step"),
         ),
     ),
 }
 """By config.json's model_type."""
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a model that :data:`FAMILIES` has, with the layers of all its experts."""
+def block_family(config: PreTrainedConfig, index: int) -> Family:
+    """The family as block ``index``, from 0, of a model has it: with the layers of all its experts, or without experts."""
     family = FAMILIES[config.model_type]
     if family.experts is None:
         return family
+    if not family.experts.in_block(config, index):
+        return replace(family, experts=None)
     names, count = family.experts, int(getattr(config, family.experts.count))
     experts = range(count)
-    norm = next(reader for reader, joiner in family.residual if names.module.startswith(f"{joiner}."))
+    norm, mlp = next((reader, joiner) for reader, joiner in family.residual if names.module.startswith(f"{joiner}."))
+    groups = zip(family.linear_groups, family.producers, strict=True)
+    outside = {group: producer for group, producer in groups if not group[0].startswith(f"{mlp}.")}
     return replace(
         family,
         expert_count=count,
         linear_groups=(
-            *family.linear_groups,
+            *outside,
             tuple(name for expert in experts for name in names.inputs_of(expert)),
             *((names.output_of(expert),) for expert in experts),
         ),
-        producers=(*family.producers, norm, *(names.inputs_of(expert)[1] for expert in experts)),
+        producers=(*outside.values(), norm, *(names.inputs_of(expert)[1] for expert in experts)),
     )
+
+
+def block_families(config: PreTrainedConfig) -> dict[str, Family]:
+    """By the full names of a model's decoder blocks, in order, the family as each of them has it."""
+    names = block_names(config, FAMILIES[config.model_type])
+    return {name: block_family(config, index) for index, name in enumerate(names)}
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -226,14 +246,14 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 def with_names_of_files(model: PreTrainedModel) -> PreTrainedModel:
     """``model`` with its blocks' modules called as in checkpoint files; experts are apart, and their weights undefined."""
     family = FAMILIES[model.config.model_type]
-    for block in blocks_of(model, family):
+    for index, block in enumerate(blocks_of(model, family)):
         for own, in_files in family.renamed:
             module = block.get_submodule(own)
             delattr(block, own)
             block.add_module(in_files, module)
             # Where transformers looks for it: no submodule, so that its parameters have one name.
             block.__dict__[own] = module
-        if family.experts is not None:
+        if family.experts is not None and family.experts.in_block(model.config, index):
             name = family.experts.module
             block.set_submodule(name, Experts(block.get_submodule(name), family.experts))
     return model

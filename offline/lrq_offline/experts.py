@@ -8,10 +8,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from lrq_offline.ranks import ONE_RANK, Ranks
 
-__all__ = ["ExpertNames", "Experts", "experts_of", "forget_idle"]
+__all__ = ["DenseBlocks", "ExpertNames", "Experts", "experts_of", "forget_idle"]
+
+
+@dataclass(frozen=True)
+class DenseBlocks:
+    """Where config.json says which blocks have one MLP instead of experts: those listed, by their places from 0, and of all
+    others those that are not every ``step``-th.
+    """
+
+    listed: str
+    step: str
+
+    def among(self, config: PreTrainedConfig, index: int) -> bool:
+        """Whether block ``index``, from 0, of a model is one of them."""
+        step = int(getattr(config, self.step))
+        return index in getattr(config, self.listed) or step < 1 or (index + 1) % step != 0
+
+    def settings(self, blocks: list[int]) -> dict[str, Any]:
+        """What config.json holds if these are the blocks."""
+        return {self.listed: blocks, self.step: 1}
 
 
 @dataclass(frozen=True)
@@ -20,6 +40,7 @@ class ExpertNames:
     choices, how many of them a token meets.
 
     router: what chooses the experts of a token; it reads what they read, and stays in 16 bits.
+    dense: None for a family whose blocks all have experts.
     """
 
     module: str
@@ -30,6 +51,11 @@ class ExpertNames:
     count: str
     width: str
     choices: str = "num_experts_per_tok"
+    dense: DenseBlocks | None = None
+
+    def in_block(self, config: PreTrainedConfig, index: int) -> bool:
+        """Whether block ``index``, from 0, of a model has experts."""
+        return getattr(config, self.count) > 0 and (self.dense is None or not self.dense.among(config, index))
 
     def inputs_of(self, expert: int) -> tuple[str, str]:
         """The two layers of an expert that read the block's normalized tokens."""

@@ -33,6 +33,9 @@ def shrunk_config(config: PreTrainedConfig) -> dict[str, Any]:
     experts = FAMILIES[config.model_type].experts
     if experts is not None:
         changes |= {experts.count: min(getattr(config, experts.count), _EXPERTS), experts.width: _WIDTH}
+        if experts.dense is not None:
+            mixed = any(experts.dense.among(config, index) for index in range(config.num_hidden_layers))
+            changes |= experts.dense.settings([0] if mixed else [])
     kinds = getattr(config, "layer_types", None) or []
     each_first = [*dict.fromkeys(kinds), *kinds]
     return changes | ({"layer_types": each_first[:_LAYERS]} if kinds else {})

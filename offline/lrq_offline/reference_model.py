@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrq_offline.decoder_blocks import blocks_of, empty_model, family_of, restore_constants
+from lrq_offline.decoder_blocks import FAMILIES, blocks_of, empty_model, restore_constants
 from lrq_offline.reference_linear import ReferenceLinear
 from lrq_offline.served_precision import round_like_a_server
 from lrq_offline.source_model import check_model_tensors, model_config
@@ -51,7 +51,7 @@ def open_model(
         manifest = Manifest.from_dict(raw_config["quantization_config"])
         check_tensors(tensors, manifest)
         _replace_linears(model, manifest)
-    family = family_of(config)
+    family = FAMILIES[config.model_type]
     names = check_model_tensors(model, tensors, config)
     if streamed:
         names = [name for name in names if not name.startswith(f"{family.blocks}.")]

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import FAMILIES
+from lrq_offline.decoder_blocks import Family, block_families, block_family
 from lrq_offline.hidden_states import HiddenStatesStore
 from lrq_offline.pipeline import open_source
 from lrq_offline.run_manifest import manifest_of
@@ -45,13 +45,16 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
     """Estimate a run of ``settings``. Reads headers only and times one matrix product. Raises LrqError's children."""
     source = open_source(model_dir, settings)
     manifest = manifest_of(source.config, settings)
-    device = choose_device(machine.device)
-    config = source.config
-    blocks = len(source.block_names)
-    shapes = list(manifest.quantized.values())[: len(source.family.linears)]
+    device, config = choose_device(machine.device), source.config
+    dtype = product_dtype(device)
+    blocks = block_families(config)
+    one_of_each_kind = {family: name for name, family in blocks.items()}
     tokens = settings.samples * settings.seq_len
     cache = tokens * config.hidden_size * (config.dtype or torch.bfloat16).itemsize
-    computing = step_memory(shapes, settings, config, product_dtype(device))
+    computing = max(
+        step_memory([manifest.quantized[f"{name}.{linear}"] for linear in family.linears], settings, config, family, dtype)
+        for family, name in one_of_each_kind.items()
+    )
     store = HiddenStatesStore(device, machine.cache_bytes(device), Path())
     places = [store.place_for(cache) for _ in range(settings.caches)]
     largest = max(source.stored_bytes(name) for name in source.names())
@@ -60,8 +63,9 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
     output = manifest.quantized_bytes + sum(
         source.stored_bytes(name) for name in source.names() if name.removesuffix(".weight") not in manifest.quantized
     )
+    flops = sum(block_flops(source, manifest, settings, index) for index in range(len(blocks)))
     return ResourcePlan(
-        blocks=blocks,
+        blocks=len(blocks),
         quantized_modules=len(manifest.quantized),
         skipped_modules=manifest.skipped,
         tensor_parallel_sizes=manifest.tensor_parallel_sizes,
@@ -70,12 +74,17 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
         host_bytes=cache * places.count("host memory") + cache + 2 * largest + (0 if device.type == "cuda" else computing),
         disk_bytes=output + cache * places.count("disk"),
         hidden_states_in=", ".join(dict.fromkeys(places)),
-        minutes=blocks * block_flops(source, manifest, settings) / (_flops_per_second(device) * _EFFICIENCY) / 60,
+        minutes=flops / (_flops_per_second(device) * _EFFICIENCY) / 60,
     )
 
 
-def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, config: PreTrainedConfig, dtype: torch.dtype) -> int:
-    """Bytes at the peak of quantizing one block with linear layers of these (out, in), apart from cached hidden states."""
+def step_memory(
+    shapes: list[tuple[int, int]], settings: QuantizeSettings, config: PreTrainedConfig, family: Family, dtype: torch.dtype
+) -> int:
+    """Bytes at the peak of quantizing one block with linear layers of these (out, in), apart from cached hidden states.
+
+    family: as the block has it. dtype: of matrix products.
+    """
     elements = sum(rows * columns for rows, columns in shapes)
     # W, W rounded to nearest and its integers.
     total = elements * ((4 if settings.changes_weights else dtype.itemsize) + dtype.itemsize + 1)
@@ -99,8 +108,7 @@ def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, confi
         total += 8 * (3 * kept + 7 * max(inputs) + 4 * max(rows * columns for rows, columns in shapes))
     # What a step keeps for its backward pass, roughly: a dozen tensors of the block's width, four of the MLP's.
     tokens = settings.batch_size * settings.seq_len
-    experts = FAMILIES[config.model_type].experts
-    inner = config.intermediate_size if experts is None else getattr(config, experts.width) * getattr(config, experts.choices)
+    inner = family.inner_width(config) * (1 if family.experts is None else getattr(config, family.experts.choices))
     total += tokens * 4 * (12 * config.hidden_size + 4 * inner)
     if getattr(config, "attn_logit_softcapping", None) is not None:
         # Capped scores are computed in plain sight: their tanh and their softmax, each with its gradient.
@@ -108,22 +116,27 @@ def step_memory(shapes: list[tuple[int, int]], settings: QuantizeSettings, confi
     return int(total)
 
 
-def block_flops(source: SourceModel, manifest: Manifest, settings: QuantizeSettings) -> float:
-    """Of learning or correcting one block and of the passes over it. Of experts a token is multiplied by those it meets."""
-    experts, config = source.family.experts, source.config
-    met = 1.0 if experts is None else getattr(config, experts.choices) / source.family.expert_count
+def block_flops(source: SourceModel, manifest: Manifest, settings: QuantizeSettings, index: int) -> float:
+    """Of learning or correcting block ``index``, from 0, and of the passes over it.
+
+    Of experts a token is multiplied by those it meets.
+    """
+    config, block, family = source.config, source.block_names[index], block_family(source.config, index)
+    experts = family.experts
+    met = 1.0 if experts is None else getattr(config, experts.choices) / family.expert_count
     elements = per_token = beside = 0.0
-    for name, (rows, columns) in list(manifest.quantized.items())[: len(source.family.linears)]:
+    for name in family.linears:
+        rows, columns = manifest.quantized[f"{block}.{name}"]
         elements += rows * columns
         beside += settings.correction_rank_of((rows, columns)) * (rows + columns) if settings.corrects else 0
-        per_token += rows * columns * (met if experts is not None and f".{experts.module}." in name else 1)
+        per_token += rows * columns * (met if experts is not None and name.startswith(f"{experts.module}.") else 1)
     rank = min(settings.matrix_rank(config.hidden_size) or 0, config.hidden_size)
     step = 6 * ((per_token + beside) * settings.batch_size * settings.seq_len + elements * rank)
     steps, tokens = settings.iters if settings.learns else 0, settings.samples * settings.seq_len
     moments = 0.0
     if settings.corrects:
         # Three moments of each input, in float64: two products' worth of time each, if not more.
-        inputs = [manifest.quantized[f"{source.block_names[0]}.{group[0]}"][1] for group in source.family.linear_groups]
+        inputs = [manifest.quantized[f"{block}.{group[0]}"][1] for group in family.linear_groups]
         moments = sum(3 * 2 * 2 * tokens * columns**2 for columns in inputs)
     return steps * step + _PASSES * 2 * (per_token + beside) * tokens + moments
 

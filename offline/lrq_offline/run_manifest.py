@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from lrq_offline.compute import served_in
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import Family, block_names, empty_model, family_of
+from lrq_offline.decoder_blocks import FAMILIES, Family, block_families, empty_model
 from lrq_offline.parallel_sizes import tensor_parallel_sizes
 from lrq_offline.rotation import rotation_of
 from lrq_vllm.checkpoint.correction import Correction
@@ -25,18 +25,17 @@ def manifest_of(config: PreTrainedConfig, settings: QuantizeSettings) -> Manifes
     Raises SettingsError before any work if the group size does not divide a layer's inputs, a correction's rank is above a
     layer's, or the model cannot be rotated.
     """
-    family, model = family_of(config), empty_model(config)
+    family, blocks, model = FAMILIES[config.model_type], block_families(config), empty_model(config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    modules = [f"{block}.{linear}" for block in block_names(config, family) for linear in family.linears]
+    modules = [f"{block}.{linear}" for block, own in blocks.items() for linear in own.linears]
     quantized = {name: (linears[name].out_features, linears[name].in_features) for name in modules}
     skipped = [name for name in linears if name not in quantized]
-    if family.experts is not None:
-        skipped += [f"{block}.{family.experts.router}" for block in block_names(config, family)]
+    skipped += [f"{block}.{own.experts.router}" for block, own in blocks.items() if own.experts is not None]
     problems = [] if settings.group_size is None else undivided_layers(settings.group_size, quantized)
     if problems:
         raise SettingsError(one_paragraph(problems, "Choose a --group-size that divides all of them, or leave it out."))
     hadamard = _online_hadamard(config, family, settings, modules)
-    sizes = tensor_parallel_sizes(config, family, settings.weight_format, quantized, hadamard)
+    sizes = tensor_parallel_sizes(config, settings.weight_format, quantized, hadamard)
     return Manifest(
         settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"), settings.kv_bits, sizes,
         _correction(config, family, settings, quantized), hadamard,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lrq_offline.decoder_blocks import FAMILIES, Family, block_names, empty_model, family_of
+from lrq_offline.decoder_blocks import FAMILIES, Family, block_names, empty_model
 from lrq_vllm.checkpoint.schema import TensorSpec
 from lrq_vllm.checkpoint.store import TensorFolder, check_folder, read_config
 from lrq_vllm.errors import ModelFolderError, one_paragraph
@@ -38,7 +38,7 @@ class SourceModel:
                 f"{folder} is already quantized (quantization_config in config.json). Give the float model it was made from."
             )
         config = model_config(raw_config, folder)
-        source = cls(folder, raw_config, config, TensorFolder(folder), family_of(config))
+        source = cls(folder, raw_config, config, TensorFolder(folder), FAMILIES[config.model_type])
         check_model_tensors(empty_model(config), source.tensors, config)
         return source
 
@@ -113,13 +113,21 @@ def model_config(raw_config: dict[str, Any], folder: Path) -> PreTrainedConfig:
         raise ModelFolderError(
             f"{folder}/config.json is not a valid {model_type} config: {reason}. Download it again."
         ) from error
-    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:
-        raise ModelFolderError(
-            f"{folder} has blocks with experts and blocks without (mlp_only_layers or decoder_sparse_step in config.json); lrq "
-            "quantizes models whose blocks all have experts."
-        )
+    _check_experts(config, folder)
     _check_attention(config, folder)
     return config
+
+
+def _check_experts(config: PreTrainedConfig, folder: Path) -> None:
+    """Raises ModelFolderError for a mixture of experts that has none in any block."""
+    names = FAMILIES[config.model_type].experts
+    if names is None or any(names.in_block(config, index) for index in range(config.num_hidden_layers)):
+        return
+    keys = [names.count] if names.dense is None else [names.count, names.dense.listed, names.dense.step]
+    raise ModelFolderError(
+        f"{folder} has experts in none of its blocks ({', '.join(keys)} in config.json), and vLLM does not serve a "
+        f"{config.model_type} without. Use a model that has some."
+    )
 
 
 def _check_attention(config: PreTrainedConfig, folder: Path) -> None:

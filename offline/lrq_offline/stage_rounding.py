@@ -44,7 +44,9 @@ class RoundedLayer:
 
 @dataclass(frozen=True)
 class StageRounding:
-    """What is the same for all blocks of a run. dtype: of matrix products. factor_dtype: of U and V in the checkpoint."""
+    """What is the same for all blocks of a kind. family: as they have it. dtype: of matrix products. factor_dtype: of U and V
+    in the checkpoint.
+    """
 
     settings: QuantizeSettings
     family: Family
