@@ -109,10 +109,6 @@ class Family:
         """The linear layers that read the MLP's inner values."""
         return tuple(name for name in self.cut_along_inputs if name != self.attention_output)
 
-    def inner_width(self, config: PreTrainedConfig) -> int:
-        """Of the MLP's inner values, or of one expert's."""
-        return int(config.intermediate_size if self.experts is None else getattr(config, self.experts.width))
-
     @property
     def norms_read_residual(self) -> bool:
         """Whether norms, and nothing else, read the residual stream: a server then adds and normalizes in one operation."""

@@ -108,7 +108,8 @@ def step_memory(
         total += 8 * (3 * kept + 7 * max(inputs) + 4 * max(rows * columns for rows, columns in shapes))
     # What a step keeps for its backward pass, roughly: a dozen tensors of the block's width, four of the MLP's.
     tokens = settings.batch_size * settings.seq_len
-    inner = family.inner_width(config) * (1 if family.experts is None else getattr(config, family.experts.choices))
+    experts = family.experts
+    inner = config.intermediate_size if experts is None else getattr(config, experts.width) * getattr(config, experts.choices)
     total += tokens * 4 * (12 * config.hidden_size + 4 * inner)
     if getattr(config, "attn_logit_softcapping", None) is not None:
         # Capped scores are computed in plain sight: their tanh and their softmax, each with its gradient.
