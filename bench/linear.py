@@ -29,10 +29,10 @@ from torch import Tensor
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 TOKENS = (1, 16, 64, 256, 1024, 8192)
-BITS = {"bf16": 16, "w8a8": 8, "w4a8": 4, "w4a16": 4, "w3a16": 3, "w4a16-g128": 4}
-OPERATIONS_PER_US = {"w8a8": 1979e6, "w4a8": 1979e6}  # dense int8 on a Hopper GPU; 16-bit products: half
+BITS = {"bf16": 16, "w8a8": 8, "w4a8": 4, "w4a16": 4, "w3a16": 3, "w4a16-g128": 4, "w4a8-g128": 4}
+OPERATIONS_PER_US = {"w8a8": 1979e6, "w4a8": 1979e6, "w4a8-g128": 1979e6}  # dense int8 on a Hopper GPU; 16-bit products: half
 # Relative error of y for round-to-nearest of a normal weight, with room.
-ERRORS = {"bf16": 0.01, "w8a8": 0.05, "w4a8": 0.25, "w4a16": 0.25, "w3a16": 0.5, "w4a16-g128": 0.2}
+ERRORS = {"bf16": 0.01, "w8a8": 0.05, "w4a8": 0.25, "w4a16": 0.25, "w3a16": 0.5, "w4a16-g128": 0.2, "w4a8-g128": 0.2}
 CACHE_BYTES = 200e6
 REPLAYS = 9
 

@@ -35,6 +35,7 @@ def all_candidates() -> list[Candidate]:
                 ("w4a16", 4, False, False, None),
                 ("w3a16", 3, False, False, None),
                 ("w4a16-g128", 4, False, False, GROUP),
+                ("w4a8-g128", 4, True, False, GROUP),
             )
         ),
         Candidate("CUTLASS int8", "w8a8", _cutlass),
@@ -47,6 +48,8 @@ def all_candidates() -> list[Candidate]:
         Candidate("Marlin", "w4a16-g128", _marlin(int8=False, group=GROUP)),
         Candidate("Machete", "w4a16-g128", _machete(GROUP)),
         Candidate("Humming", "w4a16-g128", _humming("uint4", None, group=GROUP)),
+        Candidate("Marlin", "w4a8-g128", _marlin(int8=True, group=GROUP)),
+        Candidate("Humming", "w4a8-g128", _humming("uint4", "int8", group=GROUP)),
         Candidate("Humming", "w3a16", _humming("uint3", None)),
     ]
 
@@ -104,13 +107,15 @@ def _marlin(*, int8: bool, group: int | None = None) -> Callable[[Tensor, int], 
         none = torch.empty(0, dtype=torch.int, device=weight.device)
         packed = ops.gptq_marlin_repack(words, perm=none, size_k=inputs, size_n=outputs, num_bits=4, is_a_8bit=int8)
         steps = marlin_utils.marlin_permute_scales(step, inputs, outputs, group or -1, is_a_8bit=int8)
+        unit = torch.ones(1, device=weight.device)
+        if int8 and group:  # steps of groups are rounded to whole numbers of a unit
+            steps, unit = marlin_utils.marlin_act_int8_process_scales(steps)
         workspace = marlin_utils.marlin_make_workspace_new(weight.device)
-        one = torch.ones(1, device=weight.device)
 
         def layer(x: Tensor, w: Tensor) -> Tensor:
             return marlin_utils.apply_gptq_marlin_linear(
                 x, w, steps, none, none, none, workspace, scalar_types.uint4b8, outputs, inputs, True,
-                input_global_scale=one if int8 else None, input_dtype=torch.int8 if int8 else None,
+                input_global_scale=unit if int8 else None, input_dtype=torch.int8 if int8 else None,
             )  # fmt: skip
 
         return _each(layer, packed, copies)
@@ -166,7 +171,9 @@ def _lrq(bits: int, *, integer: bool, static: bool, group: int | None) -> Callab
         shift = 128 if bits == 8 else 0
         q = ((grouped / step).round() + zero).clamp(0, 2**bits - 1).int().flatten(1) - shift
         zeros = zero.squeeze(2).int() - shift
-        total = q.sum(dim=1, dtype=torch.int32) - weight.shape[1] * zeros.flatten() if integer else None
+        size = grouped.shape[2]
+        totals = q.unflatten(1, (-1, size)).sum(dim=2, dtype=torch.int32) - size * zeros
+        total = (totals if group else totals.flatten()) if integer else None
         ready = arrange(q, step.squeeze(2), zeros, total, bits, integer=integer)
         calibrated = torch.tensor([8 / 255], device=weight.device), torch.tensor([127], dtype=torch.uint8, device=weight.device)
         grid = static_grid(*calibrated) if static else PER_TOKEN

@@ -3,10 +3,12 @@
 
     python bench/memcheck.py --out bench/results/memcheck-h200.json          # an NVIDIA GPU and CUDA's compute-sanitizer
     python bench/memcheck.py --tests tests/test_hadamard.py --out memcheck.json
+    python bench/memcheck.py --left --out memcheck.json                      # what a run that was cut short has not come to
 
 torch takes each tensor from the driver by itself, so that what is read behind a tensor's end is not another tensor's. Tests run
 a few to a process, because kernels that a process has loaded keep memory of the GPU; those that record CUDA graphs run with
-torch's own allocator. Ends with code 1 if an access was wrong, a test failed or did not run.
+torch's own allocator. Ends with code 1 if an access was wrong, a test failed or did not run. The file is written after each
+batch, with what is known so far.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,27 +43,30 @@ def main() -> None:
     files = [f"tests/test_{name}.py" for name in TESTS]
     parser.add_argument("--tests", nargs="+", default=files, metavar="FILE", help=f"default: {' '.join(files)}")
     parser.add_argument("--at-once", type=int, default=4, metavar="N", help="processes (default: 4)")
+    parser.add_argument("--left", action="store_true", help="only tests that the file says were not run; the rest of it stays")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         sys.exit("compute-sanitizer is not on PATH or in /usr/local/cuda/bin. It comes with CUDA's toolkit.")
     tests = collected(arguments.tests)
-    graphs, others = [test for test in tests if GRAPHS in test], [test for test in tests if GRAPHS not in test]
+    passed, errors, left = 0, list[str](), set(tests)
+    if arguments.left:
+        before = json.loads(arguments.out.read_text())
+        passed, errors, left = before["passed"], before["errors"], left.intersection(before["not_run"])
+    graphs = [test for test in tests if test in left and GRAPHS in test]
+    others = [test for test in tests if test in left and GRAPHS not in test]
     count = -(-len(others) // BATCH)
     batches = [batch for batch in (*(others[first::count] for first in range(count)), graphs) if batch]
+    tool = subprocess.run([sanitizer, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1]
+    about = {**measured_on("lrq", "torch", "triton"), "tool": tool, "files": arguments.tests, "tests": len(tests)}
     with ThreadPoolExecutor(arguments.at_once) as pool:
-        found = list(pool.map(lambda batch: checked(sanitizer, batch), batches))
-    passed, errors = sum(each.passed for each in found), [error for each in found for error in each.errors]
-    result = {
-        **measured_on("lrq", "torch", "triton"),
-        "tool": subprocess.run([sanitizer, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-1],
-        "files": arguments.tests,
-        "tests": len(tests),
-        "passed": passed,
-        "errors": errors,
-    }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        running = {pool.submit(checked, sanitizer, batch): batch for batch in batches}
+        for done in as_completed(running):
+            found = done.result()
+            passed, errors, left = passed + found.passed, errors + found.errors, left.difference(running[done])
+            result = {**about, "passed": passed, "errors": errors, "not_run": sorted(left)}
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{passed} of {len(tests)} tests passed, {len(errors)} errors")
     sys.exit(bool(errors) or passed < len(tests))
 

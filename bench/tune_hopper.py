@@ -32,7 +32,7 @@ from lrq_vllm.kernels.quantize_tokens import quantize_tokens
 TABLE = Path(__file__).parents[1] / "lrq_vllm" / "kernels" / "hopper_table.json"
 FORMS = [
     *(WeightShape(bits, integer, 0, 0) for bits, integer in ((8, True), (4, True), (4, False), (3, False))),
-    *(WeightShape(bits, False, 0, 0, grouped=True) for bits in (4, 3)),
+    *(WeightShape(bits, integer, 0, 0, grouped=True) for bits, integer in ((4, False), (3, False), (4, True))),
 ]
 SCHEMES = {form.scheme: form for form in FORMS}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
@@ -47,7 +47,7 @@ TILES = [
 PROCESSORS = 132  # of an H100 and of an H200
 PASSES = 3
 WORTH = 1.015
-# Of a group (arranged_weight.py): zero-point 8, and 1.0 as bfloat16 for its step.
+# Of a group (arranged_weight.py): zero-point 8, and 1.0 for its step.
 GROUP_WORD = torch.tensor([8, 0, 0x80, 0x3F], dtype=torch.uint8)
 
 
@@ -106,7 +106,7 @@ def compile_all(schemes: list[str], device: torch.device) -> None:
 
 
 def exists(tile: Tile, shape: WeightShape) -> bool:
-    return tile.team == 2 or shape.bits == 8
+    return (tile.team == 2 or shape.bits == 8) and (tile.tokens <= 128 or not (shape.integer and shape.grouped))
 
 
 def plan_of(shape: WeightShape, tile: Tile) -> tile_linear.Plan:
@@ -119,7 +119,7 @@ def random_weights(shape: WeightShape, device: torch.device) -> list[ArrangedWei
     stripes, chunks, width = shape.out_features // STRIPE, shape.in_features // CHUNK, shape.chunk_bytes
     weights = []
     for _ in range(max(2, math.ceil(CACHE_BYTES / (stripes * chunks * width)))):
-        facts = torch.randint(0, 9, (stripes, 3, STRIPE), dtype=torch.int32, device=device)
+        facts = torch.randint(0, 9, (stripes, 3, STRIPE), dtype=torch.int32, device=device)  # as a float's bits: 0, almost
         facts[:, 0] = torch.rand(stripes, STRIPE, device=device).view(torch.int32)
         q = torch.randint(0, 256, (stripes, chunks, width), dtype=torch.uint8, device=device)
         if shape.grouped:

@@ -69,7 +69,8 @@ class HopperBackend:
         """Needs a Hopper GPU, and sizes that fit."""
         if x.dtype not in (torch.bfloat16, torch.float16):
             return f"takes 16-bit activations, not {x.dtype}"
-        return why_not(weight.step.device, WeightShape(weight.bits, True, len(weight.step), x.features, weight.groups > 1))
+        shape = WeightShape(weight.bits, True, len(weight.step), x.features, weight.groups > 1)
+        return why_not(weight.step.device, shape, weight.groups)
 
     def prepare(self, layer: Any, weight: IntegerWeight, x: LayerInput) -> None:
         """Lay the weight out and compile what it may need."""

@@ -11,7 +11,7 @@ from lrq_vllm.arranged_layer import arranged_linear, keep_arranged
 from lrq_vllm.checkpoint.packing import unpack
 from lrq_vllm.kernel_choice import HOPPER, TRITON, first_that_can
 from lrq_vllm.kernels.arranged_linear import why_not
-from lrq_vllm.kernels.arranged_weight import CHUNK, WeightShape, arrange
+from lrq_vllm.kernels.arranged_weight import WeightShape, arrange
 from lrq_vllm.kernels.reference import dequantize_weight
 
 __all__ = ["PackedWeight", "WeightOnlyBackend", "choose_weight_only_backend", "weight_only_candidates"]
@@ -66,12 +66,11 @@ class HopperBackend:
 
     def why_not(self, weight: PackedWeight) -> str | None:
         """Needs a Hopper GPU, and sizes that fit."""
-        groups = weight.step.shape[1]
-        if groups > 1 and weight.in_features // groups % CHUNK:
-            return f"takes groups of a multiple of {CHUNK} inputs, not {weight.in_features // groups}"
         if weight.dtype not in (torch.bfloat16, torch.float16):
             return f"takes 16-bit activations, not {weight.dtype}"
-        return why_not(weight.q.device, WeightShape(weight.bits, False, len(weight.q), weight.in_features, groups > 1))
+        groups = weight.step.shape[1]
+        shape = WeightShape(weight.bits, False, len(weight.q), weight.in_features, groups > 1)
+        return why_not(weight.q.device, shape, groups)
 
     def prepare(self, layer: Any, weight: PackedWeight) -> None:
         """Lay the weight out and compile what it may need."""

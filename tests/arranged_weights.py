@@ -10,6 +10,7 @@ from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid
 
 # Bits, and whether activations are integers.
 KINDS = [(8, True), (4, True), (4, False), (3, False)]
+GROUPED_KINDS = [(4, True), (4, False), (3, False)]  # those of them that also have groups
 
 
 class Weight:
@@ -38,12 +39,26 @@ class Weight:
             return reference.weight_only_linear(x, *self.stored, self.bits, bias)
         return reference.integer_linear(reference.quantize_input(x, grid), self.integer, bias, x.dtype)
 
+    def most(self, x: Tensor, grid: InputGrid) -> Tensor:
+        """float64 [T, N]: the product of the lengths of a token, as its integers stand, and an output's weights."""
+        tokens = reference.quantize_input(x, grid)
+        lengths = tokens.step.double() * tokens.q.double().norm(dim=1, keepdim=True)
+        return lengths * reference.dequantize_weight(*self.stored, self.bits, self.columns).double().norm(dim=1)
+
 
 def grids(device: torch.device, *, integer: bool) -> list[InputGrid]:
     """One of each kind; for 16-bit activations one that nothing reads."""
     static = torch.tensor([0.03], device=device), torch.tensor([117], dtype=torch.uint8, device=device)
     calibrated = [reference.static_grid(*static), reference.clipped_grid(torch.tensor([0.6], device=device))]
     return [PER_TOKEN, *calibrated] if integer else [PER_TOKEN]
+
+
+def assert_sums_of_groups(found: Tensor, wanted: Tensor, most: Tensor) -> None:
+    """Groups' integer sums are exact; they are added as floats, in some order: neighbours in found's dtype may change places,
+    and where groups cancel out, 2^-20 of what they could have given at most is left (Weight.most).
+    """
+    step = torch.finfo(found.dtype).eps * wanted.double().abs()
+    assert ((found == wanted) | ((found.double() - wanted.double()).abs() <= step + most * 2**-20)).all()
 
 
 def assert_product(found: Tensor, wanted: Tensor, *, integer: bool) -> None:

@@ -9,12 +9,12 @@ from torch import Tensor
 from lrq_vllm import arranged_layer
 from lrq_vllm.input_fusion import Fusion, fusion_of
 from lrq_vllm.integer_backends import HopperBackend
-from lrq_vllm.kernels import hopper_table, stream_linear, tile_linear
+from lrq_vllm.kernels import arranged_linear, cuda_kernel, hopper_table, reference, stream_linear, tile_linear
 from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, arranged_integers, no_flags
 from lrq_vllm.kernels.hopper_table import STREAM
 from lrq_vllm.kernels.reference import InputKind
 from lrq_vllm.kernels.stream_linear import Input, plan
-from tests.arranged_weights import KINDS, Weight, grids
+from tests.arranged_weights import GROUPED_KINDS, KINDS, Weight, grids
 
 # N and K: whole chunks, and parts of them; more outputs than are arranged at a time.
 SHAPES = [(16, 64), (40, 208), (96, 128), (1040, 80)]
@@ -63,16 +63,34 @@ def test_an_arranged_weight_takes_its_bits_and_no_more(bits: int, integer: bool,
     assert weight.shape == (-(-rows // 16), -(-columns // 64), 128 * bits) and weight.dtype == torch.uint8
 
 
-def test_a_group_has_its_step_and_zero_point_behind_each_of_its_chunks() -> None:
-    weight = Weight(4, False, 40, 384, torch.device("cpu"), group=128)
+def groups_of(weight: ArrangedWeight) -> tuple[Tensor, Tensor]:
+    """Of a weight below 8 bits, for each chunk: relative steps and zero-points [N, chunks]."""
+    words = weight.q[..., 128 * weight.shape.bits :].contiguous().view(torch.int32).transpose(1, 2).flatten(0, 1)
+    words = words[: weight.shape.out_features]
+    return (words & ~15).view(torch.float32), words & 15
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_a_group_has_its_step_and_zero_point_behind_each_of_its_chunks(integer: bool) -> None:
+    weight = Weight(4, integer, 40, 384, torch.device("cpu"), group=128)
     _, step, zero_point = weight.stored
-    words = weight.arranged.q[..., 128 * 4 :].contiguous().view(torch.int32).transpose(1, 2).flatten(0, 1)[:40]
+    relative, zeros = groups_of(weight.arranged)
     channel = weight.arranged.facts[:, 0].flatten().view(torch.float32)[:40]
     assert weight.arranged.q.shape[2] == weight.arranged.shape.chunk_bytes
-    assert torch.equal(words & 0xFFFF, zero_point.int().repeat_interleave(2, dim=1))
-    relative = (words >> 16).to(torch.int16).view(torch.bfloat16).float()
+    assert torch.equal(zeros, zero_point.int().repeat_interleave(2, dim=1))
     assert relative.max() == 1
-    assert torch.allclose(relative * channel.unsqueeze(1), step.repeat_interleave(2, dim=1), rtol=2**-8)
+    assert torch.allclose(relative * channel.unsqueeze(1), step.repeat_interleave(2, dim=1), rtol=2**-18, atol=0)
+
+
+def test_groups_that_meet_integers_give_the_reference_s_product() -> None:
+    weight, x = Weight(4, True, 40, 384, torch.device("cpu"), group=128), torch.randn(5, 384)
+    relative, zeros = groups_of(weight.arranged)
+    step, _, total = weight.arranged.facts.transpose(0, 1).flatten(1)[:, :40].contiguous().view(torch.float32)
+    tokens = reference.quantize_per_token(x)
+    centred = unpacked(weight.arranged).unflatten(1, (-1, CHUNK)) - zeros.unsqueeze(2)
+    sums = torch.einsum("tgk,ngk,ng->tn", tokens.q.double().unflatten(1, (-1, CHUNK)), centred.double(), relative.double())
+    found = (sums - tokens.zero_point * total.double()) * step * tokens.step
+    torch.testing.assert_close(found.float(), weight.product(x, None), rtol=0, atol=2e-6 * float(found.abs().max()))
 
 
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -115,7 +133,7 @@ def test_more_tokens_than_a_kernel_takes_have_no_plan() -> None:
 
 @pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "another"])
 @pytest.mark.parametrize(
-    ("bits", "integer", "grouped"), [*((*kind, False) for kind in KINDS), (4, False, True), (3, False, True)]
+    ("bits", "integer", "grouped"), [*((*kind, False) for kind in KINDS), *((*kind, True) for kind in GROUPED_KINDS)]
 )
 def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: bool, grouped: bool, gpu: str) -> None:
     for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336), (512, 512), (8192, 28672)):
@@ -129,6 +147,20 @@ def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: b
             else:
                 found = tile_linear.plan(bits, *tile, integer=integer, grouped=grouped)
                 assert found.stages >= 2 and found.shared_bytes <= (227 * 1024) // tile.blocks
+
+
+@pytest.mark.parametrize(
+    ("bits", "integer", "group", "unit"),
+    [(4, True, 128, None), (4, True, 64, 128), (4, False, 64, None), (3, False, 32, 64)],
+)
+def test_groups_that_no_kernel_takes_are_refused_with_the_reason(
+    bits: int, integer: bool, group: int, unit: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_kernel, "why_not", lambda device: None)
+    shape = WeightShape(bits, integer, 512, 1024, grouped=True)
+    reason = arranged_linear.why_not(torch.device("cuda"), shape, 1024 // group)
+    refusal = f"takes groups of a multiple of {unit} inputs, not {group}"
+    assert reason == (None if unit is None else refusal)
 
 
 def test_a_layer_that_was_not_measured_takes_the_choices_of_the_most_similar_one() -> None:
@@ -157,9 +189,9 @@ class ArrangedLayer(torch.nn.Module):
         return arranged_layer.arranged_linear(self, x.reshape(-1, x.shape[-1]), None).view(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_a_layer_compiles_whole_and_for_any_number_of_tokens(grouped: bool) -> None:
-    shape = WeightShape(4, False, 96, 256, grouped)
+@pytest.mark.parametrize(("bits", "integer", "grouped"), [(4, False, False), *((*kind, True) for kind in GROUPED_KINDS)])
+def test_a_layer_compiles_whole_and_for_any_number_of_tokens(bits: int, integer: bool, grouped: bool) -> None:
+    shape = WeightShape(bits, integer, 96, 256, grouped)
     compiled = torch.compile(ArrangedLayer(shape), fullgraph=True, dynamic=True, backend="eager")
     for tokens in (1, 5, 300):
         assert compiled(torch.zeros(tokens, 256, dtype=torch.bfloat16, device="meta")).shape == (tokens, 96)

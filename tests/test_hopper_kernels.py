@@ -10,8 +10,8 @@ from torch import Tensor
 from lrq_vllm.kernels import arranged_linear, reference, stream_linear, tile_linear
 from lrq_vllm.kernels.hopper_table import Tile
 from lrq_vllm.kernels.quantize_tokens import IntegerTokens, quantize_tokens, row_totals
-from lrq_vllm.kernels.reference import InputGrid, InputKind
-from tests.arranged_weights import KINDS, Weight, assert_product, grids
+from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
+from tests.arranged_weights import KINDS, Weight, assert_product, assert_sums_of_groups, grids
 
 
 def integers_of(x: Tensor, grid: InputGrid) -> IntegerTokens:
@@ -129,7 +129,9 @@ def test_the_tile_kernel_equals_the_reference(bits: int, integer: bool, dtype: t
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "columns", "group"), [(512, 14336, 128), (200, 4096, 64), (1000, 1152, 128)])
 @pytest.mark.parametrize("bits", [4, 3])
-def test_steps_for_groups_of_inputs(bits: int, rows: int, columns: int, group: int, dtype: torch.dtype) -> None:
+def test_steps_for_groups_of_inputs_that_meet_floats(
+    bits: int, rows: int, columns: int, group: int, dtype: torch.dtype
+) -> None:
     device = torch.device("cuda")
     weight = Weight(bits, False, rows, columns, device, group)
     for tokens in (1, 5, 16, 32, 100, 300):
@@ -141,6 +143,32 @@ def test_steps_for_groups_of_inputs(bits: int, rows: int, columns: int, group: i
             for tile in (Tile(16, blocks=2), Tile(64, split=4), Tile(128), Tile(256, share=2), Tile(32, even=4)):
                 chosen = tile_linear.plan(bits, *tile, integer=False, float16=dtype == torch.float16, grouped=True)
                 assert_product(tile_linear.tile_linear(x, weight.arranged, bias, chosen), wanted, integer=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "columns", "group"), [(512, 14336, 128), (200, 4096, 256), (1000, 1152, 128), (9000, 640, 128)]
+)
+def test_steps_for_groups_of_inputs_that_meet_integers(rows: int, columns: int, group: int, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    weight, clipped = Weight(4, True, rows, columns, device, group), reference.clipped_grid(torch.tensor([0.6], device=device))
+    tiles = [
+        Tile(16, blocks=2), Tile(64, split=4), Tile(128), Tile(96, split=2), Tile(128, share=2), Tile(32, even=4),
+        Tile(64, blocks=2, even=2), Tile(128, share=2, even=4),
+    ]  # fmt: skip
+    for tokens in (1, 5, 16, 32, 100, 300):
+        for x, bias in inputs(tokens, columns, rows, dtype, device):
+            for grid in (PER_TOKEN, clipped):
+                wanted, most, given = weight.product(x, bias, grid), weight.most(x, grid), quantize_tokens(x, grid)
+                if tokens <= 32:
+                    assert_sums_of_groups(stream_linear.stream_linear(x, weight.arranged, bias, grid), wanted, most)
+                for tile in tiles:
+                    chosen = tile_linear.plan(4, *tile, integer=True, float16=dtype == torch.float16, grouped=True)
+                    assert_sums_of_groups(tile_linear.tile_linear(given, weight.arranged, bias, chosen), wanted, most)
+    zeros = torch.zeros(40, columns).to(device, dtype)
+    for tokens in (2, 8, 40):
+        assert not arranged_linear.arranged_linear(zeros[:tokens], weight.arranged, None).any()
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.kernels import cuda_kernel, quantize_tokens, stream_linear, tile_linear
-from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape
+from lrq_vllm.kernels.arranged_weight import CHUNK, INTEGER_GROUP, ArrangedWeight, WeightShape
 from lrq_vllm.kernels.hopper_table import STREAM, Tile, choices, chosen
 from lrq_vllm.kernels.quantize_tokens import IntegerTokens
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
@@ -20,21 +20,22 @@ from lrq_vllm.kernels.stream_linear import Input
 __all__ = ["arranged_linear", "arranged_product", "prepare", "why_not"]
 
 _COMPILING_THREADS = 8
-_MOST_INPUTS = 2**31 // (16 * 15 * 128)  # of 4-bit weights that meet integers: 16 * q for half of the outputs
+_MOST_INPUTS = 2**31 // (16 * 15 * 128)  # of 4-bit weights that meet integers without groups: 16 * q for half of the outputs
 
 
-def why_not(device: torch.device, weight: WeightShape) -> str | None:
-    """The reason why these kernels do not take such a weight, or None if they do."""
+def why_not(device: torch.device, weight: WeightShape, groups: int = 1) -> str | None:
+    """The reason why these kernels do not take such a weight, or None if they do. groups: of inputs that share a step."""
     reason = cuda_kernel.why_not(device)
     if reason is not None:
         return reason
-    if weight.integer and weight.grouped:
-        return "integers with a step for each group of inputs have no such kernel"
     if (weight.bits, weight.integer) not in ((8, True), (4, True), (4, False), (3, False)):
         return f"{weight.bits}-bit weights with {8 if weight.integer else 16}-bit activations have no such kernel"
+    unit = INTEGER_GROUP if weight.integer else CHUNK
+    if groups > 1 and weight.in_features // groups % unit:
+        return f"takes groups of a multiple of {unit} inputs, not {weight.in_features // groups}"
     if weight.in_features % 16 or weight.out_features % 8:
         return f"{weight.in_features} inputs and {weight.out_features} outputs are no multiples of 16 and 8"
-    if weight.bits == 4 and weight.integer and weight.in_features > _MOST_INPUTS:
+    if weight.bits == 4 and weight.integer and not weight.grouped and weight.in_features > _MOST_INPUTS:
         return f"sums over {weight.in_features} inputs do not fit 32 bits while some are 16 times as large"
     return None
 

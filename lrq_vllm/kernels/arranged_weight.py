@@ -8,7 +8,7 @@ Weights of 8 bits can also be read from shared memory by tensor cores themselves
 those of 4 and 3 bits, output g + 8 stands right above output g, where a mask finds it without a shift (weight_chunk.cuh).
 
 If steps are per group of inputs, each chunk is followed by a word for each of its outputs: the group's step relative to the
-channel's largest one, as bfloat16, in the high half; its zero-point in the low one.
+channel's largest one, a float32 without its last four bits, which are the zero-point.
 """
 
 from typing import NamedTuple
@@ -16,14 +16,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "STRIPE", "WARPS", "ArrangedWeight", "WeightShape", "arrange", "arranged_integers", "no_flags"]
+__all__ = [
+    "CHUNK",
+    "INTEGER_GROUP",
+    "STRIPE",
+    "WARPS",
+    "ArrangedWeight",
+    "WeightShape",
+    "arrange",
+    "arranged_integers",
+    "no_flags",
+]
 
 STRIPE, CHUNK = 16, 64  # outputs and inputs of a chunk
+INTEGER_GROUP = 2 * CHUNK  # inputs; groups that meet integers are multiples of it
 WARPS = 8  # of a block of tile_linear, that multiply
 _MOST_BLOCKS = 2 * 144  # of tile_linear, at the same time, on a GPU of the Hopper generation
 _SLICE = 64 * STRIPE  # outputs arranged at a time: the integers take 4 bytes each meanwhile
 _WORDS_OF_THREE_BITS = ((0, 1, 2, 3, 12), (4, 5, 6, 7, 14), (8, 9, 10, 11, 15))  # pairs, from the lowest bits up
 _TOP_PAIR = 13
+_ZERO_BITS = 4  # of a group's word
 
 
 class WeightShape(NamedTuple):
@@ -50,7 +62,9 @@ class ArrangedWeight(NamedTuple):
     """A weight in this layout, padded with zeros."""
 
     q: Tensor  # uint8 [stripes, chunks, shape.chunk_bytes]: :func:`arranged_integers`, and words of groups
-    facts: Tensor  # int32 [stripes, 3, 16]: step (the float's bits), zero-point on q's grid (0 if there are groups), total
+    # int32 [stripes, 3, 16]: step (the float's bits), zero-point on q's grid (0 if there are groups), total. If groups meet
+    # integers, the total is a float's bits: over the groups, relative step times total.
+    facts: Tensor
     flags: Tensor  # int32, 0 between products: with them, warps of tile_linear tell each other what they have done
     shape: WeightShape
 
@@ -61,8 +75,8 @@ class ArrangedWeight(NamedTuple):
 
 def arrange(q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor | None, bits: int, *, integer: bool) -> ArrangedWeight:
     """From integers [N, K] (8 bits: int8; else the unsigned grid), step float32 [N], zero_point and total int32 [N] as in
-    reference.IntegerWeight. 16-bit activations need no total; they also take step and zero_point [N, G], for G groups of inputs
-    that are a multiple of CHUNK.
+    reference.IntegerWeight. 16-bit activations need no total. Below 8 bits step, zero_point and total may be [N, G], for G
+    groups of a multiple of CHUNK inputs, or INTEGER_GROUP.
     """
     rows, columns = q.shape
     grouped = step.numel() > rows
@@ -70,7 +84,10 @@ def arrange(q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor | None, b
     if grouped:
         channel = step.amax(dim=1)
         channel = torch.where(channel > 0, channel, 1)
-        words = torch.cat([words, _group_words(step / channel.unsqueeze(1), zero_point, words.shape[1])], dim=2)
+        relative = _without_last_bits(step / channel.unsqueeze(1))
+        words = torch.cat([words, _group_words(relative, zero_point, words.shape[1])], dim=2)
+        if total is not None:
+            total = (relative.double() * total).sum(dim=1).float().view(torch.int32)
         step, zero_point = channel, torch.zeros_like(channel, dtype=torch.int32)
     step, zero_point = step.flatten(), zero_point.flatten()
     facts = torch.zeros((3, -(-rows // STRIPE) * STRIPE), dtype=torch.int32, device=q.device)
@@ -94,10 +111,16 @@ def arranged_integers(q: Tensor, bits: int, *, integer: bool) -> Tensor:
     return torch.cat([_arranged_slice(rows, bits, integer=integer) for rows in q.split(_SLICE)])
 
 
+def _without_last_bits(step: Tensor) -> Tensor:
+    """The nearest floats whose last _ZERO_BITS bits are 0."""
+    unit = 1 << _ZERO_BITS
+    return ((step.view(torch.int32) + unit // 2) & -unit).view(torch.float32)
+
+
 def _group_words(step: Tensor, zero_point: Tensor, chunks: int) -> Tensor:
-    """uint8 [stripes, chunks, 64] from steps (1 at most) and zero-points [N, G]."""
+    """uint8 [stripes, chunks, 64] from steps (1 at most, :func:`_without_last_bits`) and zero-points [N, G]."""
     rows, groups = step.shape
-    words = step.bfloat16().view(torch.int16).to(torch.int32) << 16 | zero_point.to(torch.int32)
+    words = step.view(torch.int32) | zero_point.to(torch.int32)
     padded = torch.zeros(-(-rows // STRIPE) * STRIPE, chunks, dtype=torch.int32, device=step.device)
     padded[:rows] = words.repeat_interleave(chunks // groups, dim=1)
     return padded.unflatten(0, (-1, STRIPE)).transpose(1, 2).contiguous().view(torch.uint8)

@@ -12,7 +12,12 @@
 // While weights stream, any other load from global memory takes microseconds: what belongs to a stripe (its steps, zero-points
 // and totals: `facts`) is therefore fetched for all turns at the start.
 //
-// Chunks that the weight does not have are multiplied all the same: whatever the ring holds there, x is 0.
+// Where groups meet integers, a warp's sums over a chunk are exact: sum_k (q_w - z_w) (q_x - z_x) is
+// sum_k q_w q_x - z_x sum_k q_w - z_w sum_k (q_x - z_x), and the weights are summed up as products with ones. It begins with BIAS, so
+// that its bits are those of the float 1.5 * 2^23 + sum. These times the group's step are what warps add up.
+//
+// Chunks that the weight does not have are multiplied all the same: whatever the ring holds there, x is 0. If INTEGER_GROUPS, so are
+// their steps.
 //
 // Constants: BITS (8, 4, 3), INTEGER, FLOAT16 (else bfloat16), GROUPED, KIND (of x, see hopper.cuh), TILES, CHUNKS, PIECE,
 // WARPS, CLUSTER, STAGES, TURNS, REDUCTIONS (buffers of sums), SHARED_BYTES. hopper.cuh and weight_chunk.cuh come before.
@@ -26,6 +31,12 @@
 #define THREADS (32 * FILLER + 32)
 #define QUANTIZED_HERE 4  // tokens at most
 #define LED ((TURNS + CLUSTER - 1) / CLUSTER)  // turns that one block of a cluster finishes
+#define INTEGER_GROUPS (INTEGER && GROUPED)
+#if INTEGER_GROUPS
+#define BIAS 0x4b400000
+#else
+#define BIAS 0
+#endif
 #define X_UNIT (FLOAT16 ? 1.0f : 0x1p64f)  // times which x is multiplied
 
 struct Shared {
@@ -45,7 +56,7 @@ static_assert(KIND == AS_IT_IS || KIND == QUANTIZED || TILES == 1);
 static_assert(STAGES * STAGE_BYTES + sizeof(Shared) <= SHARED_BYTES, "stream_linear.plan counts too little");
 
 // Two neighbouring registers of x meet 16 outputs of the weight.
-__device__ __forceinline__ void multiply(sum_t sums[4], const u32 w[4], const u32* x) {
+__device__ __forceinline__ void multiply(product_t sums[4], const u32 w[4], const u32* x) {
 #if INTEGER
     asm("mma.sync.aligned.m16n8k32.row.col.s32." WEIGHT_TYPE ".s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
@@ -55,34 +66,56 @@ __device__ __forceinline__ void multiply(sum_t sums[4], const u32 w[4], const u3
 #endif
 }
 
-// One chunk: 16 outputs x 64 inputs, by all tokens.
+// One chunk: 16 outputs x 64 inputs, by all tokens. w_totals: the weights themselves are added to it, if INTEGER_GROUPS.
 __device__ __forceinline__ void multiply_chunk(
-    sum_t sums[TILES][4], const u8* chunk, const u32 x[TILES][X_REGISTERS], int lane) {
-    const Chunk loaded = load_chunk(chunk, lane);
+    product_t sums[TILES][4], const Chunk& chunk, const u32 x[TILES][X_REGISTERS], [[maybe_unused]] product_t* w_totals = nullptr) {
+#if INTEGER_GROUPS
+    const u32 ones[2] = {0x01010101u, 0x01010101u};
+#endif
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
         u32 w[4];
-        operands(w, loaded, step);
+        operands(w, chunk, step);
+#if INTEGER_GROUPS
+        multiply(w_totals, w, ones);
+#endif
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) multiply(sums[tile], w, x[tile] + 2 * step);
     }
 }
 
 #if GROUPED
-// The same with the step and the zero-point of the chunk's group. totals: of x over the chunk, for this lane's two tokens.
+// The same with the step and the zero-point of the chunk's group. totals: of x over the chunk, for this lane's two tokens; of
+// x - x_zeros if INTEGER_GROUPS.
 __device__ __forceinline__ void multiply_group(
-    sum_t sums[TILES][4], const u8* chunk, const u32 x[TILES][X_REGISTERS], const float totals[TILES][2], int lane) {
-    sum_t products[TILES][4] = {};
-    multiply_chunk(products, chunk, x, lane);
+    sum_t sums[TILES][4], const Chunk& chunk, const u32 x[TILES][X_REGISTERS], const product_t totals[TILES][2],
+    [[maybe_unused]] const int x_zeros[TILES][2]) {
+    product_t products[TILES][4], w_totals[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4 * TILES; i++) products[i / 4][i % 4] = BIAS;
+    multiply_chunk(products, chunk, x, w_totals);
 #pragma unroll
     for (int high = 0; high < 2; high++) {
-        const Group group = group_of(chunk, lane / 4 + 8 * high);
-        const float zero = group.zero * (UNIT * X_UNIT * (high ? 1 << HIGH_BITS : 1));
+        const Group& group = chunk.groups[high];
+        const int unit = high ? 1 << HIGH_BITS : 1;
+#if INTEGER_GROUPS
+        const float step = group.step / unit;
+        const int zero = group.zero * unit;
+#else
+        const float step = group.step, zero = (float)group.zero * (UNIT * X_UNIT * unit);
+#endif
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-                sums[tile][2 * high + i] += group.step * (products[tile][2 * high + i] - zero * totals[tile][i]);
+            for (int i = 0; i < 2; i++) {
+                product_t product = products[tile][2 * high + i] - zero * totals[tile][i];
+#if INTEGER_GROUPS
+                product -= x_zeros[tile][i] * w_totals[2 * high];
+                sums[tile][2 * high + i] += step * (__int_as_float(product) - __int_as_float(BIAS));
+#else
+                sums[tile][2 * high + i] += step * product;
+#endif
+            }
     }
 }
 #endif
@@ -271,7 +304,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
     __syncthreads();  // barriers are initialized, and grids known if the inputs are quantized here
 
 #if GROUPED
-    float chunk_totals[CHUNKS][TILES][2];
+    int x_zeros[TILES][2];  // of this lane's tokens
+    product_t chunk_totals[CHUNKS][TILES][2];
 #endif
     if (warp < WARPS) {
 #if KIND != AS_IT_IS && KIND != QUANTIZED
@@ -295,7 +329,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
 #endif
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
-            sum_t total = 0;
+            product_t total = 0;
+#if INTEGER_GROUPS
+#pragma unroll
+            for (int i = 0; i < 2; i++) x_zeros[tile][i] = shared.grid[tile * 8 + 2 * quarter + i].zero;
+#endif
 #pragma unroll
             for (int chunk = 0; chunk < CHUNKS; chunk++) {
 #if GROUPED
@@ -312,7 +350,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
                 total = over_quarters(total);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
+                {
                     chunk_totals[chunk][tile][i] = __shfl_sync(0xffffffffu, total, 4 * (2 * quarter + i));
+#if INTEGER
+                    chunk_totals[chunk][tile][i] -= 64 * x_zeros[tile][i];
+#endif
+                }
 #endif
             }
 #if !GROUPED
@@ -348,10 +391,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
 #pragma unroll
                 for (int chunk = 0; chunk < PIECE; chunk++) {
                     const int at = piece * PIECE + chunk;
+                    Chunk loaded = load_chunk(mine + chunk * CHUNK_BYTES, lane);
+#if INTEGER_GROUPS
+                    if (chunk_at(at) >= chunks) loaded.groups[0].step = loaded.groups[1].step = 0.0f;
+#endif
 #if GROUPED
-                    multiply_group(sums[chunk % CHAINS], mine + chunk * CHUNK_BYTES, xs[at], chunk_totals[at], lane);
+                    multiply_group(sums[chunk % CHAINS], loaded, xs[at], chunk_totals[at], x_zeros);
 #else
-                    multiply_chunk(sums[chunk % CHAINS], mine + chunk * CHUNK_BYTES, xs[at], lane);
+                    multiply_chunk(sums[chunk % CHAINS], loaded, xs[at]);
 #endif
                 }
                 __syncwarp();
@@ -390,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             if (token >= tokens || n >= outputs) return;
             const Facts& of = shared.facts[turn];
 #if INTEGER
-            sum -= shared.grid[token].zero * of.total[output];
+            if (!GROUPED) sum -= shared.grid[token].zero * of.total[output];
             float value = __fmul_rn(__fmul_rn((float)sum, shared.grid[token].step), of.step[output]);
 #else
             float value = __fmul_rn(sum, of.step[output]);
@@ -415,10 +462,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
             for (int i = 0; i < OUTPUTS / ADDERS; i++) {
                 const int element = i * ADDERS + adder;
                 const int zero = shared.facts[turn].zero[output_of(element)];
-                const int high = i % 2;  // whether it is one of the outputs g + 8
-#if INTEGER
+                [[maybe_unused]] const int high = i % 2;  // whether it is one of the outputs g + 8
+#if INTEGER && !GROUPED
                 sums[i] >>= high ? HIGH_BITS : 0;
-#else
+#elif !INTEGER
                 sums[i] *= 1.0f / (UNIT * X_UNIT) / (high ? 1 << HIGH_BITS : 1);
 #endif
                 if (!GROUPED) sums[i] -= zero * shared.total[token_of(element)];

@@ -64,7 +64,8 @@ class Plan:
     def source(self) -> cuda_kernel.Source:
         """The kernel's text with its constants in front."""
         headers = ("hopper.cuh", "weight_chunk.cuh")
-        return cuda_kernel.source("stream_linear", asdict(self), *headers, shared_bytes=self.shared_bytes)
+        constants = asdict(self) | {"centred": False}
+        return cuda_kernel.source("stream_linear", constants, *headers, shared_bytes=self.shared_bytes)
 
 
 def read_as(tokens: int, weight: WeightShape, kind: InputKind) -> Input:
@@ -95,7 +96,8 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
     quantizes = x not in (Input.AS_IT_IS, Input.QUANTIZED)
     if tiles is None or (quantizes and tokens > _QUANTIZES_UP_TO):
         return None
-    total, held = -(-in_features // CHUNK), max(_HELD[x] // tiles, 1)
+    most = min(_HELD[x], 8) if grouped else _HELD[x]  # totals of chunks take registers too
+    total, held = -(-in_features // CHUNK), max(most // tiles, 1)
     cluster = next((cluster for cluster in (1, 2, 4, 8) if total <= cluster * _MOST_WARPS * held), None)
     if cluster is None:
         return None

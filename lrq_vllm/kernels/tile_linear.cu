@@ -7,7 +7,8 @@
 // warp fills a ring of STAGES buffers with STAGE_CHUNKS (even) chunks (64 inputs) of the weight and of x. 8-bit weights go to the
 // tensor cores from there, as x does. Others come from registers: while the tensor cores work on one chunk, a warpgroup unpacks
 // the next one. Each has 64 outputs of a tile. Or, with 8-bit weights, TEAM is 1: a tile is one warpgroup's, and they take turns,
-// so that one multiplies while the other writes.
+// so that one multiplies while the other writes. If CENTRED, the integer sums of every stage, which is a part of one group, are scaled
+// and added to those of all inputs.
 //
 // A cluster is SPLIT blocks with the same tile and a part of the inputs each, which send each other their sums in the end; there
 // is a cluster for each tile then. Or it is SHARE blocks with the same tokens and outputs next to each other: each fetches a part
@@ -19,7 +20,7 @@
 //
 // Constants: BITS, INTEGER, FLOAT16, GROUPED, TOKENS, SPLIT, SHARE (one of them is 1), EVEN (SPLIT is 1 then), BLOCKS (1 or 2 that
 // share a multiprocessor), TEAM (warpgroups that share a tile: 2 or 1), STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns),
-// WARPS (8, that multiply), ROW_BYTES (128 of x, that are fetched at once: a line of the cache), and the macros of
+// CENTRED (whether steps are of groups that meet integers), WARPS (8, that multiply), ROW_BYTES (128 of x, that are fetched at once: a line of the cache), and the macros of
 // tile_linear._wgmma_macros. hopper.cuh and weight_chunk.cuh come before.
 
 #define STRIPES 8  // of a tile
@@ -46,6 +47,7 @@
 #define PIECE (SPLIT == 1 ? 2 : 1)  // columns that a warp writes at a time
 
 static_assert(STAGE_CHUNKS % 2 == 0);  // chunks take turns with the registers
+static_assert(!CENTRED || STAGE_CHUNKS == 2 && TOKENS <= 128);  // a part of one group; registers for two kinds of sums
 static_assert(SPLIT == 1 || SHARE == 1);
 static_assert(!EVEN || SPLIT == 1);
 static_assert(TEAM == 2 || BITS == 8 && SPLIT == 1 && !EVEN && BLOCKS == 1);
@@ -90,15 +92,17 @@ typedef u64 Left;
 struct Left { u32 at[4]; };
 #endif
 
-__device__ __forceinline__ void multiply(sum_t (&sums)[TOKENS / 2], const Left& w, u64 x) {
+// sums += w x; or sums = w x, if they BEGIN.
+template <bool BEGIN = false>
+__device__ __forceinline__ void multiply(product_t (&sums)[TOKENS / 2], const Left& w, u64 x) {
     asm volatile(
-        "{\n .reg .pred add;\n setp.eq.u32 add, 0, 0;\n"
+        "{\n .reg .pred add;\n setp.eq.u32 add, " WGMMA_BEGIN ", 0;\n"
 #if INTEGER
         "wgmma.mma_async.sync.aligned.m64n" WGMMA_TOKENS "k32.s32." WEIGHT_TYPE ".s8 " WGMMA_OPERANDS ", add;\n}"
 #else
         "wgmma.mma_async.sync.aligned.m64n" WGMMA_TOKENS "k16.f32." FORMAT "." FORMAT " " WGMMA_OPERANDS ", add, 1, 1, 0;\n}"
 #endif
-        : WGMMA_SUMS(sums) : WGMMA_LEFT(w), "l"(x));
+        : WGMMA_SUMS(sums) : WGMMA_LEFT(w), "l"(x), "n"((int)BEGIN));
 }
 
 #if !INTEGER
@@ -338,18 +342,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             sum_t sums[SLABS][TOKENS / 2];
 #pragma unroll
             for (int i = 0; i < SLABS * TOKENS / 2; i++) sums[i / (TOKENS / 2)][i % (TOKENS / 2)] = 0;
+#if CENTRED
+            product_t products[TOKENS / 2];  // of a group, as much of it as a stage has
+            float group_steps[2];  // of outputs g and g + 8
+#endif
 #if BITS < 8
             Left w[2][STEPS];
             auto unpack = [&](Left (&into)[STEPS], int chunk) {
                 const u8* const mine = ring + stage * STAGE_BYTES + (warp * STAGE_CHUNKS + chunk) * CHUNK_BYTES;
                 const Chunk loaded = load_chunk(mine, lane);
-#if GROUPED
+#if CENTRED
+                for (int i = 0; i < 2; i++) group_steps[i] = loaded.groups[i].step;
+#elif GROUPED
                 u32 factors[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const Group of = group_of(mine, row + 8 * i);
-                    offsets[i] = half_bits(-FRACTION * of.zero) * 0x00010001u;
-                    factors[i] = half_bits(of.step) * 0x00010001u;
+                    offsets[i] = half_bits(-FRACTION * (float)loaded.groups[i].zero) * 0x00010001u;
+                    factors[i] = half_bits(loaded.groups[i].step) * 0x00010001u;
                 }
 #endif
 #pragma unroll
@@ -394,6 +403,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                 if (step > work.begin) release(stage ? stage - 1 : STAGES - 1);
+#elif CENTRED
+#pragma unroll
+                for (int chunk = 0; chunk < STAGE_CHUNKS; chunk++) unpack(w[chunk], chunk);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                multiply<true>(products, w[0][0], tokens_of(0));
+                multiply(products, w[0][1], tokens_of(0) + 32 / 16);
+                multiply(products, w[1][0], tokens_of(1));
+                multiply(products, w[1][1], tokens_of(1) + 32 / 16);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+                release(stage);
+#pragma unroll
+                for (int i = 0; i < TOKENS / 2; i++) {
+                    asm volatile("" : WGMMA_SUM(products[i]) :: "memory");
+                    sums[0][i] += group_steps[i / 2 % 2] * (float)products[i];
+                }
 #else
                 const int count = min(end - first - step * STAGE_CHUNKS, STAGE_CHUNKS);
 #pragma unroll
@@ -414,10 +439,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
 #if TEAM == 1
             if (lane == 0) arrive(&shared.turn[1 - group]);
 #endif
+#if !CENTRED
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
             for (int i = 0; i < SLABS * TOKENS / 2; i++) asm volatile("" : WGMMA_SUM(sums[i / (TOKENS / 2)][i % (TOKENS / 2)]) :: "memory");
             if (work.end > work.begin) release(stage ? stage - 1 : STAGES - 1);
+#endif
 #if TEAM == 1
             pass();
 #endif
@@ -467,6 +494,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             wait_for(&shared.facts_full[group], facts_parity);
             facts_parity ^= 1;
             asm volatile("cp.async.wait_all;" ::: "memory");
+#if CENTRED
+            // A token whose integers are all the lowest is all zeros. Its sums, of floats, are not.
+            const int lowest = -128 * 64 * chunks;
+            for (int own = thread % 128; own < min(tokens - token, TOKENS); own += 128) {
+                Grid& grid = shared.grids[group][own];
+                if (grid.zero == -128 && grid.total == lowest) grid.step = 0.0f;
+            }
+#endif
             asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");  // every thread's grids are there
 #endif
 #pragma unroll
@@ -475,7 +510,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
 #if INTEGER
                 const Facts& of = shared.facts[group][stripe_of(slab)];
                 const float steps_of[2] = {of.step[row], of.step[row + 8]};
-                const int zeros[2] = {-of.zero[row], -of.zero[row + 8]}, totals[2] = {-of.total[row], -of.total[row + 8]};
+                [[maybe_unused]] const int zeros[2] = {-of.zero[row], -of.zero[row + 8]};
+                const sum_t totals[2] = {-of.total[row], -of.total[row + 8]};
 #endif
                 const int output = own * 16 + row;
                 const float bias_low = has_bias && output < outputs ? low_half(bias[output]) : 0.0f;
@@ -507,7 +543,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                         for (int i = 0; i < 4; i++) {
 #if INTEGER
                             const Grid grid = shared.grids[group][8 * (column + piece) + 2 * quarter + i % 2];
+#if CENTRED
+                            const float sum = four[i] + (float)grid.zero * totals[i / 2];
+#else
                             const int sum = (four[i] >> (i / 2 ? HIGH_BITS : 0)) + grid.zero * totals[i / 2] + grid.total * zeros[i / 2];
+#endif
                             values[i] = __fmul_rn(__fmul_rn((float)sum, grid.step), steps_of[i / 2]);
 #else
                             values[i] = __fmul_rn(four[i], steps_of[i / 2]);

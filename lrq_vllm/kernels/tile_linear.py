@@ -43,7 +43,7 @@ class Plan:
 
     def source(self) -> cuda_kernel.Source:
         """The kernel's text with its constants in front."""
-        fixed = {"even": self.even > 0, "calibrated": False, "warps": WARPS, "row_bytes": _ROW_BYTES}
+        fixed = {"even": self.even > 0, "centred": self.integer and self.grouped, "warps": WARPS, "row_bytes": _ROW_BYTES}
         macros = _wgmma_macros(self.tokens // 2, integer=self.integer, registers=self.bits < 8)
         headers = ("hopper.cuh", "weight_chunk.cuh")
         return cuda_kernel.source("tile_linear", asdict(self) | fixed, *headers, shared_bytes=self.shared_bytes, macros=macros)
@@ -55,11 +55,11 @@ def plan(
 ) -> Plan:  # fmt: skip
     """The kernel with tiles of ``tokens``, and as long a ring as there is memory for.
 
-    tokens: a multiple of 16, 256 at most. split: 1, 2, 4 or 8 blocks of a cluster sum up one tile. blocks: 2 share a
-    multiprocessor, each with half its registers, which is enough for 64 tokens; or 1. share: 1, or 2 blocks of a cluster fetch
-    tokens for each other; with split 1. team: 2 warpgroups share a tile; or 1, and while one writes its tile, the other
-    multiplies: 8-bit weights, split 1, blocks 1, 160 tokens at most. even: 0, or as many clusters as there are, but
-    no more than this for a tile, have the same amount of work each; with split 1, team 2.
+    tokens: a multiple of 16, 256 at most; 128 where groups meet integers. split: 1, 2, 4 or 8 blocks of a cluster sum up one
+    tile. blocks: 2 share a multiprocessor, each with half its registers, which is enough for 64 tokens; or 1. share: 1, or 2
+    blocks of a cluster fetch tokens for each other; with split 1. team: 2 warpgroups share a tile; or 1, and while one writes
+    its tile, the other multiplies: 8-bit weights, split 1, blocks 1, 160 tokens at most. even: 0, or as many clusters as there
+    are, but no more than this for a tile, have the same amount of work each; with split 1, team 2.
     """
     chunk_bytes = WeightShape(bits, integer, 0, 0, grouped).chunk_bytes
     stage_chunks = 4 if bits <= 4 and tokens <= 64 and blocks == 1 and not grouped else 2
@@ -124,5 +124,5 @@ def _wgmma_macros(sums: int, *, integer: bool, registers: bool) -> str:
     given = ", ".join(f'"r"(w.at[{i}])' for i in range(4)) if registers else '"l"(w)'
     return (
         f'#define WGMMA_TOKENS "{2 * sums}"\n#define WGMMA_SUM(sum) "{kind}"(sum)\n#define WGMMA_LEFT(w) {given}\n'
-        f'#define WGMMA_SUMS(sums) {listed}\n#define WGMMA_OPERANDS "{operands}"\n'
+        f'#define WGMMA_SUMS(sums) {listed}\n#define WGMMA_OPERANDS "{operands}"\n#define WGMMA_BEGIN "%{sums + count + 1}"\n'
     )

@@ -1,6 +1,7 @@
 // A chunk of the weight (arranged_weight.py): from shared memory to the operands of tensor-core steps.
 //
-// Constants: BITS (8, 4, 3), INTEGER (whether it meets 8-bit activations), FLOAT16, GROUPED (whether steps are per group of inputs).
+// Constants: BITS (8, 4, 3), INTEGER (whether it meets 8-bit activations), FLOAT16, GROUPED (whether steps are per group of inputs),
+// CENTRED (whether operands, which meet integers then, are q - zero_point of the group).
 //
 // Weights of 4 and 3 bits become operands by masks alone, and one shift for two of them. A whole number below 256 in the lowest
 // bits of a 16-bit float is that number times UNIT, the smallest float above 0: this holds among the subnormal floats and right
@@ -9,16 +10,21 @@
 #define INTEGER_BYTES (BITS * 128)  // of 16 outputs x 64 inputs
 #define CHUNK_BYTES (INTEGER_BYTES + (GROUPED ? 64 : 0))
 #if INTEGER
-typedef int sum_t;
+typedef int product_t;  // what tensor cores add up
 #define STEPS 2  // of a tensor core, for a chunk
 #define X_REGISTERS 4  // of a chunk of x, for a lane
 #else
-typedef float sum_t;
+typedef float product_t;
 #define STEPS 4
 #define X_REGISTERS 8
 #define UNIT (FLOAT16 ? 0x1p-24f : 0x1p-133f)
 #endif
-#if BITS == 8
+#if GROUPED
+typedef float sum_t;  // over all inputs
+#else
+typedef product_t sum_t;
+#endif
+#if BITS == 8 || CENTRED
 #define WEIGHT_TYPE "s8"
 #define HIGH_BITS 0
 #else
@@ -26,18 +32,24 @@ typedef float sum_t;
 #define HIGH_BITS BITS
 #endif
 
-// Steps, zero-points and totals of a stripe's outputs.
-struct __align__(16) Facts { float step[16]; int zero[16], total[16]; };
+// Steps, zero-points and totals of a stripe's outputs. With groups, totals are in units of the step, and no whole numbers.
+struct __align__(16) Facts {
+    float step[16];
+    int zero[16];
+    sum_t total[16];
+};
 
 // Of the group that a chunk belongs to, for an output: step relative to the channel's (1 at most, whatever may stand behind the
 // last chunk), and zero-point.
-struct Group { float step, zero; };
-__device__ __forceinline__ Group group_of(const u8* chunk, int output) {
-    const u32 word = ((const u32*)(chunk + INTEGER_BYTES))[output];
-    return {fminf(fabsf(__uint_as_float(word & 0xffff0000u)), 1.0f), (float)(word & 0xff)};
-}
+struct Group { float step; u32 zero; };
 
-struct Chunk { u32 at[BITS]; };  // what a lane holds of it
+// What a lane holds of it.
+struct Chunk {
+    u32 at[BITS];
+#if GROUPED
+    Group groups[2];  // of outputs g and g + 8
+#endif
+};
 
 __device__ __forceinline__ Chunk load_chunk(const u8* chunk, int lane) {
     Chunk loaded;
@@ -57,6 +69,13 @@ __device__ __forceinline__ Chunk load_chunk(const u8* chunk, int lane) {
 #pragma unroll
     for (int i = 0; i < 3; i++) loaded.at[i] = ((const u32*)chunk)[32 * i + lane];
 #endif
+#if GROUPED
+#pragma unroll
+    for (int high = 0; high < 2; high++) {
+        const u32 word = ((const u32*)(chunk + INTEGER_BYTES))[lane / 4 + 8 * high];
+        loaded.groups[high] = {fminf(fabsf(__uint_as_float(word & ~15u)), 1.0f), word & 15};
+    }
+#endif
     return loaded;
 }
 
@@ -67,6 +86,9 @@ __device__ __forceinline__ void operands(u32 w[4], const Chunk& chunk, int step)
         const int high = i % 2, late = i / 2;
 #if BITS == 8
         w[i] = chunk.at[4 * high + 2 * step + late];
+#elif CENTRED
+        const u32 four = (chunk.at[2 * step + late] >> (high ? 4 : 0)) & 0x0f0f0f0fu;
+        w[i] = ((four | 0x80808080u) - chunk.groups[high].zero * 0x01010101u) ^ 0x80808080u;  // no byte borrows from the next one
 #elif INTEGER
         w[i] = chunk.at[2 * step + late] & (high ? 0xf0f0f0f0u : 0x0f0f0f0fu);
 #elif BITS == 4
