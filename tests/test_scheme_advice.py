@@ -22,7 +22,7 @@ def test_the_numbers_are_those_of_the_measurements() -> None:
         assert W4A4_MEASURED[name].linear_bytes == rows[cell]["bytes"]
     times = {
         row["share"]: row
-        for row in json.loads((RESULTS / "correction-speed-h100.json").read_text())["rows"]
+        for row in json.loads((RESULTS / "correction-speed-h200.json").read_text())["rows"]
         if (row["shape"], row["tokens"]) == ("gate_up", 256)
     }
     for name, measured in (("w4a4", times[0.0]["us"]), ("w4a4 10%", times[0.1]["us"]), ("w4a8", times[0.0]["w4a8_us"])):
@@ -39,7 +39,7 @@ def test_w4a4_is_told_once_that_w4a8_is_better_and_as_fast(
     said = " ".join("".join(capsys.readouterr()).split())
     (warning,) = json.loads((tmp_path / "out" / REPORT_NAME).read_text())["warnings"]
     assert said.count(f"warning: {warning}") == said.count("w4a8") == 1
-    assert "0.065" in warning and "0.187" in warning and "0.109 in 1.58 times as many" in warning and "52, 52 and 83" in warning
+    assert "0.065" in warning and "0.187" in warning and "0.109 in 1.58 times as many" in warning and "51, 51 and 77" in warning
     assert warning.endswith(".") and ". " not in warning
     assert main(["report", output]) == 0
     assert (tmp_path / "out" / "lrq_report.html").read_text().count("w4a8 without a correction is better") == 1
@@ -48,4 +48,20 @@ def test_w4a4_is_told_once_that_w4a8_is_better_and_as_fast(
 def test_no_other_scheme_is_warned_of() -> None:
     for scheme in SCHEMES:
         method = "gptq" if scheme == "w4a4" else "rtn"
-        assert len(scheme_warnings(QuantizeSettings(scheme, method))) == (scheme == "w4a4")
+        assert len(scheme_warnings(QuantizeSettings(scheme, method))) == (scheme in ("w4a4", "w2a16"))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group", "unit"),
+    [("w4a8", 64, 128), ("w4a16", 32, 64), ("w4a8", 128, None), ("w4a16", 64, None), ("w4a8", None, None)],
+)
+def test_groups_that_only_a_slow_kernel_takes_are_warned_of(scheme: str, group: int | None, unit: int | None) -> None:
+    warnings = scheme_warnings(QuantizeSettings(scheme, "rtn", group_size=group))
+    assert len(warnings) == (unit is not None)
+    for warning in warnings:
+        assert f"groups of {group} inputs {scheme} " in warning and f"a multiple of {unit} " in warning
+
+
+def test_2_bit_weights_are_warned_of() -> None:
+    (warning,) = scheme_warnings(QuantizeSettings("w2a16", "rtn"))
+    assert "w2a16 is multiplied by a simple Triton kernel" in warning and "w3a16" in warning

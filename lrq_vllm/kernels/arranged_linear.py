@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.kernels import cuda_kernel, quantize_tokens, stream_linear, tile_linear
-from lrq_vllm.kernels.arranged_weight import CHUNK, INTEGER_GROUP, ArrangedWeight, WeightShape
+from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape, group_unit
 from lrq_vllm.kernels.hopper_table import STREAM, Tile, choices, chosen
 from lrq_vllm.kernels.quantize_tokens import IntegerTokens
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
@@ -30,7 +30,7 @@ def why_not(device: torch.device, weight: WeightShape, groups: int = 1) -> str |
         return reason
     if (weight.bits, weight.integer) not in ((8, True), (4, True), (4, False), (3, False)):
         return f"{weight.bits}-bit weights with {8 if weight.integer else 16}-bit activations have no such kernel"
-    unit = INTEGER_GROUP if weight.integer else CHUNK
+    unit = group_unit(integer=weight.integer)
     if groups > 1 and weight.in_features // groups % unit:
         return f"takes groups of a multiple of {unit} inputs, not {weight.in_features // groups}"
     if weight.in_features % 16 or weight.out_features % 8:

@@ -18,18 +18,17 @@ from torch import Tensor
 
 __all__ = [
     "CHUNK",
-    "INTEGER_GROUP",
     "STRIPE",
     "WARPS",
     "ArrangedWeight",
     "WeightShape",
     "arrange",
     "arranged_integers",
+    "group_unit",
     "no_flags",
 ]
 
 STRIPE, CHUNK = 16, 64  # outputs and inputs of a chunk
-INTEGER_GROUP = 2 * CHUNK  # inputs; groups that meet integers are multiples of it
 WARPS = 8  # of a block of tile_linear, that multiply
 _MOST_BLOCKS = 2 * 144  # of tile_linear, at the same time, on a GPU of the Hopper generation
 _SLICE = 64 * STRIPE  # outputs arranged at a time: the integers take 4 bytes each meanwhile
@@ -73,10 +72,15 @@ class ArrangedWeight(NamedTuple):
         return ArrangedWeight(self.q.clone(), self.facts.clone(), self.flags.clone(), self.shape)
 
 
+def group_unit(*, integer: bool) -> int:
+    """The number of inputs of which groups are a multiple. integer: whether activations are quantized."""
+    return 2 * CHUNK if integer else CHUNK
+
+
 def arrange(q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor | None, bits: int, *, integer: bool) -> ArrangedWeight:
     """From integers [N, K] (8 bits: int8; else the unsigned grid), step float32 [N], zero_point and total int32 [N] as in
     reference.IntegerWeight. 16-bit activations need no total. Below 8 bits step, zero_point and total may be [N, G], for G
-    groups of a multiple of CHUNK inputs, or INTEGER_GROUP.
+    groups of a multiple of :func:`group_unit` inputs.
     """
     rows, columns = q.shape
     grouped = step.numel() > rows
