@@ -120,6 +120,12 @@ def test_the_command_prints_a_line_for_each_need(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     for words in ("28 linear layers in 4 blocks", "lm_head", "peak host memory", "disk", "minutes"):
         assert words in printed
+    assert "warning" not in printed
+
+
+def test_a_plan_warns_as_quantize_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(TINY), "--scheme", "w4a8", "--group-size", "32", "--device", "cpu"]) == 0
+    assert "warning: In groups of 32 inputs w4a8 " in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_plan_refuses_what_quantize_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

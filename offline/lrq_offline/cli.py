@@ -189,8 +189,10 @@ def _quantize(parsed: argparse.Namespace, console: Console) -> None:
 def _plan(parsed: argparse.Namespace, console: Console) -> None:
     from lrq_offline.compute import Machine
     from lrq_offline.resource_plan import plan_run
+    from lrq_offline.scheme_advice import scheme_warnings
 
-    plan = plan_run(parsed.model_dir, settings_of(parsed), Machine(parsed.device, parsed.max_gpu_gb))
+    settings = settings_of(parsed)
+    plan = plan_run(parsed.model_dir, settings, Machine(parsed.device, parsed.max_gpu_gb))
 
     def gigabytes(size: int) -> str:
         return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
@@ -208,6 +210,8 @@ def _plan(parsed: argparse.Namespace, console: Console) -> None:
     ]
     for name, value in rows:
         console.print(f"{name:<18}{value}")
+    for warning in scheme_warnings(settings):
+        console.print(f"warning: {warning}")
 
 
 def _try(parsed: argparse.Namespace, console: Console) -> None:
