@@ -32,6 +32,7 @@ from lrq_vllm.errors import LrqError, SettingsError
 from tests.checkpoints import FAMILIES, QUICK, write_random_model
 
 NAMES = ("llama", *FAMILIES)
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe-mixed")
 RANKS = 2
 
 
@@ -45,7 +46,8 @@ def main() -> None:
     result = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"],
         "versions": {name: version_of(name) for name in ("lrq", "torch", "vllm", "transformers")},
-        "unit": "nats: mean difference of vLLM's log-probabilities from the reference path's; tp: tensor-parallel ranks",
+        "unit": "nats: mean difference of vLLM's log-probabilities from the reference path's; tp: tensor-parallel ranks; "
+        "ep: of which each has some experts whole",
     }
     rows = [
         row
@@ -58,7 +60,12 @@ def main() -> None:
             source = write_random_model(family, Path(folder, "float"))
             for scheme in arguments.schemes:
                 rows.append(
-                    {"family": family, "scheme": scheme, "date": today, **tried(source, Path(folder, "quantized"), scheme)}
+                    {
+                        "family": family,
+                        "scheme": scheme,
+                        "date": today,
+                        **tried(family, source, Path(folder, "quantized"), scheme),
+                    }
                 )
                 print(json.dumps(rows[-1]), flush=True)
         result["rows"] = sorted(rows, key=lambda row: (NAMES.index(row["family"]), list(SCHEMES).index(row["scheme"])))
@@ -75,7 +82,7 @@ def earlier_rows(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
     return earlier["rows"] if all(earlier[key] == now[key] for key in ("device", "versions")) else []
 
 
-def tried(source: Path, folder: Path, scheme: str) -> dict[str, Any]:
+def tried(family: str, source: Path, folder: Path, scheme: str) -> dict[str, Any]:
     """What each step gave, or in what words it failed."""
     shutil.rmtree(folder, ignore_errors=True)
     learns = "lrq" if SCHEMES[scheme].weight_bits > 2 else "rtn"
@@ -92,6 +99,8 @@ def tried(source: Path, folder: Path, scheme: str) -> dict[str, Any]:
     }
     if RANKS in row["tp_sizes"]:
         steps[f"nats_tp{RANKS}"] = lambda: round(check_serving(folder, RANKS).mean_difference, 5)
+    if family in WITH_EXPERTS:
+        steps[f"nats_ep{RANKS}"] = lambda: round(check_serving(folder, RANKS, expert_parallel=True).mean_difference, 5)
     for name, step in steps.items():
         try:
             row[name] = step()
@@ -109,8 +118,8 @@ def cell(row: dict[str, Any] | None) -> str:
         return "fails"
     if "refused" in row:
         return "refused"
-    on_ranks = row.get(f"nats_tp{RANKS}")
-    return f"{row['nats']:.4f} / {'-' if on_ranks is None else f'{on_ranks:.4f}'}"
+    on_ranks = [row.get(f"nats_{kind}{RANKS}") for kind in ("tp", "ep") if kind == "tp" or row["family"] in WITH_EXPERTS]
+    return " / ".join("-" if nats is None else f"{nats:.4f}" for nats in (row["nats"], *on_ranks))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -127,8 +136,8 @@ def table(result: dict[str, Any]) -> str:
         f"({' to '.join(dict.fromkeys((min(dates), max(dates))))}, {result['device']}). A cell",
         "says how far vLLM's log-probabilities are from the reference path's on average, in nats, on one rank / on "
         f"{RANKS} tensor-parallel",
-        "ranks (-: its checkpoint says that so many cannot serve it); `lrq-offline verify` has found every tensor where it "
-        "belongs.",
+        "ranks (-: its checkpoint says that so many cannot serve it); with experts, also on so many of which each takes some",
+        "whole. `lrq-offline verify` has found every tensor where it belongs.",
         "refused: `lrq-offline quantize` does so at its defaults, and says why. qwen3_moe-mixed: its first block has an",
         "MLP in place of experts.",
         "Numbers: `bench/results/architectures.json`.",

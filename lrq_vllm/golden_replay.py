@@ -25,8 +25,9 @@ class Replayed:
     kernels: tuple[str, ...] = ()
 
 
-def replay(folder: Path, ranks: int = 1) -> Replayed:
-    """Serve the checkpoint from this process and compare; once in a process. ranks: tensor parallel.
+def replay(folder: Path, ranks: int = 1, *, expert_parallel: bool = False) -> Replayed:
+    """Serve the checkpoint from this process and compare; once in a process. ranks: tensor parallel. expert_parallel: each has
+    some experts whole, not a part of all.
 
     Raises CheckpointError if vLLM's numbers are further from the reference path's than rounding explains.
     """
@@ -37,7 +38,7 @@ def replay(folder: Path, ranks: int = 1) -> Replayed:
     llm = LLM(
         str(folder), enforce_eager=True, max_model_len=max(len(text.tokens) for text in texts) + 1, max_num_seqs=len(texts),
         enable_prefix_caching=False, kv_cache_memory_bytes=_KV_CACHE_BYTES, skip_tokenizer_init=True,
-        tensor_parallel_size=ranks,
+        tensor_parallel_size=ranks, enable_expert_parallel=expert_parallel,
     )  # fmt: skip
     prompts = [TokensPrompt(prompt_token_ids=text.tokens) for text in texts]
     answers = llm.generate(prompts, _sampling(), use_tqdm=False)

@@ -101,7 +101,8 @@ class LrqConfig(QuantizationConfig):
         if current_platform.is_cpu():
             round_where_operations_do(config.compilation_config)
         tell_apart(config)
-        check_ranks(self.manifest, config.parallel_config.tensor_parallel_size)
+        parallel = config.parallel_config
+        check_ranks(self.manifest, parallel.tensor_parallel_size, expert_parallel=parallel.enable_expert_parallel)
         check_rank(self.manifest)
         if hasattr(layer, "moe_config"):
             return self._experts_method(prefix, layer.moe_config)

@@ -11,10 +11,14 @@ RANKS_OPTIONS = ("--tensor-parallel-size", "-tp")
 """Under which names vLLM's command line takes the number."""
 
 
-def check_ranks(manifest: Manifest, ranks: int) -> None:
-    """Raises SettingsError, which names the nearest sizes that can, if ``ranks`` cannot."""
+def check_ranks(manifest: Manifest, ranks: int, *, expert_parallel: bool = False) -> None:
+    """Raises SettingsError, which names the nearest sizes that can, if ``ranks`` cannot.
+
+    expert_parallel: experts are not cut, for which alone a checkpoint may not list a size. What is cut is then left to vLLM,
+    which counts heads, and to each layer (stored_checks.check_cut).
+    """
     sizes = manifest.tensor_parallel_sizes
-    if ranks in sizes:
+    if ranks in sizes or expert_parallel:
         return
     smaller, larger = [size for size in sizes if size < ranks], [size for size in sizes if size > ranks]
     nearest = " or ".join(map(str, (*smaller[-1:], *larger[:1])))

@@ -171,3 +171,16 @@ def test_verify_says_right_of_mixed_blocks(learned: tuple[Path, dict[str, Any]],
     printed = capsys.readouterr().out
     assert "Qwen3MoeForCausalLM, each unchanged" in printed
     assert printed.splitlines()[-1].split() == ["verdict", "right"]
+
+
+@pytest.mark.server
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two ranks on one GPU")
+def test_experts_that_two_ranks_cannot_share_are_served_whole(
+    learned: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["verify", str(learned[0]), "--tensor-parallel-size", "2"]
+    assert read_manifest(learned[0]).tensor_parallel_sizes == (1,)  # of 96 inner values of an expert, words take 32
+    assert main(command) == 2
+    assert "--tensor-parallel-size 2 cannot serve this checkpoint" in capsys.readouterr().err
+    assert main([*command, "--enable-expert-parallel"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["verdict", "right"]

@@ -20,7 +20,7 @@ from lrq_offline.settings_options import add_settings, settings_of
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.cli_errors import exit_code_of
 from lrq_vllm.errors import SettingsError, one_paragraph
-from lrq_vllm.tensor_parallel import sizes_in_words
+from lrq_vllm.tensor_parallel import check_ranks, sizes_in_words
 
 __all__ = ["main"]
 
@@ -130,6 +130,9 @@ def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argu
     verify.add_argument(
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="serve the texts on N GPUs (default: %(default)s)"
     )
+    verify.add_argument(
+        "--enable-expert-parallel", action="store_true", help="each of the N GPUs takes some experts whole, not a part of all"
+    )
     add("inspect", _inspect, help="what is inside an LRQ checkpoint, per layer")
     report = add("report", _report, help="one HTML page about a quantization: errors, learning curves, sizes")
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: DIR/lrq_report.html")
@@ -233,6 +236,7 @@ def _try(parsed: argparse.Namespace, console: Console) -> None:
 def _verify(parsed: argparse.Namespace, console: Console) -> None:
     from lrq_offline.verification import check_files, check_loading, check_serving
     from lrq_vllm.checkpoint.golden import TOLERANCE
+    from lrq_vllm.checkpoint.store import read_manifest
 
     def show(name: str, value: str) -> None:
         console.print(f"{name:<10}{value}")
@@ -241,11 +245,13 @@ def _verify(parsed: argparse.Namespace, console: Console) -> None:
     if parsed.files_only:
         show("verdict", "whole; whether vLLM loads it was not tried (--files-only)")
         return
+    ranks, expert_parallel = parsed.tensor_parallel_size, parsed.enable_expert_parallel
+    check_ranks(read_manifest(parsed.model_dir), ranks, expert_parallel=expert_parallel)
     with console.status("vLLM loads it"):
         loaded = check_loading(parsed.model_dir)
     show("loading", f"vLLM puts {loaded.tensors} tensors into {loaded.parameters} parameters of {loaded.model}, each unchanged")
     with console.status("vLLM serves it"):
-        replayed = check_serving(parsed.model_dir, parsed.tensor_parallel_size)
+        replayed = check_serving(parsed.model_dir, ranks, expert_parallel=expert_parallel)
     show(
         "serving",
         f"{replayed.texts} texts: {replayed.mean_difference:.4f} nats from the reference path on average (at most "

@@ -54,9 +54,9 @@ def check_loading(folder: Path) -> Loaded:
     return _in_process(prove_loading, folder)
 
 
-def check_serving(folder: Path, ranks: int = 1) -> Replayed:
+def check_serving(folder: Path, ranks: int = 1, *, expert_parallel: bool = False) -> Replayed:
     """As golden_replay.replay, in a process of its own. Raises SettingsError without vLLM."""
-    return _in_process(partial(replay, ranks=ranks), folder, ranks)
+    return _in_process(partial(replay, ranks=ranks, expert_parallel=expert_parallel), folder, ranks)
 
 
 def _in_process(work: Callable[[Path], Result], folder: Path, ranks: int = 1) -> Result:

@@ -60,7 +60,7 @@ def environment_problems() -> list[str]:
 def start_problems(folder: Path, manifest: Manifest, parsed: Namespace) -> list[str]:
     """What keeps vLLM from serving it with these options on this machine, now. What file_problems says is not said again."""
     checks: list[Callable[[], object]] = [
-        lambda: check_ranks(manifest, parsed.tensor_parallel_size),
+        lambda: check_ranks(manifest, parsed.tensor_parallel_size, expert_parallel=parsed.enable_expert_parallel),
         lambda: check_cache_dtype(parsed.kv_cache_dtype, manifest, on_cpu=not torch.cuda.is_available()),
     ]
     return [*_problems_of(checks), *_listening_problems(parsed), *_device_problems(folder, manifest, parsed)]
