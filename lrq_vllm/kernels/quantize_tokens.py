@@ -9,11 +9,11 @@ from torch import Tensor
 from lrq_vllm.kernels import cuda_kernel
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 
-__all__ = ["IntegerTokens", "aligned", "quantize_tokens", "row_totals", "sources"]
+__all__ = ["QUANTIZED", "IntegerTokens", "aligned", "quantize_tokens", "row_totals", "sources"]
 
 _MOST_THREADS = 512
 _UNIT = 16  # inputs that a thread takes at a time
-_QUANTIZED = 4  # in place of an InputKind: integers whose sums are wanted
+QUANTIZED = 4  # in place of an InputKind: integers already, as hopper.cuh calls them
 
 
 class IntegerTokens(NamedTuple):
@@ -50,13 +50,13 @@ def row_totals(q: Tensor) -> Tensor:
     total = torch.empty(tokens, dtype=torch.int32, device=q.device)
     if tokens:
         arguments = [q, q, q, q, total, total, total, inputs, inputs]
-        cuda_kernel.compiled(_source(inputs, _QUANTIZED, False), q.device).launch(tokens, _threads(inputs)[0], arguments)
+        cuda_kernel.compiled(_source(inputs, QUANTIZED, False), q.device).launch(tokens, _threads(inputs)[0], arguments)
     return total
 
 
 def sources(inputs: int, dtype: torch.dtype, kind: InputKind) -> list[cuda_kernel.Source]:
     """What :func:`quantize_tokens` and :func:`row_totals` take for so many inputs."""
-    return [_source(inputs, kind, dtype == torch.float16), _source(inputs, _QUANTIZED, False)]
+    return [_source(inputs, kind, dtype == torch.float16), _source(inputs, QUANTIZED, False)]
 
 
 def aligned(x: Tensor) -> Tensor:

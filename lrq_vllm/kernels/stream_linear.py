@@ -11,9 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lrq_vllm.kernels import cuda_kernel
+from lrq_vllm.kernels import cuda_kernel, quantize_tokens
 from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape
-from lrq_vllm.kernels.quantize_tokens import IntegerTokens, aligned, quantize_tokens
+from lrq_vllm.kernels.quantize_tokens import IntegerTokens, aligned
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 
 __all__ = ["MOST_TOKENS", "Input", "plan", "read_as", "source", "stream_linear", "takes"]
@@ -35,7 +35,7 @@ class Input(IntEnum):
     PER_TOKEN = InputKind.PER_TOKEN
     STATIC = InputKind.STATIC
     CLIPPED = InputKind.CLIPPED
-    QUANTIZED = 4
+    QUANTIZED = quantize_tokens.QUANTIZED
 
 
 # Chunks of one tile of x that a multiplying warp holds at most; more of them need fewer blocks to a cluster.
@@ -136,7 +136,7 @@ def stream_linear(
         given = read_as(len(x), weight.shape, grid.kind)
         if given is not Input.QUANTIZED:
             return _launch(aligned(x), grid.kind, grid.calibrated, weight, bias, given, x.dtype)
-        x = quantize_tokens(x, grid)  # a kernel of its own
+        x = quantize_tokens.quantize_tokens(x, grid)  # a kernel of its own
     return _launch(x.q, x.kind, (x.step, x.zero_point), weight, bias, Input.QUANTIZED, x.dtype)
 
 
