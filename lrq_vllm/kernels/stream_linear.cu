@@ -349,8 +349,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) __cluster_dims__(CLUSTE
 #if GROUPED
                 total = over_quarters(total);
 #pragma unroll
-                for (int i = 0; i < 2; i++)
-                {
+                for (int i = 0; i < 2; i++) {
                     chunk_totals[chunk][tile][i] = __shfl_sync(0xffffffffu, total, 4 * (2 * quarter + i));
 #if INTEGER
                     chunk_totals[chunk][tile][i] -= 64 * x_zeros[tile][i];
