@@ -23,16 +23,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from measured_on import version_of
 
+from lrq_offline import decoder_blocks
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
 from lrq_offline.verification import check_files, check_loading, check_serving
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.checkpoint.store import read_manifest
 from lrq_vllm.errors import LrqError, SettingsError
-from tests.checkpoints import FAMILIES, QUICK, write_random_model
+from tests.checkpoints import FAMILIES, QUICK, model_type_of, write_random_model
 
 NAMES = ("llama", *FAMILIES)
-WITH_EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe-mixed")
 RANKS = 2
 
 
@@ -59,14 +59,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             source = write_random_model(family, Path(folder, "float"))
             for scheme in arguments.schemes:
-                rows.append(
-                    {
-                        "family": family,
-                        "scheme": scheme,
-                        "date": today,
-                        **tried(family, source, Path(folder, "quantized"), scheme),
-                    }
-                )
+                found = tried(family, source, Path(folder, "quantized"), scheme)
+                rows.append({"family": family, "scheme": scheme, "date": today, **found})
                 print(json.dumps(rows[-1]), flush=True)
         result["rows"] = sorted(rows, key=lambda row: (NAMES.index(row["family"]), list(SCHEMES).index(row["scheme"])))
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -99,7 +93,7 @@ def tried(family: str, source: Path, folder: Path, scheme: str) -> dict[str, Any
     }
     if RANKS in row["tp_sizes"]:
         steps[f"nats_tp{RANKS}"] = lambda: round(check_serving(folder, RANKS).mean_difference, 5)
-    if family in WITH_EXPERTS:
+    if has_experts(family):
         steps[f"nats_ep{RANKS}"] = lambda: round(check_serving(folder, RANKS, expert_parallel=True).mean_difference, 5)
     for name, step in steps.items():
         try:
@@ -110,6 +104,11 @@ def tried(family: str, source: Path, folder: Path, scheme: str) -> dict[str, Any
     return row
 
 
+def has_experts(family: str) -> bool:
+    """Whether a block of such a model may have some."""
+    return decoder_blocks.FAMILIES[model_type_of(family)].experts is not None
+
+
 def cell(row: dict[str, Any] | None) -> str:
     """What the table says of one family and scheme; nothing of those that were not tried."""
     if row is None:
@@ -118,7 +117,7 @@ def cell(row: dict[str, Any] | None) -> str:
         return "fails"
     if "refused" in row:
         return "refused"
-    on_ranks = [row.get(f"nats_{kind}{RANKS}") for kind in ("tp", "ep") if kind == "tp" or row["family"] in WITH_EXPERTS]
+    on_ranks = [row.get(f"nats_{kind}{RANKS}") for kind in ("tp", "ep") if kind == "tp" or has_experts(row["family"])]
     return " / ".join("-" if nats is None else f"{nats:.4f}" for nats in (row["nats"], *on_ranks))
 
 

@@ -172,8 +172,7 @@ def _lrq(bits: int, *, integer: bool, static: bool, group: int | None) -> Callab
         q = ((grouped / step).round() + zero).clamp(0, 2**bits - 1).int().flatten(1) - shift
         zeros = zero.squeeze(2).int() - shift
         size = grouped.shape[2]
-        totals = q.unflatten(1, (-1, size)).sum(dim=2, dtype=torch.int32) - size * zeros
-        total = (totals if group else totals.flatten()) if integer else None
+        total = q.unflatten(1, (-1, size)).sum(dim=2, dtype=torch.int32) - size * zeros if integer else None
         ready = arrange(q, step.squeeze(2), zeros, total, bits, integer=integer)
         calibrated = torch.tensor([8 / 255], device=weight.device), torch.tensor([127], dtype=torch.uint8, device=weight.device)
         grid = static_grid(*calibrated) if static else PER_TOKEN

@@ -115,11 +115,11 @@ def plan_of(shape: WeightShape, tile: Tile) -> tile_linear.Plan:
 
 
 def random_weights(shape: WeightShape, device: torch.device) -> list[ArrangedWeight]:
-    """As many as the cache cannot hold."""
+    """As many as the cache cannot hold. Totals of groups, which are floats, have the bits of such as are next to 0."""
     stripes, chunks, width = shape.out_features // STRIPE, shape.in_features // CHUNK, shape.chunk_bytes
     weights = []
     for _ in range(max(2, math.ceil(CACHE_BYTES / (stripes * chunks * width)))):
-        facts = torch.randint(0, 9, (stripes, 3, STRIPE), dtype=torch.int32, device=device)  # as a float's bits: 0, almost
+        facts = torch.randint(0, 9, (stripes, 3, STRIPE), dtype=torch.int32, device=device)
         facts[:, 0] = torch.rand(stripes, STRIPE, device=device).view(torch.int32)
         q = torch.randint(0, 256, (stripes, chunks, width), dtype=torch.uint8, device=device)
         if shape.grouped:

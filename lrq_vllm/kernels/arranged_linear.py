@@ -23,7 +23,7 @@ _COMPILING_THREADS = 8
 _MOST_INPUTS = 2**31 // (16 * 15 * 128)  # of 4-bit weights that meet integers without groups: 16 * q for half of the outputs
 
 
-def why_not(device: torch.device, weight: WeightShape, groups: int = 1) -> str | None:
+def why_not(device: torch.device, weight: WeightShape, groups: int) -> str | None:
     """The reason why these kernels do not take such a weight, or None if they do. groups: of inputs that share a step."""
     reason = cuda_kernel.why_not(device)
     if reason is not None:
@@ -31,7 +31,7 @@ def why_not(device: torch.device, weight: WeightShape, groups: int = 1) -> str |
     if (weight.bits, weight.integer) not in ((8, True), (4, True), (4, False), (3, False)):
         return f"{weight.bits}-bit weights with {8 if weight.integer else 16}-bit activations have no such kernel"
     unit = group_unit(integer=weight.integer)
-    if groups > 1 and weight.in_features // groups % unit:
+    if weight.grouped and weight.in_features // groups % unit:
         return f"takes groups of a multiple of {unit} inputs, not {weight.in_features // groups}"
     if weight.in_features % 16 or weight.out_features % 8:
         return f"{weight.in_features} inputs and {weight.out_features} outputs are no multiples of 16 and 8"

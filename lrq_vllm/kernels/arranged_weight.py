@@ -93,11 +93,10 @@ def arrange(q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor | None, b
         if total is not None:
             total = (relative.double() * total).sum(dim=1).float().view(torch.int32)
         step, zero_point = channel, torch.zeros_like(channel, dtype=torch.int32)
-    step, zero_point = step.flatten(), zero_point.flatten()
     facts = torch.zeros((3, -(-rows // STRIPE) * STRIPE), dtype=torch.int32, device=q.device)
     for place, values in enumerate((step.view(torch.int32), zero_point, total)):
         if values is not None:
-            facts[place, :rows] = values
+            facts[place, :rows] = values.flatten()
     by_stripe = facts.unflatten(1, (-1, STRIPE)).transpose(0, 1).contiguous()
     return ArrangedWeight(words, by_stripe, no_flags(q.device), WeightShape(bits, integer, rows, columns, grouped))
 
