@@ -23,6 +23,7 @@ class Weight:
         unsigned = torch.randint(0, 2**bits, (rows, columns)).to(device)
         zero_point = torch.randint(0, 2**bits, (rows, groups)).to(device, torch.uint8)
         zero_point[0], zero_point[-1] = 0, 2**bits - 1
+        unsigned[0], unsigned[-1] = 2**bits - 1, 0  # the largest sums that there are
         step = (torch.rand(rows, groups) * 0.1 + 1e-3).to(device)
         step[1] = 0  # a channel of zeros
         self.stored = pack(unsigned, bits), step, zero_point

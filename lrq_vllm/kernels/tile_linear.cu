@@ -7,8 +7,11 @@
 // warp fills a ring of STAGES buffers with STAGE_CHUNKS (even) chunks (64 inputs) of the weight and of x. 8-bit weights go to the
 // tensor cores from there, as x does. Others come from registers: while the tensor cores work on one chunk, a warpgroup unpacks
 // the next one. Each has 64 outputs of a tile. Or, with 8-bit weights, TEAM is 1: a tile is one warpgroup's, and they take turns,
-// so that one multiplies while the other writes. If CENTRED, the integer sums of every stage, which is a part of one group, are scaled
-// and added to those of all inputs.
+// so that one multiplies while the other writes.
+//
+// If CENTRED, a stage is a part of one group of inputs, whose step s its products have. The tensor cores go on adding up P, and it
+// is P_g (s_g - s_(g+1)) that is added as a float for every stage g. P begins with the bits of a float that has integers as its last
+// bits, so that nothing is converted.
 //
 // A cluster is SPLIT blocks with the same tile and a part of the inputs each, which send each other their sums in the end; there
 // is a cluster for each tile then. Or it is SHARE blocks with the same tokens and outputs next to each other: each fetches a part
@@ -44,6 +47,9 @@
 #define TEAM_WARPS (4 * TEAM)  // that share a tile
 #define SLABS (2 / TEAM)  // of 64 outputs, that a warpgroup has of a tile
 #define OWN_COLUMNS ((COLUMNS + SPLIT - 1) / SPLIT)  // that a block finishes, at most
+#define WINDOW 16  // stages whose products are summed up before they are put back to BIAS: 16 * 128 * 128 * 15 is below 2^22
+#define BIAS 0x4b400000  // the bits of 1.5 * 2^23
+#define BUFFERS (BLOCKS == 1 ? 2 : 1)  // of unpacked stages: one is filled while the tensor cores read the other
 #define PIECE (SPLIT == 1 ? 2 : 1)  // columns that a warp writes at a time
 
 static_assert(STAGE_CHUNKS % 2 == 0);  // chunks take turns with the registers
@@ -92,17 +98,16 @@ typedef u64 Left;
 struct Left { u32 at[4]; };
 #endif
 
-// sums += w x; or sums = w x, if they BEGIN.
-template <bool BEGIN = false>
+// sums += w x.
 __device__ __forceinline__ void multiply(product_t (&sums)[TOKENS / 2], const Left& w, u64 x) {
     asm volatile(
-        "{\n .reg .pred add;\n setp.eq.u32 add, " WGMMA_BEGIN ", 0;\n"
+        "{\n .reg .pred add;\n setp.eq.u32 add, 0, 0;\n"
 #if INTEGER
         "wgmma.mma_async.sync.aligned.m64n" WGMMA_TOKENS "k32.s32." WEIGHT_TYPE ".s8 " WGMMA_OPERANDS ", add;\n}"
 #else
         "wgmma.mma_async.sync.aligned.m64n" WGMMA_TOKENS "k16.f32." FORMAT "." FORMAT " " WGMMA_OPERANDS ", add, 1, 1, 0;\n}"
 #endif
-        : WGMMA_SUMS(sums) : WGMMA_LEFT(w), "l"(x), "n"((int)BEGIN));
+        : WGMMA_SUMS(sums) : WGMMA_LEFT(w), "l"(x));
 }
 
 #if !INTEGER
@@ -343,11 +348,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
 #pragma unroll
             for (int i = 0; i < SLABS * TOKENS / 2; i++) sums[i / (TOKENS / 2)][i % (TOKENS / 2)] = 0;
 #if CENTRED
-            product_t products[TOKENS / 2];  // of a group, as much of it as a stage has
-            float group_steps[2];  // of outputs g and g + 8
+            product_t products[TOKENS / 2];  // of up to WINDOW stages, plus BIAS
+            auto begin_products = [&] {
+#pragma unroll
+                for (int i = 0; i < TOKENS / 2; i++) products[i] = BIAS;
+            };
+            begin_products();
+            Left w[BUFFERS][STAGE_CHUNKS][STEPS];
+            float group_steps[2], steps_before[2] = {0.0f, 0.0f};  // of outputs g and g + 8, of this stage's group and the last one's
+            auto wait_for_products = [&] { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); };
+            auto scale = [&](float low, float high) {
+                wait_for_products();
+#pragma unroll
+                for (int i = 0; i < TOKENS / 2; i++) {
+                    asm volatile("" : WGMMA_SUM(products[i]) :: "memory");
+                    sums[0][i] += (i / 2 % 2 ? high : low) * (__int_as_float(products[i]) - __int_as_float(BIAS));
+                }
+            };
+#elif BITS < 8
+            Left w[2][STEPS];
 #endif
 #if BITS < 8
-            Left w[2][STEPS];
             auto unpack = [&](Left (&into)[STEPS], int chunk) {
                 const u8* const mine = ring + stage * STAGE_BYTES + (warp * STAGE_CHUNKS + chunk) * CHUNK_BYTES;
                 const Chunk loaded = load_chunk(mine, lane);
@@ -381,14 +402,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
             wait_for(&shared.turn[group], turn_parity);
             turn_parity ^= 1;
 #endif
+            auto tokens_of = [&](const u8* stage_at, int chunk) {
+                const u64 row = operand(stage_at + WEIGHT_BYTES + chunk / ROW_CHUNKS * TOKEN_BYTES, ROW_BYTES);
+                return row + chunk % ROW_CHUNKS * (ROW_BYTES / ROW_CHUNKS / 16);
+            };
+#if CENTRED
+            int step = work.begin;
+            // anew: with products that begin again.
+            auto take = [&](Left (&left)[STAGE_CHUNKS][STEPS], bool anew) {
+                wait_for(&shared.full[stage], parity);
+                if (BUFFERS == 1) wait_for_products();
+#pragma unroll
+                for (int chunk = 0; chunk < STAGE_CHUNKS; chunk++) unpack(left[chunk], chunk);
+#pragma unroll
+                for (int i = 0; i < STAGE_CHUNKS * STEPS * 4; i++)  // before the wait, not behind it
+                    asm volatile("" : "+r"(left[i / 4 / STEPS][i / 4 % STEPS].at[i % 4]) :: "memory");
+                scale(steps_before[0] - (anew ? 0.0f : group_steps[0]), steps_before[1] - (anew ? 0.0f : group_steps[1]));
+                if (step > work.begin) release(stage ? stage - 1 : STAGES - 1);
+                if (anew) {
+                    asm volatile("" ::: "memory");
+                    begin_products();
+                }
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                for (int i = 0; i < STAGE_CHUNKS * STEPS; i++)
+                    multiply(products, left[i / STEPS][i % STEPS], tokens_of(ring + stage * STAGE_BYTES, i / STEPS) + i % STEPS * 32 / 16);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                for (int i = 0; i < 2; i++) steps_before[i] = group_steps[i];
+                if (++stage == STAGES) { stage = 0; parity ^= 1; }
+                step++;
+            };
+#pragma unroll 1
+            while (step < work.end) {
+                take(w[0], (step - work.begin) % WINDOW == 0);
+                if (step == work.end) break;
+                take(w[BUFFERS - 1], false);
+            }
+#else
 #pragma unroll 1
             for (int step = work.begin; step < work.end; step++) {
                 wait_for(&shared.full[stage], parity);
                 const u8* const weights_of = ring + stage * STAGE_BYTES;
-                auto tokens_of = [&](int chunk) {
-                    const u64 row = operand(weights_of + WEIGHT_BYTES + chunk / ROW_CHUNKS * TOKEN_BYTES, ROW_BYTES);
-                    return row + chunk % ROW_CHUNKS * (ROW_BYTES / ROW_CHUNKS / 16);
-                };
 #if BITS == 8
                 // Chunks behind the last one came as zeros.
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -398,27 +452,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                     for (int slab = 0; slab < SLABS; slab++) {
                         const Left left = operand(weights_of + (chunk * STRIPES + stripe_of(slab) / 4 * 4) * CHUNK_BYTES, 64);
 #pragma unroll
-                        for (int at = 0; at < STEPS; at++) multiply(sums[slab], left + at * 32 / 16, tokens_of(chunk) + at * 32 / 16);
+                        for (int at = 0; at < STEPS; at++) multiply(sums[slab], left + at * 32 / 16, tokens_of(weights_of, chunk) + at * 32 / 16);
                     }
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                 if (step > work.begin) release(stage ? stage - 1 : STAGES - 1);
-#elif CENTRED
-#pragma unroll
-                for (int chunk = 0; chunk < STAGE_CHUNKS; chunk++) unpack(w[chunk], chunk);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-                multiply<true>(products, w[0][0], tokens_of(0));
-                multiply(products, w[0][1], tokens_of(0) + 32 / 16);
-                multiply(products, w[1][0], tokens_of(1));
-                multiply(products, w[1][1], tokens_of(1) + 32 / 16);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-                release(stage);
-#pragma unroll
-                for (int i = 0; i < TOKENS / 2; i++) {
-                    asm volatile("" : WGMMA_SUM(products[i]) :: "memory");
-                    sums[0][i] += group_steps[i / 2 % 2] * (float)products[i];
-                }
 #else
                 const int count = min(end - first - step * STAGE_CHUNKS, STAGE_CHUNKS);
 #pragma unroll
@@ -428,7 +466,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                         unpack(left, chunk);
                         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-                        for (int at = 0; at < STEPS; at++) multiply(sums[0], left[at], tokens_of(chunk) + at * 32 / 16);
+                        for (int at = 0; at < STEPS; at++) multiply(sums[0], left[at], tokens_of(weights_of, chunk) + at * 32 / 16);
                         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                         if (chunk == 0 && step > work.begin) release(stage ? stage - 1 : STAGES - 1);
@@ -436,15 +474,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
 #endif
                 if (++stage == STAGES) { stage = 0; parity ^= 1; }
             }
+#endif
 #if TEAM == 1
             if (lane == 0) arrive(&shared.turn[1 - group]);
 #endif
-#if !CENTRED
+#if CENTRED
+            scale(steps_before[0], steps_before[1]);
+#else
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
             for (int i = 0; i < SLABS * TOKENS / 2; i++) asm volatile("" : WGMMA_SUM(sums[i / (TOKENS / 2)][i % (TOKENS / 2)]) :: "memory");
-            if (work.end > work.begin) release(stage ? stage - 1 : STAGES - 1);
 #endif
+            if (work.end > work.begin) release(stage ? stage - 1 : STAGES - 1);
 #if TEAM == 1
             pass();
 #endif

@@ -124,5 +124,5 @@ def _wgmma_macros(sums: int, *, integer: bool, registers: bool) -> str:
     given = ", ".join(f'"r"(w.at[{i}])' for i in range(4)) if registers else '"l"(w)'
     return (
         f'#define WGMMA_TOKENS "{2 * sums}"\n#define WGMMA_SUM(sum) "{kind}"(sum)\n#define WGMMA_LEFT(w) {given}\n'
-        f'#define WGMMA_SUMS(sums) {listed}\n#define WGMMA_OPERANDS "{operands}"\n#define WGMMA_BEGIN "%{sums + count + 1}"\n'
+        f'#define WGMMA_SUMS(sums) {listed}\n#define WGMMA_OPERANDS "{operands}"\n'
     )
