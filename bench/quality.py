@@ -6,7 +6,8 @@
     .venv/bin/python bench/quality.py small --text docs=docs.jsonl code=code.jsonl --calibration mixed.jsonl --samples 128 \
         --cells lrq:w3a16 gptq:w3a16 lrq:w4a16:128 --peers autoround:w3a16=folder --out quality.json
 
-A cell is method:scheme or method:scheme:group-size; each is a fresh quantization at the tool's settings, evaluated by the
+A cell is method:scheme or method:scheme:group-size, and a method lrq, or lrq+fisher for another loss than the squared error;
+each is a fresh quantization at the tool's settings, evaluated by the
 reference path. A peer is a folder that is quantized already: an LRQ checkpoint, or a float model that another tool has
 quantized (its weights written back as floats).
 """
@@ -74,11 +75,12 @@ def main() -> None:
         measured({"method": method, "scheme": scheme, "group_size": size, **facts}, Path(folder))
     with tempfile.TemporaryDirectory() as scratch:
         for cell in arguments.cells:
-            method, scheme, size = cell_of(cell)
-            settings = replace(settings_of(arguments), method=method, scheme=scheme, group_size=size)
+            name, scheme, size = cell_of(cell)
+            method, _, loss = name.partition("+")
+            settings = replace(settings_of(arguments), method=method, scheme=scheme, group_size=size, loss=loss or "mse")
             output = Path(scratch, cell.replace(":", "-"))
             report = quantize_model(arguments.model, output, settings, machine=Machine(arguments.device))
-            measured({"method": method, "scheme": scheme, "group_size": size, **facts_of(report)}, output)
+            measured({"method": name, "scheme": scheme, "group_size": size, **facts_of(report)}, output)
     show(rows, list(windows), console)
 
 
@@ -86,7 +88,7 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE", help="held-out texts")
-    parser.add_argument("--cells", nargs="*", default=CELLS, metavar="METHOD:SCHEME[:GROUP]")
+    parser.add_argument("--cells", nargs="*", default=CELLS, metavar="METHOD[+LOSS]:SCHEME[:GROUP]")
     parser.add_argument("--peers", nargs="*", default=[], metavar="LABEL:SCHEME[:GROUP]=FOLDER")
     parser.add_argument("--preset", choices=list(PRESETS), default="default")
     parser.add_argument("--calibration", help="default: what ships with lrq")

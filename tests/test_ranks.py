@@ -115,9 +115,10 @@ def test_nothing_of_ended_processes_is_used_again() -> None:
     assert transfers_between.cache_info().currsize == 0
 
 
-def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["mse", "fisher"])
+def test_two_processes_learn_what_one_does(loss: str, tmp_path: Path) -> None:
     # Every batch is both windows: all see the same text at every step. A greater rate than this magnifies float32 noise.
-    settings = QuantizeSettings("w4a16", **{**QUICK, "batch_size": 2, "iters": 3, "learning_rate": 2e-3}, renew=True)
+    settings = QuantizeSettings("w4a16", **{**QUICK, "batch_size": 2, "iters": 3, "learning_rate": 2e-3}, renew=True, loss=loss)
     outputs, reports = [], []
     for processes in (1, 2):
         outputs.append(tmp_path / str(processes))

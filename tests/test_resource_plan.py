@@ -60,6 +60,15 @@ def test_more_text_needs_more_memory_and_time(big: Path) -> None:
     assert many.host_bytes - few.host_bytes == pytest.approx(3 * 240 * 512 * 4096 * 2, rel=0.01)
 
 
+def test_a_loss_that_weighs_errors_is_planned_for(big: Path) -> None:
+    plain, weighing = (plan_run(big, QuantizeSettings("w4a16", loss=loss), Machine("cpu")) for loss in ("mse", "fisher"))
+    window = 512 * 4096 * 2
+    # Of 32 windows what each block receives, what the last one puts out, and gradients in float32; moments of all blocks.
+    passed = 32 * (32 + 1 + 2) * window + 32 * 4096**2 * 4
+    assert weighing.host_bytes - plain.host_bytes == passed - 2 * 64 * window
+    assert weighing.output_bytes == plain.output_bytes
+
+
 @pytest.mark.parametrize("row", json.loads(MEASURED.read_text())["rows"], ids=lambda row: f"{row['scheme']} {row['preset']}")
 def test_the_planned_peak_is_near_the_measured_one(row: dict[str, float | str]) -> None:
     preset = PRESETS[str(row["preset"])]

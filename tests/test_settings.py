@@ -24,6 +24,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": 1.0}, "lr is 1.0"),
     ({"learning_rate": float("nan")}, "lr is nan"),
     ({"kv_bits": 4}, "kv-bits is 4"),
+    ({"loss": "l1"}, "loss is 'l1', but must be mse or fisher"),
     ({"group_size": 0}, "group-size is 0"),
     ({"group_size": -32}, "group-size is -32"),
     ({"group_size": 48}, "group-size is 48"),

@@ -2,8 +2,9 @@
 
     minimise || block_fp(X) - block_q(X_q) ||^2
 
-X is the float model's input to this block, X_q what the already quantized blocks produce (LRQ, section 2). Some windows
-are held out: the state that is best on them is kept, and learning ends early when they stop getting better.
+X is the float model's input to this block, X_q what the already quantized blocks produce (LRQ, section 2). The length may be
+that of another metric (output_metric.py). Some windows are held out: the state that is best on them is kept, and learning
+ends early when they stop getting better.
 """
 
 import logging
@@ -20,6 +21,7 @@ from lrq_offline.config import QuantizeSettings
 from lrq_offline.hidden_states import BatchFeeder, HiddenStates
 from lrq_offline.learned_scales import LearnedRounding, LrqScale
 from lrq_offline.learning_step import LearningStep
+from lrq_offline.output_metric import PLAIN, OutputMetric
 from lrq_offline.quantized_block import held_weights
 from lrq_offline.ranks import ONE_RANK, Ranks
 
@@ -94,6 +96,7 @@ def relative_error(
     rows: list[Tensor],
     dtype: torch.dtype,
     ranks: Ranks = ONE_RANK,
+    metric: OutputMetric = PLAIN,
 ) -> float:
     """|| block(inputs) - targets ||^2 / || targets ||^2 over every rank's samples in ``rows``, int64 indices per batch."""
     sums = torch.zeros(2, dtype=torch.float64, device=inputs.device)
@@ -101,7 +104,7 @@ def relative_error(
         for batch in rows:
             wanted = targets.get(batch).float()
             output = block_output(block, inputs.get(batch), arguments, dtype)
-            sums += torch.stack([(output.float() - wanted).square().sum(), wanted.square().sum()])
+            sums += torch.stack([metric(vectors).square().sum() for vectors in (output.float() - wanted, wanted)])
     squared_error, squared_norm = ranks.sum(sums).tolist()
     return float(squared_error / max(squared_norm, torch.finfo(torch.float32).tiny))
 
@@ -117,17 +120,18 @@ def learn_block(
     generator: torch.Generator,
     dtype: torch.dtype,
     ranks: Ranks = ONE_RANK,
+    metric: OutputMetric = PLAIN,
 ) -> LearningResult:
     """Learn every parameter of ``block`` that wants a gradient, in place; with none this only measures the error.
 
     inputs, targets: X_q and block_fp(X) of this rank's windows, ``windows`` which of them are learned from; a batch is that of
-    all ranks together. Scales that renew their factors do so after each check. If no state was better than the first, the block
-    is put back to where it started.
+    all ranks together. ``metric`` measures the loss and all errors. Scales that renew their factors do so after each check. If
+    no state was better than the first, the block is put back to where it started.
     """
     batch_size = settings.batch_size // ranks.size
     everything = list(torch.arange(len(inputs)).split(batch_size))
     parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    before = relative_error(block, inputs, targets, arguments, everything, dtype, ranks)
+    before = relative_error(block, inputs, targets, arguments, everything, dtype, ranks, metric)
     if not parameters or not math.isfinite(before):
         return LearningResult(before, before, 0, 0.0, LearningCurve())
     batches = _batches(windows.learned_from, settings.iters, batch_size, generator)
@@ -136,6 +140,7 @@ def learn_block(
     step = LearningStep(
         block, parameters, BatchFeeder(inputs, targets, batches), arguments,
         rate=rate, decayed=_matrices(block), decay=settings.decay, steps=settings.iters, scale=scale, dtype=dtype, ranks=ranks,
+        metric=metric,
     )  # fmt: skip
     renewing = [module for module in block.modules() if isinstance(module, LrqScale) and module.renews]
     best = _BestState([*parameters, *(rounding.weight for rounding in renewing)])
@@ -143,7 +148,7 @@ def learn_block(
 
     def check(taken: int) -> bool:
         """Record the error after ``taken`` steps; False when learning should end."""
-        error = relative_error(block, inputs, targets, arguments, checked, dtype, ranks)
+        error = relative_error(block, inputs, targets, arguments, checked, dtype, ranks, metric)
         if math.isfinite(error):
             previous = curve.step[-1] if curve.step else 0
             curve.train.append(ranks.sum(step.losses[previous:taken].mean()).item() if taken else None)
@@ -168,7 +173,7 @@ def learn_block(
                 step.forget(rounding.matrix_parameters())
             step.wait()
     best.restore()
-    after = relative_error(block, inputs, targets, arguments, everything, dtype, ranks)
+    after = relative_error(block, inputs, targets, arguments, everything, dtype, ranks, metric)
     if best.is_first:
         logger.warning("learning did not lower the error of %.3g: the block stays as it began", before)
     return LearningResult(before, after, taken, seconds / taken, curve)

@@ -21,6 +21,7 @@ from lrq_offline.input_rotation import InputRotation
 from lrq_offline.layer_inputs import InputSample, sample_inputs, watch_inputs
 from lrq_offline.learned_scales import FlexRoundScale, LearnedRounding, LrqScale, Rounding
 from lrq_offline.low_rank_correction import MomentSums, by_energy
+from lrq_offline.output_metric import PLAIN, OutputMetric
 from lrq_offline.quantized_block import (
     ActivationQuantizer,
     activation_quantizer,
@@ -84,12 +85,13 @@ class BlockQuantizer:
         generator: torch.Generator,
         float_inputs: HiddenStates | None = None,
         hadamard: InputRotation | None = None,
+        metric: OutputMetric = PLAIN,
     ) -> QuantizedBlock:
         """Quantize a float block in place: its linear layers become :class:`FakeQuantizedLinear` with fixed integers.
 
         inputs: X_q, what the quantized blocks before it produce. targets: block_fp(X), what it should put out. float_inputs:
         X, if corrections are to be found with its moments. All of this rank's windows; the outcome is the same in every rank.
-        hadamard: what rotates inputs in ``block`` already, and has to in the quantized one.
+        hadamard: what rotates inputs in ``block`` already, and has to in the quantized one. metric: for what learning lowers.
         """
         for experts in experts_of(block):
             experts.ranks = self.ranks
@@ -139,6 +141,7 @@ class BlockQuantizer:
             generator,
             self.dtype,
             self.ranks,
+            metric,
         )
         fix_weights(block, self.dtype)
         self._fix_corrections(block, inputs, arguments)

@@ -22,6 +22,8 @@ from lrq_offline.decoder_blocks import block_family, empty_model, load_block, re
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
 from lrq_offline.input_rotation import InputRotation
 from lrq_offline.kv_cache import quantize_kv_cache
+from lrq_offline.output_gradients import OutputGradients, some_windows
+from lrq_offline.output_metric import PLAIN, OutputMetric, fisher_metric
 from lrq_offline.ranks import Ranks
 from lrq_offline.source_model import SourceModel
 from lrq_offline.stored_block import restore_block
@@ -68,23 +70,30 @@ class BlockwiseRun:
         """Take every block in turn, with this rank's share of the windows."""
         device = choose_device(self.machine.device)
         model = empty_model(self.source.config)
-        inputs = self._first_block_inputs(model, ranks.share(self.windows))
-        store = HiddenStatesStore(device, self.machine.cache_bytes(device), self.folder)
+        windows = ranks.share(self.windows)
+        inputs = self._first_block_inputs(model, windows)
+        arguments = _on_device(inputs.arguments, device)
+        moments = None
+        if self.settings.weighs_errors and len(self.finished) < len(arguments):
+            moments = self._gradient_moments(model, windows, inputs.hidden, arguments, device, ranks)
+        store = self._store(device)
         caches = [store.like(tuple(inputs.hidden.shape), inputs.hidden.dtype) for _ in range(self.settings.caches)]
         for cache in caches:
             cache.put(slice(None), inputs.hidden)
-        arguments = _on_device(inputs.arguments, device)
-        for index, name in enumerate(self.source.block_names):
-            on_block(self._block(model, name, index, caches, arguments[index], ranks))
+        for index in range(len(arguments)):
+            metric = PLAIN
+            if moments is not None:
+                metric = fisher_metric(moments.get(slice(index, index + 1))[0], product_dtype(device))
+            on_block(self._block(model, index, caches, arguments[index], ranks, metric))
 
     def _block(
         self,
         model: nn.Module,
-        name: str,
         index: int,
         caches: list[HiddenStates],
         arguments: dict[str, Any],
         ranks: Ranks,
+        metric: OutputMetric,
     ) -> FinishedBlock:
         """One block. The first two caches, the float and the quantized model's, hold its inputs before and its outputs after; a
         third keeps the float model's inputs.
@@ -92,12 +101,8 @@ class BlockwiseRun:
         started = time.monotonic()
         float_hidden, quantized_hidden, *kept = caches
         dtype = product_dtype(float_hidden.device)
-        # 16-bit weights stay as they are where products are 16-bit, unless something is going to change them.
-        as_stored = dtype == torch.bfloat16 and not self.settings.changes_weights
-        block = load_block(model, name, self.source.read, None if as_stored else torch.float32, float_hidden.device)
-        rotation = InputRotation.of(self.manifest, name)
-        if rotation is not None:
-            rotation.install(block)
+        name = self.source.block_names[index]
+        block, rotation = self._float_block(model, index, float_hidden.device)
         for cache in kept:
             cache.copy(float_hidden)
         run_block(block, float_hidden, float_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
@@ -112,9 +117,44 @@ class BlockwiseRun:
             # Of the block alone, so that a run that goes on draws what an uninterrupted one would.
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index)
             float_inputs = kept[0] if kept else None
-            result = quantizer.quantize(block, quantized_hidden, float_hidden, arguments, generator, float_inputs, rotation)
+            result = quantizer.quantize(
+                block, quantized_hidden, float_hidden, arguments, generator, float_inputs, rotation, metric
+            )
         run_block(block, quantized_hidden, quantized_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
         return FinishedBlock(index, name, block, result, time.monotonic() - started)
+
+    def _float_block(self, model: nn.Module, index: int, device: torch.device) -> tuple[nn.Module, InputRotation | None]:
+        """Block ``index`` of the float model, and what rotates inputs in it."""
+        name = self.source.block_names[index]
+        # 16-bit weights stay as they are where products are 16-bit, unless something is going to change them.
+        as_stored = product_dtype(device) == torch.bfloat16 and not self.settings.changes_weights
+        block = load_block(model, name, self.source.read, None if as_stored else torch.float32, device)
+        rotation = InputRotation.of(self.manifest, name)
+        if rotation is not None:
+            rotation.install(block)
+        return block, rotation
+
+    def _store(self, device: torch.device) -> HiddenStatesStore:
+        return HiddenStatesStore(device, self.machine.cache_bytes(device), self.folder)
+
+    def _gradient_moments(
+        self,
+        model: nn.Module,
+        windows: Tensor,
+        hidden: Tensor,
+        arguments: list[dict[str, Any]],
+        device: torch.device,
+        ranks: Ranks,
+    ) -> HiddenStates:
+        """Of the outputs of all blocks; this rank's windows and what the first block receives for them."""
+        rows = some_windows(len(windows), ranks.size)
+        gradients = OutputGradients(
+            model, self.source.family, lambda index: self._float_block(model, index, device)[0], self.source.read_tied,
+            self._store(device), product_dtype(device), ranks,
+        )  # fmt: skip
+        # Of the window alone, so that several ranks draw what one would.
+        seeds = [self.settings.seed * 1_000_003 + row * ranks.size + ranks.rank for row in rows.tolist()]
+        return gradients.moments(windows[rows], hidden[rows], arguments, seeds)
 
     def _first_block_inputs(self, model: nn.Module, windows: Tensor) -> BlockInputs:
         family, config = self.source.family, self.source.config

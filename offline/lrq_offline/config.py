@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from lrq_vllm.checkpoint.schema import GROUP_UNIT, SCHEMES, Scheme, WeightFormat
 from lrq_vllm.errors import SettingsError, one_paragraph
 
-__all__ = ["DEVICES", "FULL_RANK", "METHODS", "PRESETS", "STATISTICS", "Preset", "QuantizeSettings", "default_method"]
+__all__ = ["DEVICES", "FULL_RANK", "LOSSES", "METHODS", "PRESETS", "STATISTICS", "Preset", "QuantizeSettings", "default_method"]
 
 DEVICES = ("auto", "cpu", "cuda")
 METHODS = ("lrq", "flexround", "gptq", "smoothquant-rtn", "rtn")
 STATISTICS = ("quantized", "float")
+LOSSES = ("mse", "fisher")
 
 FULL_RANK = "full"
 
@@ -68,6 +69,8 @@ class QuantizeSettings:
     iters: most AdamW steps per block; ignored by methods that learn nothing. learning_rate: None means the default rate.
     weight_decay: of S2's matrix, per step and unit of learning rate; None means the default, 0 learns as the papers do.
     renew: whether LRQ's factors begin anew after each tenth of the steps, on top of what they learned (None: if it pays).
+    loss: what learning lowers: the mean squared error of a block's output, or ``"fisher"``, that error weighed by how much it
+    changes the model's predictions (output_metric.py); ignored by methods that learn nothing.
     kv_bits: 8 fake-quantizes keys and values per token and head while learning; None leaves them in 16 bits.
     correction_rank: of each layer's low-rank correction: a number, or like ``"10%"`` a share of the layer's smaller side.
     correction_statistics: whether it is found with the inputs that the quantized blocks produce, or with the float model's.
@@ -85,6 +88,7 @@ class QuantizeSettings:
     learning_rate: float | None = None
     weight_decay: float | None = None
     renew: bool | None = None
+    loss: str = "mse"
     samples: int = PRESETS["default"].samples
     seq_len: int = PRESETS["default"].seq_len
     batch_size: int = PRESETS["default"].batch_size
@@ -121,6 +125,8 @@ class QuantizeSettings:
             problems.append(f"lr is {self.learning_rate}, but must lie between 0 and 1")
         if self.weight_decay is not None and not 0 <= self.weight_decay < 100:
             problems.append(f"weight-decay is {self.weight_decay}, but must lie between 0 and 100")
+        if self.loss not in LOSSES:
+            problems.append(f"loss is {self.loss!r}, but must be {' or '.join(LOSSES)}")
         if self.kv_bits not in (None, 8):
             problems.append(f"kv-bits is {self.kv_bits}, but keys and values have 8 bits or stay as they are")
         problems += self._group_problems() + self._correction_problems() + self._rotation_problems()
@@ -216,6 +222,11 @@ class QuantizeSettings:
     def learns(self) -> bool:
         """Whether the method learns by gradient descent."""
         return self.method in ("lrq", "flexround")
+
+    @property
+    def weighs_errors(self) -> bool:
+        """Whether learning weighs a block's errors by what they do to the model's predictions."""
+        return self.learns and self.loss == "fisher"
 
     @property
     def check_every(self) -> int:

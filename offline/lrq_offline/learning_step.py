@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lrq_offline.compute import block_output
 from lrq_offline.experts import experts_of, forget_idle
 from lrq_offline.hidden_states import BatchFeeder
+from lrq_offline.output_metric import PLAIN, OutputMetric
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.sharded_rounding import finish_backward, start_weights
 
@@ -18,9 +19,16 @@ __all__ = ["LearningStep", "block_loss"]
 _WARM_UP_STEPS = 3
 
 
-def block_loss(block: nn.Module, inputs: Tensor, targets: Tensor, arguments: dict[str, Any], dtype: torch.dtype) -> Tensor:
+def block_loss(
+    block: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    arguments: dict[str, Any],
+    dtype: torch.dtype,
+    metric: OutputMetric = PLAIN,
+) -> Tensor:
     """Mean squared difference of the block's output from ``targets``, both [batch, seq_len, width]; float32 scalar."""
-    return nn.functional.mse_loss(block_output(block, inputs, arguments, dtype).float(), targets.float())
+    return metric(block_output(block, inputs, arguments, dtype).float() - targets.float()).square().mean()
 
 
 class LearningStep:
@@ -29,7 +37,7 @@ class LearningStep:
     The learning rate is decayed from ``rate`` to 0 by a half-cosine over ``steps``.
 
     Those of the parameters that are in ``decayed`` have the weight decay ``decay``. ``scale`` divides the loss: it keeps
-    Adam's epsilon small beside the gradients and changes no direction.
+    Adam's epsilon small beside the gradients and changes no direction. ``metric`` measures differences of the output.
     """
 
     def __init__(
@@ -46,10 +54,11 @@ class LearningStep:
         scale: float,
         dtype: torch.dtype,
         ranks: Ranks = ONE_RANK,
+        metric: OutputMetric = PLAIN,
     ) -> None:
         device = feeder.inputs.device
         self._block, self._parameters, self._feeder, self._arguments = block, parameters, feeder, arguments
-        self._ranks = ranks
+        self._ranks, self._metric = ranks, metric
         # Gradients are summed over the ranks, and the loss is a mean.
         self._scale, self._dtype = scale * ranks.size, dtype
         half_cosine = [rate * 0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
@@ -90,7 +99,8 @@ class LearningStep:
     def _step(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
         start_weights(self._block)
-        loss = block_loss(self._block, self._feeder.inputs, self._feeder.targets, self._arguments, self._dtype) / self._scale
+        batch = self._feeder.inputs, self._feeder.targets
+        loss = block_loss(self._block, *batch, self._arguments, self._dtype, self._metric) / self._scale
         loss.backward()
         finish_backward(self._block)
         forget_idle(self._block)

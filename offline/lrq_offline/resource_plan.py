@@ -11,6 +11,7 @@ from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import Family, block_families, block_family
 from lrq_offline.hidden_states import HiddenStatesStore
+from lrq_offline.output_gradients import GRADIENT_WINDOWS
 from lrq_offline.pipeline import open_source
 from lrq_offline.run_manifest import manifest_of
 from lrq_offline.source_model import SourceModel
@@ -49,14 +50,20 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
     dtype = product_dtype(device)
     blocks = block_families(config)
     one_of_each_kind = {family: name for name, family in blocks.items()}
-    tokens = settings.samples * settings.seq_len
-    cache = tokens * config.hidden_size * (config.dtype or torch.bfloat16).itemsize
+    window = settings.seq_len * config.hidden_size * (config.dtype or torch.bfloat16).itemsize
+    cache = settings.samples * window
     computing = max(
         step_memory([manifest.quantized[f"{name}.{linear}"] for linear in family.linears], settings, config, family, dtype)
         for family, name in one_of_each_kind.items()
     )
-    store = HiddenStatesStore(device, machine.cache_bytes(device), Path())
-    places = [store.place_for(cache) for _ in range(settings.caches)]
+    room = _room([cache] * settings.caches, device, machine)
+    if settings.weighs_errors:
+        computing = max(computing, _head_memory(settings, config, dtype))
+        moments = len(blocks) * config.hidden_size**2 * 4
+        passed = [min(GRADIENT_WINDOWS, settings.samples) * window] * (len(blocks) + 3)  # the gradients have 32 bits
+        before = _room([*passed, moments], device, machine)
+        room = _room([moments, *[cache] * settings.caches], device, machine)
+        room = {place: max(size, before[place]) for place, size in room.items()}
     largest = max(source.stored_bytes(name) for name in source.names())
     # A tensor outside the blocks is rotated in float32, beside what it was.
     largest *= 3 if settings.rotates else 1
@@ -70,12 +77,26 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
         skipped_modules=manifest.skipped,
         tensor_parallel_sizes=manifest.tensor_parallel_sizes,
         output_bytes=output,
-        gpu_bytes=computing + cache * places.count("GPU memory") if device.type == "cuda" else None,
-        host_bytes=cache * places.count("host memory") + cache + 2 * largest + (0 if device.type == "cuda" else computing),
-        disk_bytes=output + cache * places.count("disk"),
-        hidden_states_in=", ".join(dict.fromkeys(places)),
+        gpu_bytes=computing + room["GPU memory"] if device.type == "cuda" else None,
+        host_bytes=room["host memory"] + cache + 2 * largest + (0 if device.type == "cuda" else computing),
+        disk_bytes=output + room["disk"],
+        hidden_states_in=", ".join(place for place, size in room.items() if size),
         minutes=flops / (_flops_per_second(device) * _EFFICIENCY) / 60,
     )
+
+
+def _room(caches: list[int], device: torch.device, machine: Machine) -> dict[str, int]:
+    """Bytes by place of caches that are there at the same time."""
+    store = HiddenStatesStore(device, machine.cache_bytes(device), Path())
+    room = dict.fromkeys(("GPU memory", "host memory", "disk"), 0)
+    for size in caches:
+        room[store.place_for(size)] += size
+    return room
+
+
+def _head_memory(settings: QuantizeSettings, config: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of the output head, and of one window's logits with what is made of them."""
+    return int(config.vocab_size * (config.hidden_size * dtype.itemsize + settings.seq_len * 5 * 4))
 
 
 def step_memory(
@@ -139,7 +160,9 @@ def block_flops(source: SourceModel, manifest: Manifest, settings: QuantizeSetti
         # Three moments of each input, in float64: two products' worth of time each, if not more.
         inputs = [manifest.quantized[f"{block}.{group[0]}"][1] for group in family.linear_groups]
         moments = sum(3 * 2 * 2 * tokens * columns**2 for columns in inputs)
-    return steps * step + _PASSES * 2 * (per_token + beside) * tokens + moments
+    # Forward twice and back once.
+    passed = 3 * 2 * per_token * min(GRADIENT_WINDOWS, settings.samples) * settings.seq_len if settings.weighs_errors else 0
+    return steps * step + _PASSES * 2 * (per_token + beside) * tokens + moments + passed
 
 
 def _flops_per_second(device: torch.device) -> float:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lrq_offline.config import DEVICES, FULL_RANK, METHODS, PRESETS, STATISTICS, QuantizeSettings, default_method
+from lrq_offline.config import DEVICES, FULL_RANK, LOSSES, METHODS, PRESETS, STATISTICS, QuantizeSettings, default_method
 from lrq_vllm.checkpoint.schema import SCHEMES
 
 __all__ = ["add_settings", "settings_of"]
@@ -31,6 +31,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="let LRQ's factors begin anew (default: from 300 steps on, below 8 bits)",
     )
+    parser.add_argument(
+        "--loss", choices=LOSSES, default=QuantizeSettings("w4a16").loss,
+        help="of lrq and flexround: squared error, or weighed by what it does to predictions (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, help=f"calibration windows (default preset: {default.samples})")
     parser.add_argument("--seq-len", type=int, help=f"tokens per window (default preset: {default.seq_len})")
     parser.add_argument("--batch-size", type=int, help=f"windows per step (default preset: {default.batch_size})")
@@ -91,7 +95,7 @@ def settings_of(parsed: argparse.Namespace) -> QuantizeSettings:
     return QuantizeSettings(
         scheme=parsed.scheme, method=parsed.method or default_method(parsed.scheme), group_size=parsed.group_size,
         symmetric=parsed.symmetric, rank=parsed.rank, learning_rate=parsed.lr, weight_decay=parsed.weight_decay,
-        renew=parsed.renew, kv_bits=parsed.kv_bits, correction_rank=parsed.correction_rank,
+        renew=parsed.renew, loss=parsed.loss, kv_bits=parsed.kv_bits, correction_rank=parsed.correction_rank,
         correction_statistics=parsed.correction_statistics, correction_rounds=parsed.correction_rounds, rotate=parsed.rotate,
         hadamard_block=parsed.hadamard_block, seed=parsed.seed, calibration=parsed.calibration, **vars(preset),
     )  # fmt: skip

@@ -55,6 +55,10 @@ class SourceModel:
         """Dtype and shape in which one tensor is stored, from its header."""
         return self.tensors.spec(name)
 
+    def read_tied(self, name: str) -> Tensor:
+        """As :meth:`read`; an output head that the folder does not hold is the embedding."""
+        return self.read(name if name in self.names() else f"{self.family.embedding}.weight")
+
     def stored_bytes(self, name: str) -> int:
         """Size of one tensor."""
         return self.spec_of(name).nbytes

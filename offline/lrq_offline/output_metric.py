@@ -1,0 +1,45 @@
+"""How large a difference of a block's output is: all channels alike, or as much as it changes what the model predicts.
+
+A small difference d of a token's hidden state changes the model's predictions by about d^T F d / 2 nats (KL divergence),
+where F is the Fisher information: the second moments of the gradients of log-probabilities with respect to that hidden state.
+Here F is that of all tokens together (BRECQ, arXiv 2102.05426, section 3.3, takes each output's own square instead).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["PLAIN", "OutputMetric", "fisher_metric"]
+
+# Share of the identity in F, whose moments are those of some thousand tokens. On tests/models/tiny 0.02 to 0.3 differ by 2%.
+_DAMPING = 0.05
+
+
+@dataclass(frozen=True)
+class OutputMetric:
+    """factor: C [width, width] with F = C C^T, lower triangular, in the dtype of the block's products; None for |d|^2."""
+
+    factor: Tensor | None = None
+
+    def __call__(self, differences: Tensor) -> Tensor:
+        """Vectors [..., width], float32, whose lengths are those of ``differences`` [..., width] in this metric."""
+        if self.factor is None:
+            return differences
+        return (differences.to(self.factor.dtype) @ self.factor).float()
+
+
+PLAIN = OutputMetric()
+
+
+def fisher_metric(moments: Tensor, dtype: torch.dtype) -> OutputMetric:
+    """From second moments of gradients [width, width], of any size: F has a mean of 1 on its diagonal.
+
+    PLAIN where they hold NaN or infinite values, or nothing but zeros.
+    """
+    moments = moments.double()
+    size = moments.diagonal().mean()
+    if not torch.isfinite(moments).all() or size <= 0:
+        return PLAIN
+    identity = torch.eye(len(moments), dtype=torch.float64, device=moments.device)
+    return OutputMetric(torch.linalg.cholesky((1 - _DAMPING) * moments / size + _DAMPING * identity).to(dtype))
