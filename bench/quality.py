@@ -6,10 +6,9 @@
     .venv/bin/python bench/quality.py small --text docs=docs.jsonl code=code.jsonl --calibration mixed.jsonl --samples 128 \
         --cells lrq:w3a16 gptq:w3a16 lrq:w4a16:128 --peers autoround:w3a16=folder --out quality.json
 
-A cell is method:scheme or method:scheme:group-size, and a method lrq, or lrq+fisher for another loss than the squared error;
-each is a fresh quantization at the tool's settings, evaluated by the
-reference path. A peer is a folder that is quantized already: an LRQ checkpoint, or a float model that another tool has
-quantized (its weights written back as floats).
+A cell is method:scheme or method:scheme:group-size, where a method may name its loss (lrq+mse); each is a fresh quantization
+at the tool's settings, evaluated by the reference path. A peer is a folder that is quantized already: an LRQ checkpoint, or a
+float model that another tool has quantized (its weights written back as floats).
 """
 
 import argparse
@@ -77,7 +76,7 @@ def main() -> None:
         for cell in arguments.cells:
             name, scheme, size = cell_of(cell)
             method, _, loss = name.partition("+")
-            settings = replace(settings_of(arguments), method=method, scheme=scheme, group_size=size, loss=loss or "mse")
+            settings = replace(settings_of(arguments), method=method, scheme=scheme, group_size=size, loss=loss or None)
             output = Path(scratch, cell.replace(":", "-"))
             report = quantize_model(arguments.model, output, settings, machine=Machine(arguments.device))
             measured({"method": name, "scheme": scheme, "group_size": size, **facts_of(report)}, output)

@@ -56,7 +56,7 @@ def test_a_plan_reads_headers_only(big: Path) -> None:
 
 
 def test_more_text_needs_more_memory_and_time(big: Path) -> None:
-    few, many = (plan_run(big, QuantizeSettings("w4a16", samples=samples), Machine("cpu")) for samples in (16, 256))
+    few, many = (plan_run(big, QuantizeSettings("w4a16", samples=n, loss="mse"), Machine("cpu")) for n in (16, 256))
     assert many.host_bytes - few.host_bytes == pytest.approx(3 * 240 * 512 * 4096 * 2, rel=0.01)
 
 

@@ -32,9 +32,7 @@ LEARNED = {"scheme": "w4a4", "method": "lrq", "correction_rank": 8}
 
 
 @pytest.fixture(
-    scope="module",
-    params=[{"scheme": "w4a8"}, {"scheme": "w8a8"}, {"loss": "fisher"}, CORRECTED, LEARNED],
-    ids=["w4a8", "w8a8", "fisher", "w4a4", "learned"],
+    scope="module", params=[{"scheme": "w4a8"}, {"scheme": "w8a8"}, CORRECTED, LEARNED], ids=["w4a8", "w8a8", "w4a4", "learned"]
 )
 def settings(request: pytest.FixtureRequest) -> QuantizeSettings:
     return replace(SETTINGS, **request.param)

@@ -68,6 +68,17 @@ def test_lrq_renews_its_factors_below_8_bits_where_they_have_steps_enough() -> N
         assert not QuantizeSettings("w4a16", **other).renews  # type: ignore[arg-type]
 
 
+def test_learning_weighs_errors_below_8_bits_unless_it_is_told_or_corrects() -> None:
+    assert all(
+        QuantizeSettings(scheme, method).weighs_errors for scheme in ("w4a8", "w3a16") for method in ("lrq", "flexround")
+    )
+    assert QuantizeSettings("w8a8", loss="fisher").weighs_errors and not QuantizeSettings("w8a8").weighs_errors
+    assert not QuantizeSettings("w4a16", loss="mse").weighs_errors
+    assert QuantizeSettings("w4a16", correction_rank=8, loss="fisher").weighs_errors
+    assert not QuantizeSettings("w4a16", correction_rank=8).weighs_errors
+    assert not QuantizeSettings("w4a16", "gptq", loss="fisher").weighs_errors
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_accepted(name: str) -> None:
     QuantizeSettings("w4a16", **vars(PRESETS[name]))

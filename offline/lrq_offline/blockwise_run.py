@@ -3,6 +3,7 @@
 In memory at any time: one decoder block and its learning state, and the cached hidden states of both models.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from lrq_offline.stored_block import restore_block
 from lrq_vllm.checkpoint.schema import Manifest
 
 __all__ = ["BlockwiseRun", "FinishedBlock"]
+
+logger = logging.getLogger(__name__)
 
 # Windows per pass where nothing is learned.
 _WINDOWS_AT_ONCE = 4
@@ -154,7 +157,10 @@ class BlockwiseRun:
         )  # fmt: skip
         # Of the window alone, so that several ranks draw what one would.
         seeds = [self.settings.seed * 1_000_003 + row * ranks.size + ranks.rank for row in rows.tolist()]
-        return gradients.moments(windows[rows], hidden[rows], arguments, seeds)
+        started = time.monotonic()
+        moments = gradients.moments(windows[rows], hidden[rows], arguments, seeds)
+        logger.info("Fisher information of %d blocks in %.1f s", len(arguments), time.monotonic() - started)
+        return moments
 
     def _first_block_inputs(self, model: nn.Module, windows: Tensor) -> BlockInputs:
         family, config = self.source.family, self.source.config

@@ -69,8 +69,8 @@ class QuantizeSettings:
     iters: most AdamW steps per block; ignored by methods that learn nothing. learning_rate: None means the default rate.
     weight_decay: of S2's matrix, per step and unit of learning rate; None means the default, 0 learns as the papers do.
     renew: whether LRQ's factors begin anew after each tenth of the steps, on top of what they learned (None: if it pays).
-    loss: what learning lowers: the mean squared error of a block's output, or ``"fisher"``, that error weighed by how much it
-    changes the model's predictions (output_metric.py); ignored by methods that learn nothing.
+    loss: what learning lowers: ``"mse"``, the mean squared error of a block's output, or ``"fisher"``, that error weighed by
+    how much it changes the model's predictions (output_metric.py); None: fisher below 8 bits without a correction.
     kv_bits: 8 fake-quantizes keys and values per token and head while learning; None leaves them in 16 bits.
     correction_rank: of each layer's low-rank correction: a number, or like ``"10%"`` a share of the layer's smaller side.
     correction_statistics: whether it is found with the inputs that the quantized blocks produce, or with the float model's.
@@ -88,7 +88,7 @@ class QuantizeSettings:
     learning_rate: float | None = None
     weight_decay: float | None = None
     renew: bool | None = None
-    loss: str = "mse"
+    loss: str | None = None
     samples: int = PRESETS["default"].samples
     seq_len: int = PRESETS["default"].seq_len
     batch_size: int = PRESETS["default"].batch_size
@@ -125,7 +125,7 @@ class QuantizeSettings:
             problems.append(f"lr is {self.learning_rate}, but must lie between 0 and 1")
         if self.weight_decay is not None and not 0 <= self.weight_decay < 100:
             problems.append(f"weight-decay is {self.weight_decay}, but must lie between 0 and 100")
-        if self.loss not in LOSSES:
+        if self.loss is not None and self.loss not in LOSSES:
             problems.append(f"loss is {self.loss!r}, but must be {' or '.join(LOSSES)}")
         if self.kv_bits not in (None, 8):
             problems.append(f"kv-bits is {self.kv_bits}, but keys and values have 8 bits or stay as they are")
@@ -226,7 +226,9 @@ class QuantizeSettings:
     @property
     def weighs_errors(self) -> bool:
         """Whether learning weighs a block's errors by what they do to the model's predictions."""
-        return self.learns and self.loss == "fisher"
+        # With 8 bits it gains nothing (bench/results/quality-small-h200.json); with corrections it has not been measured.
+        pays = self.bits.weight_bits < 8 and not self.corrects
+        return self.learns and (pays if self.loss is None else self.loss == "fisher")
 
     @property
     def check_every(self) -> int:

@@ -225,6 +225,7 @@ def _report(
         "learning_rate": settings.rate(width),
         "weight_decay": settings.decay,
         "renew": settings.renews,
+        "loss": "fisher" if settings.weighs_errors else "mse",
         "rotate": settings.rotates,
         "calibration": calibration,
     }

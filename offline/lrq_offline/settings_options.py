@@ -32,8 +32,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         help="let LRQ's factors begin anew (default: from 300 steps on, below 8 bits)",
     )
     parser.add_argument(
-        "--loss", choices=LOSSES, default=QuantizeSettings("w4a16").loss,
-        help="of lrq and flexround: squared error, or weighed by what it does to predictions (default: %(default)s)",
+        "--loss", choices=LOSSES,
+        help="squared error, or weighed by what it does to predictions (default: fisher below 8 bits)",
     )  # fmt: skip
     parser.add_argument("--samples", type=int, help=f"calibration windows (default preset: {default.samples})")
     parser.add_argument("--seq-len", type=int, help=f"tokens per window (default preset: {default.seq_len})")
