@@ -32,9 +32,11 @@ def moments_block_by_block(folder: Path, tokens: Tensor, scratch: Path) -> Tenso
     def load(index: int) -> nn.Module:
         return load_block(model, source.block_names[index], source.read, torch.float32, CPU)
 
-    store = HiddenStatesStore(CPU, 0, scratch)
+    store, width = HiddenStatesStore(CPU, 0, scratch), source.config.hidden_size
+    moments = store.like((len(source.block_names), width, width), torch.float32)
     gradients = OutputGradients(model, family, load, source.read_tied, store, torch.float32, ONE_RANK)
-    return gradients.moments(tokens, first.hidden, first.arguments, range(len(tokens))).get(slice(None))
+    gradients.moments(tokens, first.hidden, first.arguments, range(len(tokens)), moments)
+    return moments.get(slice(None))
 
 
 def moments_of_whole_model(folder: Path, tokens: Tensor) -> Tensor:

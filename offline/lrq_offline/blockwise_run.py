@@ -1,6 +1,7 @@
 """The passage through a model's blocks: those that are finished are restored, the others quantized. Every rank makes it.
 
-In memory at any time: one decoder block and its learning state, and the cached hidden states of both models.
+In memory at any time: one decoder block and its learning state, and the cached hidden states of both models. Before that, if
+learning weighs errors, the float model is passed through once more (output_gradients.py).
 """
 
 import logging
@@ -157,8 +158,12 @@ class BlockwiseRun:
         )  # fmt: skip
         # Of the window alone, so that several ranks draw what one would.
         seeds = [self.settings.seed * 1_000_003 + row * ranks.size + ranks.rank for row in rows.tolist()]
-        started = time.monotonic()
-        moments = gradients.moments(windows[rows], hidden[rows], arguments, seeds)
+        started, width = time.monotonic(), hidden.shape[-1]
+        # One after the other is read, once: not worth a GPU's memory.
+        moments = HiddenStatesStore(device, 0, self.folder).like((len(arguments), width, width), torch.float32)
+        gradients.moments(windows[rows], hidden[rows], arguments, seeds, moments)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what is free decides where the blocks' caches go
         logger.info("Fisher information of %d blocks in %.1f s", len(arguments), time.monotonic() - started)
         return moments
 

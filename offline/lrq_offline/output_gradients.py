@@ -3,7 +3,7 @@
 In memory at any time: one block, or the output head; cached hidden states of all blocks, of some of the windows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from lrq_offline.ranks import Ranks
 __all__ = ["GRADIENT_WINDOWS", "OutputGradients", "drawn_tokens", "some_windows"]
 
 GRADIENT_WINDOWS = 32
+"""How many windows of all processes are passed through, if there are so many."""
+
 _WINDOWS_AT_ONCE = 2
 _HEAD = "lm_head"
 
@@ -35,7 +37,7 @@ class OutputGradients:
     """What one process needs for its share of the moments.
 
     model: an empty model whose embedding and rotary tables are real. load: the float block of an index, from 0. read: a tensor
-    of the float model. store: where hidden states and moments go. dtype: of matrix products.
+    of the float model. store: where hidden states go. dtype: of matrix products.
     """
 
     model: nn.Module
@@ -47,9 +49,14 @@ class OutputGradients:
     ranks: Ranks
 
     def moments(
-        self, windows: Tensor, hidden: Tensor, arguments: Sequence[dict[str, Any]], seeds: Sequence[int]
-    ) -> HiddenStates:
-        """E[g g^T] of each block's output, float32 [blocks, width, width], over the tokens of all processes' windows.
+        self,
+        windows: Tensor,
+        hidden: Tensor,
+        arguments: Sequence[dict[str, Any]],
+        seeds: Sequence[int],
+        into: HiddenStates,
+    ) -> None:
+        """Write sums of g g^T of each block's output ``into`` [blocks, width, width], over all processes' tokens.
 
         windows: token ids int64 [samples, seq_len]; hidden [samples, seq_len, width]: what the first block receives for them;
         arguments: of each block's call. g is the gradient of the log-probability of a next token, which is drawn from the
@@ -61,13 +68,10 @@ class OutputGradients:
             run_block(self.load(index), states[index], states[index + 1], of_block, _WINDOWS_AT_ONCE, self.dtype)
         gradients = self.store.like(tuple(hidden.shape), torch.float32)
         self._begin(windows, states[-1], gradients, seeds)
-        width = hidden.shape[-1]
-        moments = self.store.like((len(arguments), width, width), torch.float32)
         for index in reversed(range(len(arguments))):
-            moments.put(slice(index, index + 1), self.ranks.sum(_second_moments(gradients)).unsqueeze(0))
+            into.put(slice(index, index + 1), self.ranks.sum(_second_moments(gradients)).unsqueeze(0))
             if index > 0:
                 self._pass_back(self.load(index), states[index], gradients, arguments[index])
-        return moments
 
     def _begin(self, windows: Tensor, last: HiddenStates, gradients: HiddenStates, seeds: Sequence[int]) -> None:
         """Write the gradients with respect to the last block's output."""
@@ -83,7 +87,7 @@ class OutputGradients:
                 gradients.put(rows, torch.autograd.grad(logits, hidden, gradient.to(logits.dtype))[0])
 
     @contextmanager
-    def _tail(self, device: torch.device) -> Any:
+    def _tail(self, device: torch.device) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
         """What maps token ids [1, seq_len] and the last block's output to logits: the model from its final norm on."""
         kept = {name: self.model.get_submodule(name) for name in (self.family.blocks, self.family.final_norm, _HEAD)}
         given = _Given()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 __all__ = ["PLAIN", "OutputMetric", "fisher_metric"]
 
-# Share of the identity in F, whose moments are those of some thousand tokens. On tests/models/tiny 0.02 to 0.3 differ by 2%.
+# Share of the identity in F, whose moments are those of some thousand tokens. Between 0.005 and 0.2 KL on validation text
+# differs by 3% at most, as between 32 and 128 windows (bench/results/fisher-damping-small-h200.json).
 _DAMPING = 0.05
 
 

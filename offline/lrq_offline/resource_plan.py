@@ -1,7 +1,7 @@
 """What a run will need, from a model's headers and the settings alone: memory, disk, time."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,11 +59,10 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
     room = _room([cache] * settings.caches, device, machine)
     if settings.weighs_errors:
         computing = max(computing, _head_memory(settings, config, dtype))
-        moments = len(blocks) * config.hidden_size**2 * 4
         passed = [min(GRADIENT_WINDOWS, settings.samples) * window] * (len(blocks) + 3)  # the gradients have 32 bits
-        before = _room([*passed, moments], device, machine)
-        room = _room([moments, *[cache] * settings.caches], device, machine)
-        room = {place: max(size, before[place]) for place, size in room.items()}
+        before = _room(passed, device, machine)
+        kept = _room([len(blocks) * config.hidden_size**2 * 4], device, replace(machine, max_gpu_gb=0))
+        room = {place: max(size, before[place]) + kept[place] for place, size in room.items()}
     largest = max(source.stored_bytes(name) for name in source.names())
     # A tensor outside the blocks is rotated in float32, beside what it was.
     largest *= 3 if settings.rotates else 1
