@@ -4,33 +4,27 @@
     .venv/bin/python bench/correction.py small --text docs=docs.jsonl prose=prose.jsonl --out correction.json
 
 A cell is words joined by colons: a scheme and a method, then, where wanted, the correction's rank (10%), ``float`` (found with
-the float model's inputs), ``rounds=2``, ``lr=0.002``, ``rotate`` or ``no-rotate``, and ``svd``: in place of LRC's pair the one
-of that rank nearest to W - W_hat, beside the integers of the same cell without a correction. With ``lrq`` a correction is
-learned. Evaluated by the reference path.
+the float model's inputs), ``rounds=2``, ``lr=0.002``, a loss (``mse``), ``rotate`` or ``no-rotate``, and ``svd``: in
+place of LRC's pair the one of that rank nearest to W - W_hat, beside the integers of the same cell without a correction. With
+``lrq`` a correction is learned. Evaluated by the reference path.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import tempfile
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from held_out import HeldOut, add_held_out
 from low_rank_pairs import add_pairs
 from torch import Tensor
 
-from lrq_offline.calibration import token_windows
-from lrq_offline.calibration_text import read_texts, shipped_calibration
-from lrq_offline.compute import Machine, choose_device, device_name
-from lrq_offline.config import METHODS, STATISTICS, QuantizeSettings
-from lrq_offline.evaluate import compare
+from lrq_offline.calibration_text import shipped_calibration
+from lrq_offline.compute import Machine
+from lrq_offline.config import LOSSES, METHODS, STATISTICS, QuantizeSettings
 from lrq_offline.pipeline import open_source, quantize_model
-from lrq_offline.reference_model import load_model
-from lrq_offline.source_model import load_tokenizer
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.checkpoint.store import read_manifest
 from lrq_vllm.kernels.reference import dequantize_weight
@@ -59,22 +53,11 @@ LEARNED_CELLS = [
 
 def main() -> None:
     arguments = parsed()
-    device = choose_device(arguments.device)
-    tokenizer = load_tokenizer(arguments.model)
-    texts = dict(text.split("=", 1) for text in arguments.text)
-    windows = {
-        name: token_windows(tokenizer, read_texts(path, tokenizer), arguments.windows, arguments.seq_len).to(device)
-        for name, path in texts.items()
-    }
-    reference = load_model(arguments.model).to(device)
+    held_out = HeldOut.of(arguments)
     result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "machine": device_name(device),
-        "versions": {name: version(name) for name in ("lrq", "torch", "transformers")} | {"python": platform.python_version()},
-        "model": arguments.model.name,
+        **held_out.about,
         "calibration": Path(arguments.calibration or shipped_calibration()).name,
         "calibration_tokens": arguments.samples * arguments.calibration_seq_len,
-        "texts": [f"{name}={Path(path).name}" for name, path in texts.items()],
         "rows": [],
     }
     with tempfile.TemporaryDirectory() as scratch:
@@ -86,7 +69,6 @@ def main() -> None:
             if svd:
                 add_svd(arguments.model, output, settings)
             manifest = read_manifest(output)
-            model = load_model(output).to(device)
             row = {
                 "cell": cell,
                 "scheme": settings.scheme,
@@ -101,7 +83,7 @@ def main() -> None:
                 "correction_bytes": manifest.correction_bytes,
                 "float_bytes": report["quantized_linears"]["float_bytes"],
                 "seconds": report["seconds"],
-                "texts": {name: asdict(compare(model, reference, tokens)) for name, tokens in windows.items()},
+                "texts": held_out.qualities(output),
             }
             result["rows"].append(row)
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -132,6 +114,8 @@ def settings_of(cell: str, arguments: argparse.Namespace) -> tuple[QuantizeSetti
             found["correction_rank"] = word
         elif word in STATISTICS:
             found["correction_statistics"] = word
+        elif word in LOSSES:
+            found["loss"] = word
         elif word in ("rotate", "no-rotate"):
             found["rotate"] = word == "rotate"
         elif word.startswith("rounds="):
@@ -159,8 +143,8 @@ def add_svd(model: Path, folder: Path, settings: QuantizeSettings) -> None:
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE", help="held-out texts")
+    add_held_out(parser)
+    parser.set_defaults(windows=16)
     parser.add_argument("--cells", nargs="*", default=CELLS, metavar="CELL", help="default: %(default)s")
     parser.add_argument(
         "--learned", dest="cells", action="store_const", const=LEARNED_CELLS, help="the cells that learn instead"
@@ -168,9 +152,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--calibration", help="default: what ships with lrq")
     parser.add_argument("--samples", type=int, default=64, help="calibration windows (default: %(default)s)")
     parser.add_argument("--calibration-seq-len", type=int, default=256, help="tokens of each (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=16, help="of each text (default: %(default)s)")
-    parser.add_argument("--seq-len", type=int, default=512, help="of evaluation windows (default: %(default)s)")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     return parser.parse_args()
 

@@ -12,26 +12,19 @@ float model that another tool has quantized (its weights written back as floats)
 """
 
 import argparse
-import datetime
 import json
-import platform
 import tempfile
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from held_out import HeldOut, add_held_out
 from rich.console import Console
 from rich.table import Table
 
-from lrq_offline.calibration import token_windows
-from lrq_offline.calibration_text import read_texts
-from lrq_offline.compute import Machine, choose_device, device_name
+from lrq_offline.compute import Machine
 from lrq_offline.config import PRESETS, QuantizeSettings
-from lrq_offline.evaluate import compare
 from lrq_offline.pipeline import quantize_model
-from lrq_offline.reference_model import load_model
-from lrq_offline.source_model import load_tokenizer
 from lrq_vllm.checkpoint.report import REPORT_NAME
 
 CELLS = [f"{method}:{scheme}" for scheme in ("w8a8", "w4a8", "w4a16", "w3a16") for method in ("rtn", "lrq")]
@@ -39,33 +32,18 @@ CELLS = [f"{method}:{scheme}" for scheme in ("w8a8", "w4a8", "w4a16", "w3a16") f
 
 def main() -> None:
     arguments = parsed()
-    device = choose_device(arguments.device)
-    tokenizer = load_tokenizer(arguments.model)
-    texts = dict(text.split("=", 1) for text in arguments.text)
-    windows = {
-        name: token_windows(tokenizer, read_texts(path, tokenizer), arguments.windows, arguments.seq_len).to(device)
-        for name, path in texts.items()
-    }
-    reference = load_model(arguments.model).to(device)
+    held_out = HeldOut.of(arguments)
     console = Console(width=140, highlight=False)
 
     def measured(row: dict[str, Any], folder: Path) -> None:
-        model = load_model(folder).to(device)
-        row["texts"] = {name: asdict(compare(model, reference, tokens)) for name, tokens in windows.items()}
+        row["texts"] = held_out.qualities(folder)
         rows.append(row)
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
         shown = "  ".join(f"{name} KL {quality['kl']:.4f}" for name, quality in row["texts"].items())
         console.print(f"{row['method']} {row['scheme']} {row['group_size'] or ''}: {shown}")
 
     rows: list[dict[str, Any]] = []
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": device_name(device),
-        "versions": {name: version(name) for name in ("lrq", "torch", "transformers")} | {"python": platform.python_version()},
-        "model": arguments.model.name,
-        "texts": [f"{name}={Path(path).name}" for name, path in texts.items()],
-        "rows": rows,
-    }
+    result = {**held_out.about, "rows": rows}
     for peer in arguments.peers:
         label, _, folder = peer.partition("=")
         method, scheme, size = cell_of(label)
@@ -80,22 +58,18 @@ def main() -> None:
             output = Path(scratch, cell.replace(":", "-"))
             report = quantize_model(arguments.model, output, settings, machine=Machine(arguments.device))
             measured({"method": name, "scheme": scheme, "group_size": size, **facts_of(report)}, output)
-    show(rows, list(windows), console)
+    show(rows, list(held_out.windows), console)
 
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE", help="held-out texts")
+    add_held_out(parser)
     parser.add_argument("--cells", nargs="*", default=CELLS, metavar="METHOD[+LOSS]:SCHEME[:GROUP]")
     parser.add_argument("--peers", nargs="*", default=[], metavar="LABEL:SCHEME[:GROUP]=FOLDER")
     parser.add_argument("--preset", choices=list(PRESETS), default="default")
     parser.add_argument("--calibration", help="default: what ships with lrq")
     parser.add_argument("--samples", type=int, help="default: the preset's")
     parser.add_argument("--iters", type=int, help="default: the preset's")
-    parser.add_argument("--windows", type=int, help="of each text (default: all)")
-    parser.add_argument("--seq-len", type=int, default=512, help="of evaluation windows (default: %(default)s)")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     return parser.parse_args()
 
