@@ -90,8 +90,9 @@ def test_lengths_in_the_metric_are_those_of_the_fisher_information() -> None:
 
 
 @pytest.mark.parametrize("moments", [torch.zeros(4, 4), torch.full((4, 4), torch.nan), torch.full((4, 4), torch.inf)])
-def test_moments_that_say_nothing_leave_all_channels_alike(moments: Tensor) -> None:
+def test_moments_that_say_nothing_leave_all_channels_alike(moments: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     assert fisher_metric(moments, torch.float32) is PLAIN
+    assert "channels count alike" in caplog.text
 
 
 class Gain(nn.Module):

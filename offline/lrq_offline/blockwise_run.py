@@ -86,7 +86,7 @@ class BlockwiseRun:
             cache.put(slice(None), inputs.hidden)
         for index in range(len(arguments)):
             metric = PLAIN
-            if moments is not None:
+            if moments is not None and index >= len(self.finished):
                 metric = fisher_metric(moments.get(slice(index, index + 1))[0], product_dtype(device))
             on_block(self._block(model, index, caches, arguments[index], ranks, metric))
 

@@ -5,12 +5,15 @@ where F is the Fisher information: the second moments of the gradients of log-pr
 Here F is that of all tokens together (BRECQ, arXiv 2102.05426, section 3.3, takes each output's own square instead).
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 __all__ = ["PLAIN", "OutputMetric", "fisher_metric"]
+
+logger = logging.getLogger(__name__)
 
 # Share of the identity in F, whose moments are those of some thousand tokens. Between 0.005 and 0.2 KL on validation text
 # differs by 3% at most, as between 32 and 128 windows (bench/results/fisher-damping-small-h200.json).
@@ -36,11 +39,12 @@ PLAIN = OutputMetric()
 def fisher_metric(moments: Tensor, dtype: torch.dtype) -> OutputMetric:
     """From second moments of gradients [width, width], of any size: F has a mean of 1 on its diagonal.
 
-    PLAIN where they hold NaN or infinite values, or nothing but zeros.
+    PLAIN where they hold NaN or infinite values, or nothing but zeros, with a warning.
     """
     moments = moments.double()
     size = moments.diagonal().mean()
     if not torch.isfinite(moments).all() or size <= 0:
+        logger.warning("the gradients of a block's output say nothing (all zero, NaN or infinite): its channels count alike")
         return PLAIN
     identity = torch.eye(len(moments), dtype=torch.float64, device=moments.device)
     return OutputMetric(torch.linalg.cholesky((1 - _DAMPING) * moments / size + _DAMPING * identity).to(dtype))
