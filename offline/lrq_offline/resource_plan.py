@@ -116,6 +116,8 @@ def step_memory(
         # W_hat, S2's matrix and the gradients of both; the weight under earlier factors, and its best values.
         total += elements * 2 * (dtype.itemsize + (4 if rank is None else dtype.itemsize))
         total += elements * 2 * dtype.itemsize if settings.renews else 0
+    if settings.weighs_errors:
+        total += config.hidden_size**2 * dtype.itemsize
     if settings.learns and settings.corrects:
         # U and V as the other parameters, and the float32 weight that is rounded beside them.
         corrected = sum(settings.correction_rank_of(shape) * sum(shape) for shape in shapes)
