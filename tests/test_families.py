@@ -10,11 +10,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lrq_offline import blockwise_run
-from lrq_offline.calibration import capture_block_inputs
+from lrq_offline.calibration import first_block_inputs
 from lrq_offline.compute import block_output
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import FAMILIES as KNOWN
-from lrq_offline.decoder_blocks import empty_model, load_block, restore_constants
+from lrq_offline.decoder_blocks import empty_model, load_block
 from lrq_offline.evaluate import evaluate_folder
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.pipeline import quantize_model
@@ -69,10 +69,7 @@ def test_blocks_one_by_one_compute_what_the_whole_model_does(family: str, models
     whole.get_submodule(source.family.final_norm).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     whole(input_ids=tokens)
     empty = empty_model(source.config)
-    embedding = source.family.embedding
-    empty.set_submodule(embedding, load_block(empty, embedding, source.read, torch.float32, cpu))
-    restore_constants(empty, source.family, source.config)
-    inputs = capture_block_inputs(empty, source.family, tokens, torch.float32)
+    inputs = first_block_inputs(source, empty, tokens, torch.float32)
     hidden = inputs.hidden
     for name, arguments in zip(source.block_names, inputs.arguments, strict=True):
         block = load_block(empty, name, source.read, torch.float32, cpu)

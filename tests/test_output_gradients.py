@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lrq_offline.block_learning import LearningWindows, learn_block
-from lrq_offline.calibration import capture_block_inputs
+from lrq_offline.calibration import first_block_inputs
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import blocks_of, empty_model, load_block, restore_constants
+from lrq_offline.decoder_blocks import blocks_of, empty_model, load_block
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
 from lrq_offline.output_gradients import OutputGradients, drawn_tokens, some_windows
 from lrq_offline.output_metric import PLAIN, OutputMetric, fisher_metric
@@ -24,17 +24,15 @@ CPU = torch.device("cpu")
 def moments_block_by_block(folder: Path, tokens: Tensor, scratch: Path) -> Tensor:
     """Window number n is drawn with seed n."""
     source = SourceModel.open(folder)
-    model, family = empty_model(source.config), source.family
-    model.set_submodule(family.embedding, load_block(model, family.embedding, source.read, torch.float32, CPU))
-    restore_constants(model, family, source.config)
-    first = capture_block_inputs(model, family, tokens, torch.float32)
+    model = empty_model(source.config)
+    first = first_block_inputs(source, model, tokens, torch.float32)
 
     def load(index: int) -> nn.Module:
         return load_block(model, source.block_names[index], source.read, torch.float32, CPU)
 
     store, width = HiddenStatesStore(CPU, 0, scratch), source.config.hidden_size
     moments = store.like((len(source.block_names), width, width), torch.float32)
-    gradients = OutputGradients(model, family, load, source.read_tied, store, torch.float32, ONE_RANK)
+    gradients = OutputGradients(model, source.family, load, source.read_tied, store, torch.float32, ONE_RANK)
     gradients.moments(tokens, first.hidden, first.arguments, range(len(tokens)), moments)
     return moments.get(slice(None))
 
@@ -54,7 +52,7 @@ def moments_of_whole_model(folder: Path, tokens: Tensor) -> Tensor:
         likelihood = logits.log_softmax(dim=-1).gather(-1, drawn).sum()
         for index, gradient in enumerate(torch.autograd.grad(likelihood, outputs)):
             moments[index] += gradient[0].T @ gradient[0]
-    return moments
+    return moments * 2 / tokens.numel()
 
 
 @pytest.mark.parametrize("family", ["tiny", *FAMILIES])

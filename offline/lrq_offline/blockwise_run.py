@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lrq_offline.block_learning import run_block
 from lrq_offline.block_quantizer import BlockQuantizer, QuantizedBlock
-from lrq_offline.calibration import BlockInputs, capture_block_inputs
+from lrq_offline.calibration import first_block_inputs
 from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.decoder_blocks import block_family, empty_model, load_block, restore_constants
+from lrq_offline.decoder_blocks import block_family, empty_model, load_block
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
 from lrq_offline.input_rotation import InputRotation
 from lrq_offline.kv_cache import quantize_kv_cache
@@ -75,7 +75,8 @@ class BlockwiseRun:
         device = choose_device(self.machine.device)
         model = empty_model(self.source.config)
         windows = ranks.share(self.windows)
-        inputs = self._first_block_inputs(model, windows)
+        # Hidden states are kept in the model's own precision, which is what a server hands from block to block.
+        inputs = first_block_inputs(self.source, model, windows, self.source.config.dtype or torch.bfloat16)
         arguments = _on_device(inputs.arguments, device)
         moments = None
         if self.settings.weighs_errors and len(self.finished) < len(arguments):
@@ -166,15 +167,6 @@ class BlockwiseRun:
             torch.cuda.empty_cache()  # what is free decides where the blocks' caches go
         logger.info("Fisher information of %d blocks in %.1f s", len(arguments), time.monotonic() - started)
         return moments
-
-    def _first_block_inputs(self, model: nn.Module, windows: Tensor) -> BlockInputs:
-        family, config = self.source.family, self.source.config
-        model.set_submodule(
-            family.embedding, load_block(model, family.embedding, self.source.read, torch.float32, torch.device("cpu"))
-        )
-        restore_constants(model, family, config)
-        # Hidden states are kept in the model's own precision, which is what a server hands from block to block.
-        return capture_block_inputs(model, family, windows, config.dtype or torch.bfloat16)
 
 
 def _on_device(arguments: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:

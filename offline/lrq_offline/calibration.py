@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lrq_offline.decoder_blocks import Family, blocks_of
+from lrq_offline.decoder_blocks import blocks_of, load_block, restore_constants
+from lrq_offline.source_model import SourceModel
 from lrq_vllm.token_windows import spread_windows
 
-__all__ = ["BlockInputs", "capture_block_inputs", "token_windows"]
+__all__ = ["BlockInputs", "first_block_inputs", "token_windows"]
 
 
 def token_windows(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], samples: int | None, seq_len: int) -> Tensor:
@@ -58,12 +59,15 @@ class _Catcher(nn.Module):
 
 
 @torch.no_grad()
-def capture_block_inputs(model: nn.Module, family: Family, windows: Tensor, dtype: torch.dtype) -> BlockInputs:
-    """Run what stands before the blocks on token windows [samples, seq_len].
+def first_block_inputs(source: SourceModel, model: nn.Module, windows: Tensor, dtype: torch.dtype) -> BlockInputs:
+    """Run what stands before the blocks on token windows [samples, seq_len], on the CPU.
 
-    The hidden states are kept in ``dtype``. ``model`` is an empty model whose embedding and rotary tables are real; its
-    blocks are not touched.
+    The hidden states are kept in ``dtype``. ``model`` is the empty model of ``source``: it gets its embedding, in float32, and
+    its rotary tables; its blocks are not touched.
     """
+    family, cpu = source.family, torch.device("cpu")
+    model.set_submodule(family.embedding, load_block(model, family.embedding, source.read, torch.float32, cpu))
+    restore_constants(model, family, source.config)
     blocks = blocks_of(model, family)
     catchers = [_Catcher(last=index == len(blocks) - 1) for index in range(len(blocks))]
     model.set_submodule(family.blocks, nn.ModuleList(catchers))

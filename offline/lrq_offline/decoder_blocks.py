@@ -17,6 +17,7 @@ from lrq_offline.experts import DenseBlocks, ExpertNames, Experts
 
 __all__ = [
     "FAMILIES",
+    "HEAD",
     "Family",
     "block_families",
     "block_family",
@@ -27,6 +28,8 @@ __all__ = [
     "restore_constants",
     "with_names_of_files",
 ]
+
+HEAD = "lm_head"  # what every family calls its output head
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,20 @@ from torch import Tensor, nn
 
 from lrq_offline.block_learning import run_block
 from lrq_offline.compute import block_output, products_in
-from lrq_offline.decoder_blocks import Family, load_block
+from lrq_offline.decoder_blocks import HEAD, Family, load_block
+from lrq_offline.gptq import HessianSum
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
 from lrq_offline.ranks import Ranks
 
-__all__ = ["GRADIENT_WINDOWS", "OutputGradients", "drawn_tokens", "some_windows"]
+__all__ = ["OutputGradients", "drawn_tokens", "some_windows"]
 
-GRADIENT_WINDOWS = 32
-"""How many windows of all processes are passed through, if there are so many."""
-
+_WINDOWS = 32  # of all processes, that are passed through if there are so many
 _WINDOWS_AT_ONCE = 2
-_HEAD = "lm_head"
 
 
 def some_windows(samples: int, ranks: int) -> Tensor:
     """int64: which of ``samples`` windows of each of ``ranks`` processes are passed through, spread evenly."""
-    count = min(max(GRADIENT_WINDOWS // ranks, 1), samples)
+    count = min(max(_WINDOWS // ranks, 1), samples)
     return torch.arange(count) * samples // count
 
 
@@ -56,7 +54,7 @@ class OutputGradients:
         seeds: Sequence[int],
         into: HiddenStates,
     ) -> None:
-        """Write sums of g g^T of each block's output ``into`` [blocks, width, width], over all processes' tokens.
+        """Write 2 E[g g^T] of each block's output ``into`` [blocks, width, width], over all processes' tokens.
 
         windows: token ids int64 [samples, seq_len]; hidden [samples, seq_len, width]: what the first block receives for them;
         arguments: of each block's call. g is the gradient of the log-probability of a next token, which is drawn from the
@@ -69,7 +67,10 @@ class OutputGradients:
         gradients = self.store.like(tuple(hidden.shape), torch.float32)
         self._begin(windows, states[-1], gradients, seeds)
         for index in reversed(range(len(arguments))):
-            into.put(slice(index, index + 1), self.ranks.sum(_second_moments(gradients)).unsqueeze(0))
+            total = HessianSum()
+            for rows in gradients.slices(_WINDOWS_AT_ONCE):
+                total(gradients.get(rows).flatten(0, 1))
+            into.put(slice(index, index + 1), total.value(self.ranks).unsqueeze(0))
             if index > 0:
                 self._pass_back(self.load(index), states[index], gradients, arguments[index])
 
@@ -81,19 +82,19 @@ class OutputGradients:
                 hidden = last.get(rows).float().requires_grad_()
                 with products_in(self.dtype, last.device):
                     logits = predict(window.unsqueeze(0), hidden)
-                drawn = drawn_tokens(logits.detach().float(), seed)
-                gradient = logits.detach().float().softmax(dim=-1)
+                scores = logits.detach().float()
+                drawn, gradient = drawn_tokens(scores, seed), scores.softmax(dim=-1)
                 gradient.scatter_(-1, drawn, gradient.gather(-1, drawn) - 1)
                 gradients.put(rows, torch.autograd.grad(logits, hidden, gradient.to(logits.dtype))[0])
 
     @contextmanager
     def _tail(self, device: torch.device) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
         """What maps token ids [1, seq_len] and the last block's output to logits: the model from its final norm on."""
-        kept = {name: self.model.get_submodule(name) for name in (self.family.blocks, self.family.final_norm, _HEAD)}
+        kept = {name: self.model.get_submodule(name) for name in (self.family.blocks, self.family.final_norm, HEAD)}
         given = _Given()
         own = None if self.dtype == torch.bfloat16 else torch.float32
         try:
-            for name in (self.family.final_norm, _HEAD):
+            for name in (self.family.final_norm, HEAD):
                 self.model.set_submodule(name, load_block(self.model, name, self.read, own, device))
             self.model.set_submodule(self.family.blocks, nn.ModuleList([given]))
 
@@ -129,12 +130,3 @@ class _Given(nn.Module):
 
     def forward(self, *arguments: Any, **others: Any) -> Tensor:
         return self.hidden
-
-
-def _second_moments(gradients: HiddenStates) -> Tensor:
-    width = gradients.stored.shape[-1]
-    total = torch.zeros(width, width, device=gradients.device)
-    for rows in gradients.slices(_WINDOWS_AT_ONCE):
-        g = gradients.get(rows).flatten(0, 1)
-        total += g.T @ g
-    return total

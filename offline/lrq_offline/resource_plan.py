@@ -11,7 +11,7 @@ from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import Family, block_families, block_family
 from lrq_offline.hidden_states import HiddenStatesStore
-from lrq_offline.output_gradients import GRADIENT_WINDOWS
+from lrq_offline.output_gradients import some_windows
 from lrq_offline.pipeline import open_source
 from lrq_offline.run_manifest import manifest_of
 from lrq_offline.source_model import SourceModel
@@ -59,7 +59,7 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
     room = _room([cache] * settings.caches, device, machine)
     if settings.weighs_errors:
         computing = max(computing, _head_memory(settings, config, dtype))
-        passed = [min(GRADIENT_WINDOWS, settings.samples) * window] * (len(blocks) + 3)  # the gradients have 32 bits
+        passed = [len(some_windows(settings.samples, 1)) * window] * (len(blocks) + 3)  # the gradients have 32 bits
         before = _room(passed, device, machine)
         kept = _room([len(blocks) * config.hidden_size**2 * 4], device, replace(machine, max_gpu_gb=0))
         room = {place: max(size, before[place]) + kept[place] for place, size in room.items()}
@@ -162,7 +162,9 @@ def block_flops(source: SourceModel, manifest: Manifest, settings: QuantizeSetti
         inputs = [manifest.quantized[f"{block}.{group[0]}"][1] for group in family.linear_groups]
         moments = sum(3 * 2 * 2 * tokens * columns**2 for columns in inputs)
     # Forward twice and back once.
-    passed = 3 * 2 * per_token * min(GRADIENT_WINDOWS, settings.samples) * settings.seq_len if settings.weighs_errors else 0
+    passed = 0.0
+    if settings.weighs_errors:
+        passed = 3 * 2 * per_token * len(some_windows(settings.samples, 1)) * settings.seq_len
     return steps * step + _PASSES * 2 * (per_token + beside) * tokens + moments + passed
 
 

@@ -5,13 +5,12 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from lrq_offline.decoder_blocks import HEAD
 from lrq_offline.rotation import Rotation
 from lrq_offline.source_model import SourceModel, model_config
 from lrq_vllm.checkpoint.schema import TensorSpec
 
 __all__ = ["RotatedSource"]
-
-_HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class RotatedSource(SourceModel):
     def names(self) -> list[str]:
         """With an output head of its own."""
         names = super().names()
-        return names if f"{_HEAD}.weight" in names else [*names, f"{_HEAD}.weight"]
+        return names if f"{HEAD}.weight" in names else [*names, f"{HEAD}.weight"]
 
     def spec_of(self, name: str) -> TensorSpec:
         """As stored; an untied head is like the embedding."""
@@ -53,7 +52,7 @@ class RotatedSource(SourceModel):
         return self._weight(block, inner, stored.float())
 
     def _stored_name(self, name: str) -> str:
-        return f"{self.family.embedding}.weight" if self.tied and name == f"{_HEAD}.weight" else name
+        return f"{self.family.embedding}.weight" if self.tied and name == f"{HEAD}.weight" else name
 
     def _outside(self, module: str, stored: Tensor) -> Tensor:
         family = self.family
@@ -61,7 +60,7 @@ class RotatedSource(SourceModel):
             return self.rotation.reads_stream(stored)
         if module == family.final_norm:
             return self._no_gain(stored)
-        if module == _HEAD:
+        if module == HEAD:
             return self.rotation.reads_stream(stored, self._gain(family.final_norm))
         return stored
 

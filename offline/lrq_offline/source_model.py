@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lrq_offline.decoder_blocks import FAMILIES, Family, block_names, empty_model
+from lrq_offline.decoder_blocks import FAMILIES, HEAD, Family, block_names, empty_model
 from lrq_vllm.checkpoint.schema import TensorSpec
 from lrq_vllm.checkpoint.store import TensorFolder, check_folder, read_config
 from lrq_vllm.errors import ModelFolderError, one_paragraph
@@ -79,7 +79,7 @@ def check_model_tensors(model: nn.Module, tensors: TensorFolder, config: PreTrai
 
     Raises ModelFolderError naming each tensor that is missing or has another shape than the model's.
     """
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {f"{HEAD}.weight"} if config.tie_word_embeddings else set()
     problems, names = [], []
     for name, parameter in model.state_dict().items():
         if name in tensors and tensors.spec(name).shape != tuple(parameter.shape):
