@@ -65,7 +65,7 @@ def main() -> None:
         result["rows"] = sorted(rows, key=lambda row: (NAMES.index(row["family"]), list(SCHEMES).index(row["scheme"])))
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.table is not None:
-        arguments.table.write_text(table(result))
+        arguments.table.write_text(table(result, arguments.out.name))
 
 
 def earlier_rows(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
@@ -121,8 +121,8 @@ def cell(row: dict[str, Any] | None) -> str:
     return " / ".join("-" if nats is None else f"{nats:.4f}" for nats in (row["nats"], *on_ranks))
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown: families by schemes."""
+def table(result: dict[str, Any], file: str) -> str:
+    """Markdown: families by schemes. file: where the numbers are."""
     rows = result["rows"]
     dates = [row["date"] for row in rows]
     schemes = list(dict.fromkeys(row["scheme"] for row in rows))
@@ -139,7 +139,7 @@ def table(result: dict[str, Any]) -> str:
         "whole. `lrq-offline verify` has found every tensor where it belongs.",
         "refused: `lrq-offline quantize` does so at its defaults, and says why. qwen3_moe-mixed: its first block has an",
         "MLP in place of experts.",
-        "Numbers: `bench/results/architectures.json`.",
+        f"Numbers: `bench/results/{file}`.",
         "",
         f"| model_type | vLLM's class | {' | '.join(schemes)} |",
         f"| --- | --- | {' | '.join('---' for _ in schemes)} |",

@@ -5,8 +5,8 @@
         --out bench/results/served-agreement.json
 
 Runs vLLM in one child process per mode (eager; compiled, which is vLLM's default) and number of tensor-parallel ranks, one
-checkpoint after the other, in bfloat16. With several numbers of ranks it also says how many greedy tokens are those of the
-first number:
+checkpoint after the other, in bfloat16; one that fails is listed with the reason. With several numbers of ranks it also says
+how many greedy tokens are those of the first number:
 
     python bench/served_agreement.py small small-w4a8 --text eval.jsonl --modes compiled --ranks 1 2 --out tensor-parallel.json
 """
@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,26 +45,36 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         for folder in arguments.folders:
-            answer = serve(folder, windows(folder, arguments.text), arguments.modes[0], arguments.ranks[0])
+            try:
+                answer = serve(folder, windows(folder, arguments.text), arguments.modes[0], arguments.ranks[0])
+            except Exception as error:
+                traceback.print_exc()
+                answer = {"failed": traceback.format_exception_only(error)[-1].strip()[:300]}
             print("RESULT " + json.dumps(answer), flush=True)
         return
-    rows = []
-    for mode in arguments.modes:
-        by_ranks = [serve_in_child(arguments.folders, arguments.text, mode, ranks) for ranks in arguments.ranks]
-        for folder, *of_folder in zip(arguments.folders, *by_ranks, strict=True):
-            for ranks, answer in zip(arguments.ranks, of_folder, strict=True):
-                row = {"checkpoint": folder.name, "mode": mode, "ranks": ranks, "kernels": answer["kernels"]}
-                row |= compare(folder, arguments.text, answer)
-                if arguments.noise:
-                    row["reference_noise"] = reference_noise(folder, windows(folder, arguments.text))
-                rows.append(row | {"as_first": as_first(answer["tokens"], of_folder[0]["tokens"])})
+    rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     result = {
         **measured_on("torch", "vllm", "transformers"),
         "positions": f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} greedy tokens each, bfloat16",
         "rows": rows,
+        "failed": failed,
     }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    for mode in arguments.modes:
+        by_ranks = [serve_in_child(arguments.folders, arguments.text, mode, ranks) for ranks in arguments.ranks]
+        for folder, *of_folder in zip(arguments.folders, *by_ranks, strict=True):
+            first = next((answer for answer in of_folder if "failed" not in answer), {})
+            for ranks, answer in zip(arguments.ranks, of_folder, strict=True):
+                row = {"checkpoint": folder.name, "mode": mode, "ranks": ranks}
+                if "failed" in answer:
+                    failed.append(row | answer)
+                    continue
+                row |= {"kernels": answer["kernels"], **compare(folder, arguments.text, answer)}
+                if arguments.noise:
+                    row["reference_noise"] = reference_noise(folder, windows(folder, arguments.text))
+                rows.append(row | {"as_first": as_first(answer["tokens"], first["tokens"])})
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     noise = f"{'noise':>10}" if arguments.noise else ""
     print(f"{'checkpoint':<24}{'mode':<9}{'ranks':>5}{'mean |diff|':>13}{'max':>10}{noise}{'greedy':>9}{'as 1st':>8}  kernel")
     for row in rows:
@@ -73,6 +84,10 @@ def main() -> None:
             f"{row['max_difference']:>10.2e}{noise}{row['greedy_agreement']:>9.2%}{row['as_first']['tokens']:>8.1%}"
             f"  {', '.join(row['kernels'])}"
         )
+    for row in failed:
+        print(f"{row['checkpoint']:<24}{row['mode']:<9}{row['ranks']:>5}  failed: {row['failed']}")
+    if failed:
+        sys.exit(1)
 
 
 def as_first(tokens: list[list[int]], first: list[list[int]]) -> dict[str, float]:
@@ -99,10 +114,11 @@ def serve_in_child(folders: list[Path], text: Path, mode: str, ranks: int) -> li
         sys.executable, __file__, *map(str, folders), "--text", str(text), "--modes", mode, "--ranks", str(ranks), "--child",
     ]  # fmt: skip
     ended = subprocess.run(command, env=environment, text=True, capture_output=True)
-    answers = [line for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
-    if len(answers) < len(folders):
-        sys.exit(f"{folders[len(answers)]} {mode} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
-    return [json.loads(line.removeprefix("RESULT ")) for line in answers]
+    lines = [line.removeprefix("RESULT ") for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
+    answers = [json.loads(line) for line in lines]
+    if len(answers) < len(folders) or any("failed" in answer for answer in answers):
+        print(f"{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}", file=sys.stderr)
+    return answers + [{"failed": f"vLLM's process ended with exit code {ended.returncode}"}] * (len(folders) - len(answers))
 
 
 def serve(folder: Path, prompts: torch.Tensor, mode: str, ranks: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from lrq_vllm.kernel_choice import kernels_by_layer
 __all__ = ["Replayed", "kernels_in_use", "kernels_of", "prompt_log_probabilities", "replay", "replay_through"]
 
 _KV_CACHE_BYTES = 1 << 28  # more than the texts need; vLLM's default would be most of the GPU
+_MEMORY_SHARE = 0.1  # that vLLM wants to be free at its start: other processes may use the rest, which is not needed
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def replay(folder: Path, ranks: int = 1, *, expert_parallel: bool = False) -> Re
     llm = LLM(
         str(folder), enforce_eager=True, max_model_len=max(len(text.tokens) for text in texts) + 1, max_num_seqs=len(texts),
         enable_prefix_caching=False, kv_cache_memory_bytes=_KV_CACHE_BYTES, skip_tokenizer_init=True,
-        tensor_parallel_size=ranks, enable_expert_parallel=expert_parallel,
+        gpu_memory_utilization=_MEMORY_SHARE, tensor_parallel_size=ranks, enable_expert_parallel=expert_parallel,
     )  # fmt: skip
     prompts = [TokensPrompt(prompt_token_ids=text.tokens) for text in texts]
     answers = llm.generate(prompts, _sampling(), use_tqdm=False)

@@ -93,6 +93,21 @@ def test_moments_that_say_nothing_leave_all_channels_alike(moments: Tensor, capl
     assert "channels count alike" in caplog.text
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighs", [False, True])
+def test_the_loss_and_its_gradient_are_those_of_the_squared_lengths(weighs: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    output, targets, gradients = (torch.randn(shape, generator=generator) for shape in ((3, 5, 24), (3, 5, 24), (60, 24)))
+    metric = fisher_metric(gradients.T @ gradients, dtype) if weighs else PLAIN
+    output.requires_grad_()
+    wanted = metric(output - targets).square().mean()
+    found = metric.mean_square(output, targets.to(torch.float32))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
+    slopes = [torch.autograd.grad(3 * loss, output)[0] for loss in (found, wanted)]
+    torch.testing.assert_close(*slopes, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
 class Gain(nn.Module):
     def __init__(self) -> None:
         super().__init__()

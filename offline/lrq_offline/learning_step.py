@@ -28,7 +28,7 @@ def block_loss(
     metric: OutputMetric = PLAIN,
 ) -> Tensor:
     """Mean squared difference of the block's output from ``targets``, both [batch, seq_len, width]; float32 scalar."""
-    return metric(block_output(block, inputs, arguments, dtype).float() - targets.float()).square().mean()
+    return metric.mean_square(block_output(block, inputs, arguments, dtype), targets)
 
 
 class LearningStep:
