@@ -2,7 +2,8 @@
 """Each model family with each scheme: quantized, verified, and served on one and two ranks. Writes the table in the docs.
 
     python bench/architectures.py --out bench/results/architectures.json --table docs/architectures.md
-    python bench/architectures.py --families mixtral --out bench/results/architectures.json --table docs/architectures.md
+    python bench/architectures.py --families mixtral --out bench/results/architectures.json --table docs/architectures.md \
+        --beside bench/results/architectures-h200.json
 
 Small random models of the real classes; `lrq-offline verify` says whether vLLM loads every tensor and answers as it should.
 What --out says of cells that are not tried this time stays there, if it comes from the same versions and machine.
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--table", type=Path, help="Markdown file to write")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="results of other machines, for --table")
     arguments = parser.parse_args()
     result = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"],
@@ -65,7 +67,8 @@ def main() -> None:
         result["rows"] = sorted(rows, key=lambda row: (NAMES.index(row["family"]), list(SCHEMES).index(row["scheme"])))
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     if arguments.table is not None:
-        arguments.table.write_text(table(result, arguments.out.name))
+        others = {path.name: json.loads(path.read_text()) for path in arguments.beside}
+        arguments.table.write_text(page({arguments.out.name: result, **others}))
 
 
 def earlier_rows(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
@@ -121,25 +124,31 @@ def cell(row: dict[str, Any] | None) -> str:
     return " / ".join("-" if nats is None else f"{nats:.4f}" for nats in (row["nats"], *on_ranks))
 
 
-def table(result: dict[str, Any], file: str) -> str:
-    """Markdown: families by schemes. file: where the numbers are."""
-    rows = result["rows"]
-    dates = [row["date"] for row in rows]
-    schemes = list(dict.fromkeys(row["scheme"] for row in rows))
+def page(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: a table for each result, by the names of their files in bench/results."""
     lines = [
         "# Architectures",
         "",
         "<!-- bench/architectures.py writes this file. -->",
         "",
-        f"Small random models of each family, quantized, verified and served by vLLM {result['versions']['vllm']} "
-        f"({' to '.join(dict.fromkeys((min(dates), max(dates))))}, {result['device']}). A cell",
-        "says how far vLLM's log-probabilities are from the reference path's on average, in nats, on one rank / on "
-        f"{RANKS} tensor-parallel",
-        "ranks (-: its checkpoint says that so many cannot serve it); with experts, also on so many of which each takes some",
-        "whole. `lrq-offline verify` has found every tensor where it belongs.",
-        "refused: `lrq-offline quantize` does so at its defaults, and says why. qwen3_moe-mixed: its first block has an",
-        "MLP in place of experts.",
-        f"Numbers: `bench/results/{file}`.",
+        "Small random models of each family, quantized, verified and served. A cell says how far vLLM's log-probabilities",
+        f"are from the reference path's on average, in nats, on one rank / on {RANKS} tensor-parallel ranks (-: its checkpoint",
+        "says that so many cannot serve it); with experts, also on so many of which each takes some whole. `lrq-offline",
+        "verify` has found every tensor where it belongs. refused: `lrq-offline quantize` does so at its defaults, and says",
+        "why. qwen3_moe-mixed: its first block has an MLP in place of experts.",
+    ]
+    return "\n".join(lines + [line for file, result in results.items() for line in table(result, file)]) + "\n"
+
+
+def table(result: dict[str, Any], file: str) -> list[str]:
+    """Families by schemes. file: where the numbers are."""
+    rows = result["rows"]
+    dates = [row["date"] for row in rows]
+    schemes = [scheme for scheme in SCHEMES if any(row["scheme"] == scheme for row in rows)]
+    lines = [
+        "",
+        f"vLLM {result['versions']['vllm']}, {result['device']}, {' to '.join(dict.fromkeys((min(dates), max(dates))))} "
+        f"(`bench/results/{file}`):",
         "",
         f"| model_type | vLLM's class | {' | '.join(schemes)} |",
         f"| --- | --- | {' | '.join('---' for _ in schemes)} |",
@@ -148,7 +157,7 @@ def table(result: dict[str, Any], file: str) -> str:
         mine = {row["scheme"]: row for row in rows if row["family"] == family}
         cells = [cell(mine.get(scheme)) for scheme in schemes]
         lines.append(f"| {family} | {next(iter(mine.values())).get('model', '')} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from measured_on import measured_on
 
-from lrq_offline.agreement import agreement_with_reference, reference_noise
+from lrq_offline.agreement import agreement_with_reference, reference_noise, rounding_noise
 from lrq_offline.calibration import token_windows
 from lrq_offline.calibration_text import read_texts
 from lrq_offline.source_model import load_tokenizer
@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1], help="tensor parallel (default: %(default)s)")
-    parser.add_argument("--noise", action="store_true", help="also how far the reference is from itself, summed up otherwise")
+    parser.add_argument(
+        "--noise", action="store_true", help="also how far the reference is from itself, summed up or rounded otherwise"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -71,14 +73,15 @@ def main() -> None:
                     continue
                 row |= {"kernels": answer["kernels"], **compare(folder, arguments.text, answer)}
                 if arguments.noise:
-                    row["reference_noise"] = reference_noise(folder, windows(folder, arguments.text))
+                    prompts = windows(folder, arguments.text)
+                    row |= {"reference_noise": reference_noise(folder, prompts), "rounding": rounding_noise(folder, prompts)}
                 rows.append(row | {"as_first": as_first(answer["tokens"], first["tokens"])})
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    noise = f"{'noise':>10}" if arguments.noise else ""
+    noise = f"{'noise':>10}{'rounding':>10}" if arguments.noise else ""
     print(f"{'checkpoint':<24}{'mode':<9}{'ranks':>5}{'mean |diff|':>13}{'max':>10}{noise}{'greedy':>9}{'as 1st':>8}  kernel")
     for row in rows:
-        noise = f"{row['reference_noise']:>10.2e}" if arguments.noise else ""
+        noise = f"{row['reference_noise']:>10.2e}{row['rounding']:>10.2e}" if arguments.noise else ""
         print(
             f"{row['checkpoint']:<24}{row['mode']:<9}{row['ranks']:>5}{row['mean_difference']:>13.2e}"
             f"{row['max_difference']:>10.2e}{noise}{row['greedy_agreement']:>9.2%}{row['as_first']['tokens']:>8.1%}"

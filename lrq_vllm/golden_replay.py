@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from lrq_vllm.checkpoint.golden import TOLERANCE, GoldenText, mean_difference, read_golden
+from lrq_vllm.checkpoint.golden import GoldenTexts, mean_difference, read_golden
 from lrq_vllm.errors import CheckpointError
 from lrq_vllm.kernel_choice import kernels_by_layer
+from lrq_vllm.kv_cache import in_16_bits
 
 __all__ = ["Replayed", "kernels_in_use", "kernels_of", "prompt_log_probabilities", "replay", "replay_through"]
 
@@ -19,10 +20,13 @@ _MEMORY_SHARE = 0.1  # that vLLM wants to be free at its start: other processes 
 
 @dataclass(frozen=True)
 class Replayed:
-    """mean_difference in nats, as checkpoint/golden.py says. kernels: that the quantized layers ran on, if known."""
+    """mean_difference, and the tolerance that it was within: nats, as checkpoint/golden.py says. kernels: that the quantized
+    layers ran on, if known.
+    """
 
     texts: int
     mean_difference: float
+    tolerance: float
     kernels: tuple[str, ...] = ()
 
 
@@ -35,7 +39,8 @@ def replay(folder: Path, ranks: int = 1, *, expert_parallel: bool = False) -> Re
     from vllm import LLM
     from vllm.inputs import TokensPrompt
 
-    texts = read_golden(folder)
+    golden = read_golden(folder)
+    texts = golden.texts
     llm = LLM(
         str(folder), enforce_eager=True, max_model_len=max(len(text.tokens) for text in texts) + 1, max_num_seqs=len(texts),
         enable_prefix_caching=False, kv_cache_memory_bytes=_KV_CACHE_BYTES, skip_tokenizer_init=True,
@@ -43,21 +48,22 @@ def replay(folder: Path, ranks: int = 1, *, expert_parallel: bool = False) -> Re
     )  # fmt: skip
     prompts = [TokensPrompt(prompt_token_ids=text.tokens) for text in texts]
     answers = llm.generate(prompts, _sampling(), use_tqdm=False)
-    return _judged(folder, texts, answers, tuple(sorted(kernels_in_use(llm))))
+    return _judged(folder, golden, golden.tolerance(), answers, tuple(sorted(kernels_in_use(llm))))
 
 
 async def replay_through(engine: Any, folder: Path) -> Replayed:
     """As :func:`replay`, by a server's own engine (vLLM's EngineClient), before it serves."""
     from vllm.inputs import TokensPrompt
 
-    texts = read_golden(folder)
+    golden = read_golden(folder)
+    tolerance = golden.tolerance(eight_bit_cache=not in_16_bits(engine.vllm_config.cache_config.cache_dtype))
     answers = []
-    for place, text in enumerate(texts):
+    for place, text in enumerate(golden.texts):
         prompt = TokensPrompt(prompt_token_ids=text.tokens)
         async for answer in engine.generate(prompt, _sampling(), f"lrq-golden-{place}"):
             if answer.finished:
                 answers.append(answer)
-    return _judged(folder, texts, answers)
+    return _judged(folder, golden, tolerance, answers)
 
 
 def kernels_in_use(llm: Any) -> set[str]:
@@ -83,14 +89,16 @@ def _sampling() -> Any:
     return SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
 
 
-def _judged(folder: Path, texts: Sequence[GoldenText], answers: Sequence[Any], kernels: tuple[str, ...] = ()) -> Replayed:
-    served = [prompt_log_probabilities(answer, text.tokens) for answer, text in zip(answers, texts, strict=True)]
-    difference = mean_difference(texts, served)
-    if not difference <= TOLERANCE:
+def _judged(
+    folder: Path, golden: GoldenTexts, tolerance: float, answers: Sequence[Any], kernels: tuple[str, ...] = ()
+) -> Replayed:
+    served = [prompt_log_probabilities(answer, text.tokens) for answer, text in zip(answers, golden.texts, strict=True)]
+    difference = mean_difference(golden.texts, served)
+    if not difference <= tolerance:
         on = f", on {', '.join(kernels)}" if kernels else ""
         raise CheckpointError(
             f"{folder}: vLLM's log-probabilities of the texts in the checkpoint differ from the reference path's by "
-            f"{difference:.3f} nats on average (at most {TOLERANCE} is rounding){on}. "
+            f"{difference:.3f} nats on average (at most {tolerance:.3f} is rounding){on}. "
             "Do not serve this: try LRQ_KERNEL=triton on a GPU, another version of vLLM, or quantize again, and report it."
         )
-    return Replayed(len(texts), difference, kernels)
+    return Replayed(len(golden.texts), difference, tolerance, kernels)

@@ -9,7 +9,7 @@ from functools import cache
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import SettingsError
 
-__all__ = ["CACHE_OPTION", "cache_dtype", "check_cache_dtype"]
+__all__ = ["CACHE_OPTION", "cache_dtype", "check_cache_dtype", "in_16_bits"]
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -24,6 +24,11 @@ def cache_dtype(*, on_cpu: bool) -> str:
     return "fp8" if on_cpu else f"int8_{_PER_TOKEN_HEAD}"
 
 
+def in_16_bits(dtype: str) -> bool:
+    """Whether a cache of this dtype, as vLLM calls it, keeps keys and values as the model computes them."""
+    return dtype in ("auto", "bfloat16", "float16")
+
+
 def check_cache_dtype(dtype: str, manifest: Manifest, *, on_cpu: bool) -> None:
     """Warn, once, if a checkpoint that asks for 8 bits gets 16. dtype: vLLM's name of the cache's.
 
@@ -34,7 +39,7 @@ def check_cache_dtype(dtype: str, manifest: Manifest, *, on_cpu: bool) -> None:
             f"{CACHE_OPTION} {dtype} gives wrong results on a CPU: vLLM's attention reads such a cache as fp8. "
             f"Serve with {CACHE_OPTION} {cache_dtype(on_cpu=True)}, or without the option."
         )
-    if manifest.kv_bits is not None and dtype in ("auto", "bfloat16", "float16"):
+    if manifest.kv_bits is not None and in_16_bits(dtype):
         _warn_of_16_bits(cache_dtype(on_cpu=on_cpu))
 
 

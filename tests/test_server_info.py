@@ -27,7 +27,7 @@ def checkpoint(checkpoints: Checkpoints) -> Path:
 
 def test_info_holds_what_is_served_and_how_good_it_is(checkpoint: Path) -> None:
     manifest, report = read_manifest(checkpoint), json.loads((checkpoint / REPORT_NAME).read_text())
-    info = json.loads(json.dumps(server_info(checkpoint, manifest, SERVED, Replayed(4, 0.01)), allow_nan=False))
+    info = json.loads(json.dumps(server_info(checkpoint, manifest, SERVED, Replayed(4, 0.01, 0.1)), allow_nan=False))
     assert (info["scheme"], info["weight_bits"], info["group_size"], info["kv_bits"]) == ("w8a8", 8, None, 16)
     assert (info["kernels"], info["kv_cache_dtype"], info["tensor_parallel_size"]) == ({"layers.0.up": "onednn"}, "fp8", 2)
     assert info["model"] == {"names": ["tiny"], "folder": str(checkpoint), "max_model_len": 512}

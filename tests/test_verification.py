@@ -18,7 +18,7 @@ from lrq_offline.golden_texts import golden_texts
 from lrq_offline.reference_model import load_model
 from lrq_offline.verification import check_files, check_loading, check_serving
 from lrq_server.vllm_process import VllmServer, start_server
-from lrq_vllm.checkpoint.golden import GOLDEN_NAME, GoldenText, mean_difference, read_golden, write_golden
+from lrq_vllm.checkpoint.golden import GOLDEN_NAME, GoldenText, GoldenTexts, mean_difference, read_golden, write_golden
 from lrq_vllm.checkpoint.seal import SEAL_NAME, write_seal
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
 from lrq_vllm.errors import CheckpointError, LrqError
@@ -171,11 +171,14 @@ def test_a_missing_or_damaged_record_is_refused(copy: Path, name: str) -> None:
 
 
 def test_the_golden_texts_are_the_reference_path_s_own(sealed: Path) -> None:
-    texts = read_golden(sealed)
-    tokens = torch.tensor([text.tokens for text in texts])
-    logits = load_model(sealed, served_in=torch.bfloat16)(input_ids=tokens, use_cache=False).logits[:, :-1]
-    found = logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
-    assert mean_difference(texts, found.tolist()) < 1e-4
+    golden = read_golden(sealed)
+    tokens = torch.tensor([text.tokens for text in golden.texts])
+    found = {}
+    for dtype in (torch.bfloat16, None):
+        logits = load_model(sealed, served_in=dtype)(input_ids=tokens, use_cache=False).logits[:, :-1]
+        found[dtype] = logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+    assert mean_difference(golden.texts, found[torch.bfloat16].tolist()) < 1e-4
+    assert mean_difference(golden.texts, found[None].tolist()) == pytest.approx(golden.rounding, abs=1e-3) != 0
 
 
 def test_golden_texts_read_a_block_at_a_time(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,11 +190,28 @@ def test_golden_texts_read_a_block_at_a_time(sealed: Path, monkeypatch: pytest.M
         return get(self, name)
 
     monkeypatch.setattr(TensorFolder, "get", watched)
-    texts = read_golden(sealed)
-    windows = torch.tensor([text.tokens for text in texts])
-    assert golden_texts(sealed, read_config(sealed), windows, torch.device("cpu")) == texts
-    blocks = [name.split(".")[2] for name in read if ".layers." in name]
-    assert blocks == sorted(blocks) and len(read) == len(set(read))
+    golden = read_golden(sealed)
+    windows = torch.tensor([text.tokens for text in golden.texts])
+    assert golden_texts(sealed, read_config(sealed), windows, torch.device("cpu")) == golden
+    passes = [read[: len(read) // 2], read[len(read) // 2 :]]  # with the roundings of a server, and without
+    for names in passes:
+        blocks = [name.split(".")[2] for name in names if ".layers." in name]
+        assert blocks == sorted(blocks) and len(names) == len(set(names))
+    assert passes[0] == passes[1]
+
+
+@pytest.mark.parametrize("rounding", [None, "0.1 nats", -0.1, float("nan"), float("inf")])
+def test_golden_texts_that_do_not_say_what_rounding_does_are_refused(rounding: Any, copy: Path) -> None:
+    golden = json.loads((copy / GOLDEN_NAME).read_text()) | {"rounding": rounding}
+    (copy / GOLDEN_NAME).write_text(json.dumps(golden))
+    assert f"{GOLDEN_NAME} is damaged" in said_of(check_files, copy)
+
+
+def test_a_server_may_be_as_far_away_as_rounding_takes_it() -> None:
+    weights_alone, four_bit_activations = GoldenTexts([], 0.02), GoldenTexts([], 0.44)  # both seen, and on a GPU 0.025 and 0.42
+    assert weights_alone.tolerance() == pytest.approx(0.08)
+    assert four_bit_activations.tolerance() == pytest.approx(1.34)
+    assert weights_alone.tolerance(eight_bit_cache=True) == pytest.approx(0.38)
 
 
 # --- vLLM itself ---
@@ -286,8 +306,8 @@ def test_a_server_that_answers_wrongly_never_serves(copy: Path, tmp_path: Path, 
 
 
 def test_numbers_that_are_not_finite_never_pass(tmp_path: Path) -> None:
-    write_golden(tmp_path, [GoldenText([1, 2, 3], [-1.0, -2.0])])
-    (text,) = read_golden(tmp_path)
+    write_golden(tmp_path, GoldenTexts([GoldenText([1, 2, 3], [-1.0, -2.0])], 0.01))
+    (text,) = read_golden(tmp_path).texts
     assert mean_difference([text], [[-1.5, -2.0]]) == 0.25
     difference = mean_difference([text], [[float("nan"), -2.0]])
     assert not difference <= 1e9

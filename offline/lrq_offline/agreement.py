@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrq_offline.reference_model import load_model
 
-__all__ = ["Agreement", "agreement_with_reference", "reference_noise"]
+__all__ = ["Agreement", "agreement_with_reference", "reference_noise", "rounding_noise"]
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,26 @@ def reference_noise(folder: Path, prompts: Tensor) -> float:
 
     That is what the order of sums changes. No server can be expected to be nearer, unless it adds up in the reference's order.
     """
-    in_float32, in_float64 = (
-        _of_tokens(_log_probabilities(folder, prompts, attention_in)[:, :-1], prompts)
-        for attention_in in (torch.float32, torch.float64)
-    )
-    return (in_float64 - in_float32).abs().mean().item()
+    return _mean_difference(folder, prompts, {}, {"attention_in": torch.float64})
 
 
-def _log_probabilities(folder: Path, texts: Tensor, attention_in: torch.dtype = torch.float32) -> Tensor:
-    """[texts, tokens, vocabulary]"""
-    model = load_model(folder, served_in=torch.bfloat16, attention_in=attention_in)
+@torch.inference_mode()
+def rounding_noise(folder: Path, prompts: Tensor) -> float:
+    """Mean difference of the prompts' log-probabilities by the reference path from those without a server's roundings.
+
+    About as far is a server whose intermediate results are rounded elsewhere, such as one on a GPU.
+    """
+    return _mean_difference(folder, prompts, {}, {"served_in": None})
+
+
+def _mean_difference(folder: Path, prompts: Tensor, one: dict[str, Any], other: dict[str, Any]) -> float:
+    found = [_of_tokens(_log_probabilities(folder, prompts, **way)[:, :-1], prompts) for way in (one, other)]
+    return (found[0] - found[1]).abs().mean().item()
+
+
+def _log_probabilities(folder: Path, texts: Tensor, **way: Any) -> Tensor:
+    """[texts, tokens, vocabulary] of a bfloat16 server, or as ``way`` has it for load_model."""
+    model = load_model(folder, **{"served_in": torch.bfloat16, **way})
     return torch.stack([model(input_ids=text[None], use_cache=False).logits[0] for text in texts]).log_softmax(-1)
 
 

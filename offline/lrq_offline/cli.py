@@ -235,7 +235,6 @@ def _try(parsed: argparse.Namespace, console: Console) -> None:
 
 def _verify(parsed: argparse.Namespace, console: Console) -> None:
     from lrq_offline.verification import check_files, check_loading, check_serving
-    from lrq_vllm.checkpoint.golden import TOLERANCE
     from lrq_vllm.checkpoint.store import read_manifest
 
     def show(name: str, value: str) -> None:
@@ -255,7 +254,7 @@ def _verify(parsed: argparse.Namespace, console: Console) -> None:
     show(
         "serving",
         f"{replayed.texts} texts: {replayed.mean_difference:.4f} nats from the reference path on average (at most "
-        f"{TOLERANCE}), kernels {', '.join(replayed.kernels)}",
+        f"{replayed.tolerance:.2f}), kernels {', '.join(replayed.kernels)}",
     )
     show("verdict", "right")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrq_offline.reference_model import open_model
 from lrq_offline.served_precision import served_dtype
-from lrq_vllm.checkpoint.golden import GoldenText
+from lrq_vllm.checkpoint.golden import GoldenText, GoldenTexts
 
 __all__ = ["golden_texts"]
 
@@ -18,16 +18,21 @@ _DIGITS = 4
 
 
 @torch.inference_mode()
-def golden_texts(folder: Path, config: Mapping[str, Any], windows: Tensor, device: torch.device) -> list[GoldenText]:
+def golden_texts(folder: Path, config: Mapping[str, Any], windows: Tensor, device: torch.device) -> GoldenTexts:
     """Of the checkpoint in ``folder``, whose config.json will hold ``config``, served in its own 16-bit dtype.
 
     windows: token ids, int64 [samples, seq_len]; the beginnings of the first few are taken. A block is in memory at a time.
     """
-    model = open_model(folder, config, served_in=served_dtype(config), device=device, streamed=True)
-    tokens = windows[:_TEXTS, :_TOKENS]
-    logits = model(input_ids=tokens.to(device), use_cache=False).logits[:, :-1]
-    found = logits.double().log_softmax(-1).gather(2, tokens[:, 1:, None].to(device)).squeeze(2)
-    return [
+    tokens = windows[:_TEXTS, :_TOKENS].to(device)
+
+    def log_probabilities(served_in: torch.dtype | None) -> Tensor:
+        model = open_model(folder, config, served_in=served_in, device=device, streamed=True)
+        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+        return logits.double().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+
+    found, unrounded = log_probabilities(served_dtype(config)), log_probabilities(None)
+    texts = [
         GoldenText(text, [round(value, _DIGITS) for value in values])
         for text, values in zip(tokens.tolist(), found.tolist(), strict=True)
     ]
+    return GoldenTexts(texts, round((found - unrounded).abs().mean().item(), _DIGITS))
