@@ -150,7 +150,7 @@ def measured(
         "tokens_per_step": settings.batch_size * settings.seq_len,
         "rank": settings.matrix_rank(config.hidden_size),
         "renews": settings.renews,
-        "loss": "fisher" if settings.weighs_errors else "mse",
+        "loss": settings.decided_loss,
         "ms_per_iteration": per_iteration * 1e3,
         "fixed_seconds": fixed,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0,

@@ -105,6 +105,18 @@ def test_options_give_a_checkpoint_that_evaluates(tmp_path: Path, options: tuple
     assert evaluate_folder(output, HELDOUT, windows=1, seq_len=64).perplexity < 1000
 
 
+@pytest.mark.parametrize(("loss", "weighs"), [("fisher", True), ("mse", False)])
+def test_the_pass_before_the_first_block_is_told_of(
+    loss: str, weighs: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--scheme", "w4a16", "--loss", loss)
+    assert main(["quantize", str(TINY), "-o", str(tmp_path / "out"), *QUICK_OPTIONS, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [place for place, line in enumerate(lines) if line.startswith("weighing errors: 2 windows")]
+    first_block = next(place for place, line in enumerate(lines) if line.startswith("block 1/"))
+    assert len(told) == weighs and all(place < first_block for place in told)
+
+
 def test_evaluation_text_that_is_learned_from_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for calibration, seen in ((HELDOUT, True), (shipped_calibration(), False)):
         output = tmp_path / str(seen)

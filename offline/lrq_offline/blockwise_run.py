@@ -50,8 +50,8 @@ class FinishedBlock:
     seconds: float
 
 
-def _nothing(finished: FinishedBlock) -> None:
-    """What the ranks do with a block that only one of them has to write."""
+def _nothing(told: Any) -> None:
+    """What the ranks do with what only one of them has to write or to tell."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,15 @@ class BlockwiseRun:
     finished: list[Path]
     folder: Path
 
-    def __call__(self, ranks: Ranks, on_block: Callable[[FinishedBlock], None] = _nothing) -> None:
-        """Take every block in turn, with this rank's share of the windows."""
+    def __call__(
+        self,
+        ranks: Ranks,
+        on_block: Callable[[FinishedBlock], None] = _nothing,
+        on_gradients: Callable[[int], None] = _nothing,
+    ) -> None:
+        """Take every block in turn, with this rank's share of the windows. on_gradients: told of how many windows of all ranks
+        the gradients are going to be, before their pass.
+        """
         device = choose_device(self.machine.device)
         model = empty_model(self.source.config)
         windows = ranks.share(self.windows)
@@ -80,7 +87,9 @@ class BlockwiseRun:
         arguments = _on_device(inputs.arguments, device)
         moments = None
         if self.settings.weighs_errors and len(self.finished) < len(arguments):
-            moments = self._gradient_moments(model, windows, inputs.hidden, arguments, device, ranks)
+            rows = some_windows(len(windows), ranks.size)
+            on_gradients(len(rows) * ranks.size)
+            moments = self._gradient_moments(model, windows, rows, inputs.hidden, arguments, device, ranks)
         store = self._store(device)
         caches = [store.like(tuple(inputs.hidden.shape), inputs.hidden.dtype) for _ in range(self.settings.caches)]
         for cache in caches:
@@ -146,13 +155,13 @@ class BlockwiseRun:
         self,
         model: nn.Module,
         windows: Tensor,
+        rows: Tensor,
         hidden: Tensor,
         arguments: list[dict[str, Any]],
         device: torch.device,
         ranks: Ranks,
     ) -> HiddenStates:
-        """Of the outputs of all blocks; this rank's windows and what the first block receives for them."""
-        rows = some_windows(len(windows), ranks.size)
+        """Of the outputs of all blocks, by ``rows`` of this rank's windows and of what the first block receives for them."""
         gradients = OutputGradients(
             model, self.source.family, lambda index: self._float_block(model, index, device)[0], self.source.read_tied,
             self._store(device), product_dtype(device), ranks,

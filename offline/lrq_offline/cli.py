@@ -175,12 +175,15 @@ def _quantize(parsed: argparse.Namespace, console: Console) -> None:
             f"{report.seconds:.1f} s  ETA {remaining:.0f} s"
         )
 
+    def show_gradients(windows: int) -> None:
+        console.print(f"weighing errors: {windows} windows go through the float model, and their gradients back")
+
     started = time.monotonic()
     with console.status(f"{settings.method} {settings.scheme}: learning block by block"):
         report = quantize_model(
             parsed.model_dir, output, settings, machine=Machine(parsed.device, parsed.max_gpu_gb, parsed.gpus),
             evaluation=parsed.eval_text, overwrite=parsed.overwrite, restart=parsed.restart,
-            on_warning=lambda warning: console.print(f"warning: {warning}"), on_block=show,
+            on_warning=lambda warning: console.print(f"warning: {warning}"), on_gradients=show_gradients, on_block=show,
         )  # fmt: skip
     linears = report["quantized_linears"]
     console.print(

@@ -231,6 +231,11 @@ class QuantizeSettings:
         return self.learns and (pays if self.loss is None else self.loss == "fisher")
 
     @property
+    def decided_loss(self) -> str:
+        """``loss`` where it was given, else the default; ``mse`` for a method that learns nothing."""
+        return "fisher" if self.weighs_errors else "mse"
+
+    @property
     def check_every(self) -> int:
         """Steps between two looks at the held-out windows."""
         return max(self.iters // _CHECKS, 1)

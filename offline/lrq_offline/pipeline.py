@@ -65,11 +65,13 @@ def quantize_model(
     overwrite: bool = False,
     restart: bool = False,
     on_warning: Callable[[str], None] = lambda warning: None,
+    on_gradients: Callable[[int], None] = lambda windows: None,
     on_block: Callable[[BlockReport], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Quantize ``model_dir`` into ``output`` and return what was written to lrq_report.json.
 
-    evaluation: a text that the result will be measured on, only looked for in the calibration text.
+    evaluation: a text that the result will be measured on, only looked for in the calibration text. on_gradients: told of how
+    many windows are passed through the float model and back, before they are, if learning weighs errors.
     ``output`` appears whole at the end or not at all. A run that was stopped goes on after its last finished block, unless
     ``restart``. Raises a child of LrqError for anything the user can put right.
     """
@@ -97,7 +99,7 @@ def quantize_model(
         finished = [shards.path(index) for index in range(len(progress.finished))]
         blockwise = BlockwiseRun(source, manifest, settings, machine, windows, finished, folder)
         with started_ranks(machine.gpus, device, blockwise) as ranks:
-            blockwise(ranks, shards.take)
+            blockwise(ranks, shards.take, on_gradients)
         total_bytes = writer.finish()
         report = _report(source, manifest, settings, progress.finished, warnings, total_bytes, time.monotonic() - started)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
@@ -225,7 +227,7 @@ def _report(
         "learning_rate": settings.rate(width),
         "weight_decay": settings.decay,
         "renew": settings.renews,
-        "loss": "fisher" if settings.weighs_errors else "mse",
+        "loss": settings.decided_loss,
         "rotate": settings.rotates,
         "calibration": calibration,
     }
