@@ -181,6 +181,13 @@ def test_the_golden_texts_are_the_reference_path_s_own(sealed: Path) -> None:
     assert mean_difference(golden.texts, found[None].tolist()) == pytest.approx(golden.rounding, abs=1e-3) != 0
 
 
+def test_what_rounding_does_is_measured_in_bfloat16_whatever_the_model_s_dtype(sealed: Path) -> None:
+    golden, config = read_golden(sealed), read_config(sealed) | {"dtype": "float16"}
+    windows = torch.tensor([text.tokens for text in golden.texts])
+    in_float16 = golden_texts(sealed, config, windows, torch.device("cpu"))
+    assert in_float16.rounding == golden.rounding and in_float16.texts != golden.texts
+
+
 def test_golden_texts_read_a_block_at_a_time(sealed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     get = TensorFolder.get

@@ -32,8 +32,8 @@ class GoldenText:
 
 @dataclass(frozen=True)
 class GoldenTexts:
-    """rounding: by how many nats the log-probabilities change, on average, where the reference path leaves its 16-bit roundings
-    out.
+    """rounding: by how many nats the log-probabilities change, on average, where the reference path leaves the roundings of a
+    bfloat16 server out.
     """
 
     texts: list[GoldenText]

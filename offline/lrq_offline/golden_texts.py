@@ -15,6 +15,7 @@ __all__ = ["golden_texts"]
 
 _TEXTS, _TOKENS = 4, 32
 _DIGITS = 4
+_COARSEST = torch.bfloat16  # what a server may be told to compute in, whatever the model's own dtype
 
 
 @torch.inference_mode()
@@ -30,9 +31,10 @@ def golden_texts(folder: Path, config: Mapping[str, Any], windows: Tensor, devic
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
         return logits.double().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
 
-    found, unrounded = log_probabilities(served_dtype(config)), log_probabilities(None)
+    served_in = served_dtype(config)
+    found = {dtype: log_probabilities(dtype) for dtype in dict.fromkeys((served_in, _COARSEST, None))}
     texts = [
         GoldenText(text, [round(value, _DIGITS) for value in values])
-        for text, values in zip(tokens.tolist(), found.tolist(), strict=True)
+        for text, values in zip(tokens.tolist(), found[served_in].tolist(), strict=True)
     ]
-    return GoldenTexts(texts, round((found - unrounded).abs().mean().item(), _DIGITS))
+    return GoldenTexts(texts, round((found[_COARSEST] - found[None]).abs().mean().item(), _DIGITS))
