@@ -87,19 +87,23 @@ class Experts(nn.ModuleList):
 
         chosen: int64 [tokens, choices]. shares: by which factor each choice counts, [tokens, choices].
         """
-        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         self._chosen = chosen
-        for index, expert in enumerate(self):
-            token, choice = torch.where(chosen == index)
-            if len(token) or self.ranks.size > 1:
-                share = shares[token, choice].unsqueeze(1)
-                total = total.index_add(0, token, expert(x[token]).float() * share.float())
-        return total.to(x.dtype)
+        by_expert = chosen.flatten().argsort(stable=True)
+        token = by_expert // chosen.shape[1]
+        counts = self._counts().tolist()  # the one thing that the host has to know
+        parts = zip(self, x[token].split(counts), strict=True)
+        made = [expert(tokens).float() for expert, tokens in parts if len(tokens) or self.ranks.size > 1]
+        counted = torch.cat(made) * shares.flatten()[by_expert].float().unsqueeze(1)
+        return torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add(0, token, counted).to(x.dtype)
 
     def idle(self) -> list[nn.Module]:
         """The experts that no token of any process has chosen in the last call. All processes have to ask."""
-        met = self.ranks.sum(torch.bincount(self._chosen.flatten(), minlength=len(self)))
-        return [expert for expert, tokens in zip(self, met.tolist(), strict=True) if not tokens]
+        met = self.ranks.sum(self._counts()).tolist()
+        return [expert for expert, tokens in zip(self, met, strict=True) if not tokens]
+
+    def _counts(self) -> Tensor:
+        """int64 [experts]: the tokens of each in the last call."""
+        return self._chosen.flatten().bincount(minlength=len(self))
 
 
 def experts_of(block: nn.Module) -> list[Experts]:
