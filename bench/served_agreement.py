@@ -17,6 +17,7 @@ import subprocess
 import sys
 import traceback
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,7 @@ def main() -> None:
                     continue
                 row |= {"kernels": answer["kernels"], **compare(folder, arguments.text, answer)}
                 if arguments.noise:
-                    prompts = windows(folder, arguments.text)
-                    row |= {"reference_noise": reference_noise(folder, prompts), "rounding": rounding_noise(folder, prompts)}
+                    row |= noise_of(folder, arguments.text)
                 rows.append(row | {"as_first": as_first(answer["tokens"], first["tokens"])})
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -102,6 +102,13 @@ def as_first(tokens: list[list[int]], first: list[list[int]]) -> dict[str, float
 def windows(folder: Path, text: Path) -> torch.Tensor:
     """int64 [PROMPTS, PROMPT_TOKENS]"""
     return token_windows(load_tokenizer(folder), read_texts(text), PROMPTS, PROMPT_TOKENS)
+
+
+@cache
+def noise_of(folder: Path, text: Path) -> dict[str, float]:
+    """How far the reference is from itself, whoever serves."""
+    prompts = windows(folder, text)
+    return {"reference_noise": reference_noise(folder, prompts), "rounding": rounding_noise(folder, prompts)}
 
 
 def compare(folder: Path, text: Path, answer: dict[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_squared_lengths(weighs: bool
     metric = fisher_metric(gradients.T @ gradients, dtype) if weighs else PLAIN
     output.requires_grad_()
     wanted = metric(output - targets).square().mean()
-    found = metric.mean_square(output, targets.to(torch.float32))
+    found = metric.mean_square(output, targets)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
     slopes = [torch.autograd.grad(3 * loss, output)[0] for loss in (found, wanted)]

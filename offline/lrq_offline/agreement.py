@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrq_offline.reference_model import load_model
 
-__all__ = ["Agreement", "agreement_with_reference", "reference_noise", "rounding_noise"]
+__all__ = ["Agreement", "agreement_with_reference", "of_tokens", "reference_noise", "rounding_noise"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def agreement_with_reference(folder: Path, prompts: Tensor, log_probabilities: T
     """
     expected = _log_probabilities(folder, torch.cat([prompts, continuations], dim=1))
     last = prompts.shape[1] - 1
-    of_prompts = _of_tokens(expected[:, :last], prompts)
+    of_prompts = of_tokens(expected[:, :last], prompts)
     difference = (log_probabilities - of_prompts).abs()
     greedy = expected[:, last:-1].argmax(-1)
     same = (continuations == greedy).float().mean().item()
@@ -47,7 +47,7 @@ def reference_noise(folder: Path, prompts: Tensor) -> float:
 
     That is what the order of sums changes. No server can be expected to be nearer, unless it adds up in the reference's order.
     """
-    return _mean_difference(folder, prompts, {}, {"attention_in": torch.float64})
+    return _moved(folder, prompts, attention_in=torch.float64)
 
 
 @torch.inference_mode()
@@ -56,11 +56,20 @@ def rounding_noise(folder: Path, prompts: Tensor) -> float:
 
     About as far is a server whose intermediate results are rounded elsewhere, such as one on a GPU.
     """
-    return _mean_difference(folder, prompts, {}, {"served_in": None})
+    return _moved(folder, prompts, served_in=None)
 
 
-def _mean_difference(folder: Path, prompts: Tensor, one: dict[str, Any], other: dict[str, Any]) -> float:
-    found = [_of_tokens(_log_probabilities(folder, prompts, **way)[:, :-1], prompts) for way in (one, other)]
+def of_tokens(log_probabilities: Tensor, texts: Tensor) -> Tensor:
+    """[texts, tokens - 1]: of all tokens of ``texts`` [texts, tokens] but the first.
+
+    log_probabilities: [texts, tokens - 1, vocabulary], of what follows each token but the last.
+    """
+    return log_probabilities.gather(2, texts[:, 1:, None]).squeeze(2)
+
+
+def _moved(folder: Path, prompts: Tensor, **way: Any) -> float:
+    """By how much ``way`` changes the log-probabilities on average."""
+    found = [of_tokens(_log_probabilities(folder, prompts, **changed)[:, :-1], prompts) for changed in ({}, way)]
     return (found[0] - found[1]).abs().mean().item()
 
 
@@ -68,8 +77,3 @@ def _log_probabilities(folder: Path, texts: Tensor, **way: Any) -> Tensor:
     """[texts, tokens, vocabulary] of a bfloat16 server, or as ``way`` has it for load_model."""
     model = load_model(folder, **{"served_in": torch.bfloat16, **way})
     return torch.stack([model(input_ids=text[None], use_cache=False).logits[0] for text in texts]).log_softmax(-1)
-
-
-def _of_tokens(log_probabilities: Tensor, texts: Tensor) -> Tensor:
-    """Of all tokens but the first, [texts, tokens - 1]."""
-    return log_probabilities.gather(2, texts[:, 1:, None]).squeeze(2)

@@ -74,7 +74,7 @@ class Experts(nn.ModuleList):
     """
 
     ranks: Ranks = ONE_RANK
-    _chosen: Tensor
+    _met: Tensor
 
     def __init__(self, fused: Any, names: ExpertNames) -> None:
         weight = fused.down_proj
@@ -87,23 +87,19 @@ class Experts(nn.ModuleList):
 
         chosen: int64 [tokens, choices]. shares: by which factor each choice counts, [tokens, choices].
         """
-        self._chosen = chosen
+        self._met = chosen.flatten().bincount(minlength=len(self))
         by_expert = chosen.flatten().argsort(stable=True)
         token = by_expert // chosen.shape[1]
-        counts = self._counts().tolist()  # the one thing that the host has to know
-        parts = zip(self, x[token].split(counts), strict=True)
+        # How many tokens each expert has is the one thing that the host has to know.
+        parts = zip(self, x[token].split(self._met.tolist()), strict=True)
         made = [expert(tokens).float() for expert, tokens in parts if len(tokens) or self.ranks.size > 1]
         counted = torch.cat(made) * shares.flatten()[by_expert].float().unsqueeze(1)
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add(0, token, counted).to(x.dtype)
 
     def idle(self) -> list[nn.Module]:
         """The experts that no token of any process has chosen in the last call. All processes have to ask."""
-        met = self.ranks.sum(self._counts()).tolist()
+        met = self.ranks.sum(self._met.clone()).tolist()
         return [expert for expert, tokens in zip(self, met, strict=True) if not tokens]
-
-    def _counts(self) -> Tensor:
-        """int64 [experts]: the tokens of each in the last call."""
-        return self._chosen.flatten().bincount(minlength=len(self))
 
 
 def experts_of(block: nn.Module) -> list[Experts]:

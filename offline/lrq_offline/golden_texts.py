@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrq_offline.agreement import of_tokens
 from lrq_offline.reference_model import open_model
 from lrq_offline.served_precision import served_dtype
 from lrq_vllm.checkpoint.golden import GoldenText, GoldenTexts
@@ -29,7 +30,7 @@ def golden_texts(folder: Path, config: Mapping[str, Any], windows: Tensor, devic
     def log_probabilities(served_in: torch.dtype | None) -> Tensor:
         model = open_model(folder, config, served_in=served_in, device=device, streamed=True)
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-        return logits.double().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+        return of_tokens(logits.double().log_softmax(-1), tokens)
 
     served_in = served_dtype(config)
     found = {dtype: log_probabilities(dtype) for dtype in dict.fromkeys((served_in, _COARSEST, None))}
