@@ -3,10 +3,8 @@
 The blocks here are small formulas instead of Transformer layers: learning knows nothing about what it learns.
 """
 
-import itertools
 import logging
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,29 +13,10 @@ from torch import Tensor, nn
 
 from lrq_offline.block_learning import LearningResult, LearningWindows, learn_block, relative_error, run_block
 from lrq_offline.config import QuantizeSettings
-from lrq_offline.hidden_states import BatchFeeder, HiddenStates
 from lrq_offline.learned_scales import FlexRoundScale, LrqScale
-from lrq_offline.learning_step import LearningStep, block_loss
+from lrq_offline.quantized_block import FakeQuantizedLinear
 from lrq_offline.step_search import search_steps
-
-CPU = torch.device("cpu")
-WIDTH = 8
-
-
-class Gain(nn.Module):
-    """x times one learned number, which ``curve`` bends."""
-
-    def __init__(self, value: float, curve: Callable[[Tensor], Tensor] = lambda gain: gain) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.tensor(value))
-        self.curve = curve
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.curve(self.gain)
-
-
-def states(values: Tensor) -> HiddenStates:
-    return HiddenStates(values, CPU)
+from tests.learned_blocks import WIDTH, Gain, states
 
 
 def learn(
@@ -283,38 +262,19 @@ def test_the_held_out_error_is_that_of_the_windows_that_were_not_learned_from() 
 # --- the steps ---
 
 
-def test_the_learning_rate_falls_from_its_start_to_zero_by_a_half_cosine() -> None:
-    inputs = torch.ones(1, 1, WIDTH)
-    block = Gain(1.0)
-    feeder = BatchFeeder(states(inputs), states(1000 * inputs), torch.zeros(8, 1, dtype=torch.int64))
-    step = LearningStep(
-        block, [block.gain], feeder, {}, rate=0.1, decayed=[], decay=0.0, steps=8, scale=1.0, dtype=torch.float32
-    )
-    values = [block.gain.item()]
-    for number in range(8):
-        step.run(number)
-        values.append(block.gain.item())
-    # The gradient hardly changes, so each of Adam's steps is as long as the rate.
-    taken = [after - before for before, after in itertools.pairwise(values)]
-    expected = [0.05 * (1 + math.cos(math.pi * number / 8)) for number in range(8)]
-    assert taken == pytest.approx(expected, rel=1e-2)
-
-
-def test_only_the_decayed_parameters_shrink_by_rate_times_decay() -> None:
-    block = nn.Linear(WIDTH, WIDTH)
-    with torch.no_grad():
-        block.weight.fill_(2.0)
-        block.bias.fill_(2.0)
-    inputs = torch.randn(1, 3, WIDTH)
-    # The targets are what the block puts out, so that nothing but the decay moves a parameter.
-    feeder = BatchFeeder(states(inputs), states(block(inputs).detach()), torch.zeros(1, 1, dtype=torch.int64))
-    step = LearningStep(
-        block, [block.weight, block.bias], feeder, {}, rate=0.1, decayed=[block.weight], decay=0.5, steps=1, scale=1.0,
-        dtype=torch.float32,
-    )  # fmt: skip
-    step.run(0)
-    torch.testing.assert_close(block.weight, torch.full_like(block.weight, 2.0 * (1 - 0.1 * 0.5)))
-    torch.testing.assert_close(block.bias, torch.full_like(block.bias, 2.0))
+@pytest.mark.parametrize(("settings", "share"), [({}, 1.0), ({"group_size": 32}, 0.1)], ids=["channel", "group"])
+def test_steps_are_as_slow_as_the_settings_say(settings: dict[str, Any], share: float) -> None:
+    weight, inputs = torch.randn(16, 64), torch.randn(8, 40, 8) @ torch.randn(8, 64)
+    rounding = LrqScale(weight, search_steps(weight, 4, **settings), 4, 2, torch.Generator().manual_seed(0))
+    block = nn.Sequential(FakeQuantizedLinear(rounding, None, None))
+    before = {name: parameter.detach().clone() for name, parameter in rounding.named_parameters()}
+    result = learn(block, inputs, inputs @ weight.T, rate=0.01, iters=40, renew=False, **settings)
+    assert result.error_after < result.error_before  # what was learned is kept
+    moved = {name: (value - before[name]).abs().max().item() for name, value in rounding.named_parameters()}
+    # Adam's steps are as long as the rate at most, and that falls to 0 by a half-cosine.
+    longest = 0.01 * 41 / 2
+    assert 0.2 * longest < moved["row"] < 1.1 * longest
+    assert 0.2 * longest * share < moved["log_step"] < 1.1 * longest * share
 
 
 def test_learning_decays_the_matrix_of_the_scale_and_nothing_else() -> None:
@@ -351,19 +311,6 @@ def test_renewed_factors_reach_a_matrix_of_more_than_their_rank() -> None:
         assert (torch.linalg.matrix_rank(matrix, atol=1e-3) > 2) == renews
 
 
-def test_losses_are_divided_by_the_scale_and_land_at_their_step() -> None:
-    inputs = torch.ones(3, 1, WIDTH)
-    targets = torch.tensor([2.0, 3.0, 5.0]).view(3, 1, 1) * inputs
-    block = Gain(1.0)
-    feeder = BatchFeeder(states(inputs), states(targets), torch.tensor([[2], [0], [1]]))
-    step = LearningStep(
-        block, [block.gain], feeder, {}, rate=1e-6, decayed=[], decay=0.0, steps=3, scale=4.0, dtype=torch.float32
-    )
-    for number in range(3):
-        step.run(number)
-    assert step.losses.tolist() == pytest.approx([4.0, 0.25, 1.0], rel=1e-4)
-
-
 def test_a_small_output_is_learned_as_fast_as_a_large_one() -> None:
     # Adam's epsilon is 1e-8: without the scale, errors of 1e-12 would not be learned at all.
     torch.manual_seed(0)
@@ -374,40 +321,6 @@ def test_a_small_output_is_learned_as_fast_as_a_large_one() -> None:
         learn(block, size * inputs, 1.5 * size * inputs, rate=0.02, iters=20)
         gains.append(block.gain.item())
     assert gains[0] == pytest.approx(gains[1], rel=1e-3) and gains[0] > 1.1
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_loss_is_the_mean_squared_difference_in_float32(dtype: torch.dtype) -> None:
-    inputs, targets = torch.randn(2, 5, WIDTH).to(torch.bfloat16), torch.randn(2, 5, WIDTH).to(torch.bfloat16)
-    block = nn.Linear(WIDTH, WIDTH)
-    loss = block_loss(block, inputs, targets, {}, dtype)
-    expected = (block(inputs.float()) - targets.float()).square().mean()
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=0)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("pinned", [False, True])
-def test_steps_replayed_as_a_graph_are_the_steps_of_the_cpu(pinned: bool) -> None:
-    inputs, targets = torch.randn(12, 5, WIDTH), torch.randn(12, 5, WIDTH)
-    batches = torch.stack([torch.randperm(12)[:3] for _ in range(30)])
-    start = nn.Linear(WIDTH, WIDTH)
-    found = []
-    for device in ("cpu", "cuda"):
-        block = nn.Linear(WIDTH, WIDTH).to(device)
-        block.load_state_dict(start.state_dict())
-        on_device = device == "cuda" and not pinned
-        sources = [HiddenStates(t.cuda() if on_device else t.pin_memory(), torch.device(device)) for t in (inputs, targets)]
-        step = LearningStep(
-            block, list(block.parameters()), BatchFeeder(*sources, batches), {},
-            rate=0.03, decayed=[block.weight], decay=0.5, steps=30, scale=2.0, dtype=torch.float32,
-        )  # fmt: skip
-        for number in range(30):
-            step.run(number)
-        step.wait()
-        found.append([tensor.detach().cpu() for tensor in (block.weight, block.bias, step.losses)])
-    for on_cpu, on_gpu in zip(*found, strict=True):
-        torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-3, atol=1e-4)
 
 
 # --- running a block ---

@@ -24,7 +24,7 @@ from lrq_offline.gptq import HessianSum
 from lrq_offline.hidden_states import BatchFeeder, HiddenStates
 from lrq_offline.layer_inputs import sample_inputs, watch_inputs
 from lrq_offline.learned_scales import FlexRoundScale, LearnedRounding, LrqScale
-from lrq_offline.learning_step import LearningStep
+from lrq_offline.learning_step import LearningStep, ParameterGroup
 from lrq_offline.pipeline import quantize_model
 from lrq_offline.quantized_block import FakeQuantizedLinear
 from lrq_offline.rank_processes import started_ranks
@@ -90,8 +90,8 @@ def gradients(kind: type[LearnedRounding], ranks: Ranks) -> dict[str, Tensor | N
     inputs, targets = (states(ranks.share(tensor)) for tensor in (windows(), torch.randn(2, 7, 8)))
     feeder = BatchFeeder(inputs, targets, torch.arange(len(inputs)).unsqueeze(0))
     step = LearningStep(
-        block, list(block.parameters()), feeder, {},
-        rate=0.01, decayed=[], decay=0.0, steps=1, scale=0.001, dtype=torch.float32, ranks=ranks,
+        block, [ParameterGroup(list(block.parameters()), 0.01)], feeder, {},
+        steps=1, scale=0.001, dtype=torch.float32, ranks=ranks,
     )  # fmt: skip
     step.run(0)
     return {name.replace(".own.", "."): parameter.grad for name, parameter in block.named_parameters()}

@@ -142,6 +142,14 @@ def test_learning_rates_of_lrq_grow_for_narrow_models() -> None:
     assert QuantizeSettings("w4a16", "flexround").rate(1024) == QuantizeSettings("w4a16", "flexround").rate(4096) == 3e-3
 
 
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a16", "w3a16"])
+def test_steps_of_groups_are_learned_at_a_tenth_of_lrqs_rate(scheme: str) -> None:
+    assert QuantizeSettings(scheme, group_size=128).step_rate_share == 0.1
+    assert QuantizeSettings(scheme).step_rate_share == 1
+    for settings in ({"method": "flexround"}, {"rank": "full"}):
+        assert QuantizeSettings(scheme, group_size=128, **settings).step_rate_share == 1
+
+
 def test_the_weight_decay_is_the_methods_unless_it_is_given() -> None:
     assert QuantizeSettings("w4a16").decay > QuantizeSettings("w4a16", "flexround").decay > 0
     assert QuantizeSettings("w4a16", rank="full").decay == QuantizeSettings("w4a16", "flexround").decay

@@ -20,7 +20,7 @@ from lrq_offline.compute import block_output
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.hidden_states import BatchFeeder, HiddenStates
 from lrq_offline.learned_scales import LearnedRounding, LrqScale
-from lrq_offline.learning_step import LearningStep
+from lrq_offline.learning_step import LearningStep, ParameterGroup
 from lrq_offline.output_metric import PLAIN, OutputMetric
 from lrq_offline.quantized_block import held_weights
 from lrq_offline.ranks import ONE_RANK, Ranks
@@ -138,9 +138,8 @@ def learn_block(
     checked = list((windows.held_out if len(windows.held_out) else windows.learned_from).split(batch_size))
     scale = _mean_square(targets, ranks)
     step = LearningStep(
-        block, parameters, BatchFeeder(inputs, targets, batches), arguments,
-        rate=rate, decayed=_matrices(block), decay=settings.decay, steps=settings.iters, scale=scale, dtype=dtype, ranks=ranks,
-        metric=metric,
+        block, _parameter_groups(block, parameters, settings, rate), BatchFeeder(inputs, targets, batches), arguments,
+        steps=settings.iters, scale=scale, dtype=dtype, ranks=ranks, metric=metric,
     )  # fmt: skip
     renewing = [module for module in block.modules() if isinstance(module, LrqScale) and module.renews]
     best = _BestState([*parameters, *(rounding.weight for rounding in renewing)])
@@ -210,9 +209,20 @@ def _mean_square(states: HiddenStates, ranks: Ranks) -> float:
     return max(ranks.sum(total).item() / (len(states) * ranks.size), torch.finfo(torch.float32).tiny)
 
 
-def _matrices(block: nn.Module) -> list[nn.Parameter]:
+def _parameter_groups(
+    block: nn.Module, parameters: list[nn.Parameter], settings: QuantizeSettings, rate: float
+) -> list[ParameterGroup]:
+    """``parameters`` of ``block`` by how they are learned: matrices of scales decay, and steps may be slower than the rest."""
     roundings = [module for module in block.modules() if isinstance(module, LearnedRounding)]
-    return [parameter for rounding in roundings for parameter in rounding.matrix_parameters()]
+    matrices = [parameter for rounding in roundings for parameter in rounding.matrix_parameters()]
+    steps = [rounding.log_step for rounding in roundings]
+    apart = {id(parameter) for parameter in (*matrices, *steps)}
+    groups = [
+        ParameterGroup(matrices, rate, settings.decay),
+        ParameterGroup(steps, rate * settings.step_rate_share),
+        ParameterGroup([parameter for parameter in parameters if id(parameter) not in apart], rate),
+    ]
+    return [group for group in groups if group.parameters]
 
 
 def _batches(samples: Tensor, count: int, size: int, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import Family
 from lrq_offline.expert_tokens import TOO_FEW, lend_samples, short_of_tokens
 from lrq_offline.experts import experts_of
+from lrq_offline.fused_norms import fuse_norms
 from lrq_offline.hidden_states import HiddenStates
 from lrq_offline.input_rotation import InputRotation
 from lrq_offline.layer_inputs import InputSample, sample_inputs, watch_inputs
@@ -130,6 +131,7 @@ class BlockQuantizer:
         if usable and self.settings.learns:
             learned = {name: weight for name, weight in weights.items() if name not in short}
             self._begin_learning(block, learned, steps, in_stages, generator)
+            fuse_norms(block, self.family)
         learning = learn_block(
             block,
             inputs,

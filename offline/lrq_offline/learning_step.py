@@ -2,7 +2,8 @@
 unless the block has experts."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from lrq_offline.output_metric import PLAIN, OutputMetric
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.sharded_rounding import finish_backward, start_weights
 
-__all__ = ["LearningStep", "block_loss"]
+__all__ = ["LearningStep", "ParameterGroup", "block_loss"]
 
 _WARM_UP_STEPS = 3
 
@@ -31,25 +32,28 @@ def block_loss(
     return metric.mean_square(block_output(block, inputs, arguments, dtype), targets)
 
 
+class ParameterGroup(NamedTuple):
+    """Parameters that have one learning rate, here the first step's, and one weight decay."""
+
+    parameters: Sequence[nn.Parameter]
+    rate: float
+    decay: float = 0.0
+
+
 class LearningStep:
-    """AdamW on ``parameters`` of ``block`` for the loss over the batches of all ``ranks``.
+    """AdamW on the parameters of ``block`` that are in ``groups``, for the loss over the batches of all ``ranks``.
 
-    The learning rate is decayed from ``rate`` to 0 by a half-cosine over ``steps``.
-
-    Those of the parameters that are in ``decayed`` have the weight decay ``decay``. ``scale`` divides the loss: it keeps
-    Adam's epsilon small beside the gradients and changes no direction. ``metric`` measures differences of the output.
+    Learning rates are decayed to 0 by a half-cosine over ``steps``. ``scale`` divides the loss: it keeps Adam's epsilon small
+    beside the gradients and changes no direction. ``metric`` measures differences of the output.
     """
 
     def __init__(
         self,
         block: nn.Module,
-        parameters: list[nn.Parameter],
+        groups: Sequence[ParameterGroup],
         feeder: BatchFeeder,
         arguments: dict[str, Any],
         *,
-        rate: float,
-        decayed: list[nn.Parameter],
-        decay: float,
         steps: int,
         scale: float,
         dtype: torch.dtype,
@@ -57,19 +61,20 @@ class LearningStep:
         metric: OutputMetric = PLAIN,
     ) -> None:
         device = feeder.inputs.device
-        self._block, self._parameters, self._feeder, self._arguments = block, parameters, feeder, arguments
+        self._block, self._feeder, self._arguments = block, feeder, arguments
+        self._parameters = [parameter for group in groups for parameter in group.parameters]
         self._ranks, self._metric = ranks, metric
         # Gradients are summed over the ranks, and the loss is a mean.
         self._scale, self._dtype = scale * ranks.size, dtype
-        half_cosine = [rate * 0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
-        self._schedule = torch.tensor(half_cosine, dtype=torch.float32, device=device)
-        self._rate = self._schedule[0].clone()
-        ids = {id(parameter) for parameter in decayed}
-        groups = [
-            {"params": [parameter for parameter in parameters if (id(parameter) in ids) == wanted], "weight_decay": strength}
-            for wanted, strength in ((True, decay), (False, 0.0))
+        half_cosine = [0.5 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+        schedule = [[group.rate * share for group in groups] for share in half_cosine]
+        self._schedule = torch.tensor(schedule, dtype=torch.float32, device=device)
+        self._rates = self._schedule[0].clone()
+        options = [
+            {"params": group.parameters, "lr": rate, "weight_decay": group.decay}
+            for group, rate in zip(groups, self._rates.unbind(), strict=True)
         ]
-        self._optimizer = torch.optim.AdamW(groups, lr=self._rate, fused=True, capturable=device.type == "cuda")
+        self._optimizer = torch.optim.AdamW(options, fused=True, capturable=device.type == "cuda")
         self.losses = torch.zeros(steps, dtype=torch.float32, device=device)
         self._loss = torch.zeros((), device=device)
         # How many tokens an expert gets, the host has to know.
@@ -78,7 +83,7 @@ class LearningStep:
     def run(self, step: int) -> None:
         """Take one step. Its loss (this rank's part, relative to ``scale``) lands in ``losses[step]``, on the device."""
         self._feeder.feed(step)
-        self._rate.copy_(self._schedule[step])
+        self._rates.copy_(self._schedule[step])
         if self._graph is None:
             self._step()
         else:

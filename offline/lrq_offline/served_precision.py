@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from lrq_offline.attention import plain_attention, use_attention
 from lrq_offline.decoder_blocks import Family, blocks_of
 from lrq_offline.experts import Experts
+from lrq_offline.fused_norms import epsilon_of
 
 __all__ = ["round_like_a_server", "served_dtype"]
 
@@ -144,7 +145,7 @@ class _ServedNorm(nn.Module):
     def __init__(self, norm: Any, gain_offset: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight: nn.Parameter = norm.weight
-        self._epsilon: float = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        self._epsilon = epsilon_of(norm)
         self._offset = gain_offset
         self._dtype = dtype
 
