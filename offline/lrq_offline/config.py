@@ -58,8 +58,8 @@ _CHECKS = 10
 # Steps that new factors need to be worth it: with 30 they gained, with fewer nothing has been tried. 8-bit weights lost by them
 # (KL on tests/models/tiny 0.0108 without, 0.0111 with).
 _LEAST_STEPS_OF_FACTORS = 30
-# With a step for each group LRQ's KL on validation text is 0.5 to 3% lower so; FlexRound's is 7% higher, and with a step for
-# each channel LRQ's is up to 1.5% higher (bench/results/step-rates-small-h200.json).
+# With a step for each group LRQ's KL on validation text is 0.5 to 3% lower so; FlexRound's is up to 7.5% higher, and with a
+# step for each channel LRQ's is up to 1.5% higher (bench/results/step-rates-small-h200.json).
 _GROUP_STEPS_SHARE = 0.1
 
 
