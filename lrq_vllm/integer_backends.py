@@ -7,17 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lrq_vllm import exact_ops
 from lrq_vllm.arranged_layer import arranged_linear, keep_arranged, quantized_in_graph
 from lrq_vllm.checkpoint.packing import unpack
 from lrq_vllm.input_fusion import Fusion
-from lrq_vllm.kernel_choice import HOPPER, TRITON, first_that_can
+from lrq_vllm.kernel_choice import HOPPER, REFERENCE, TRITON, first_that_can, why_not_reference
 from lrq_vllm.kernels import reference
 from lrq_vllm.kernels.arranged_linear import why_not
 from lrq_vllm.kernels.arranged_weight import WeightShape, arrange
 from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
 
 __all__ = [
-    "CpuGroupsBackend", "HopperBackend", "IntegerBackend", "LayerInput", "OneDnnBackend", "TritonBackend",
+    "CpuGroupsBackend", "HopperBackend", "IntegerBackend", "LayerInput", "OneDnnBackend", "ReferenceBackend", "TritonBackend",
     "choose_integer_backend", "integer_candidates",
 ]  # fmt: skip
 
@@ -56,7 +57,9 @@ def choose_integer_backend(weight: IntegerWeight, x: LayerInput) -> IntegerBacke
 
 def integer_candidates(weight: IntegerWeight, x: LayerInput) -> list[tuple[IntegerBackend, str | None]]:
     """Every backend, the best first, and the reason why it cannot run with this weight, or None if it can."""
-    backends: tuple[IntegerBackend, ...] = (HopperBackend(), TritonBackend(), OneDnnBackend(), CpuGroupsBackend())
+    backends: tuple[IntegerBackend, ...] = (
+        HopperBackend(), TritonBackend(), OneDnnBackend(), CpuGroupsBackend(), ReferenceBackend()
+    )  # fmt: skip
     return [(backend, backend.why_not(weight, x)) for backend in backends]
 
 
@@ -99,18 +102,15 @@ class TritonBackend:
 
     def prepare(self, layer: Any, weight: IntegerWeight, x: LayerInput) -> None:
         """Keep the checkpoint's layout, and the column sums beside it."""
-        for field in ("q", "step", "zero_point", "total"):
-            value = getattr(weight, field).contiguous()
-            setattr(layer, f"lrq_{field}", Parameter(value, requires_grad=False))
-        layer.lrq_bits = weight.bits
+        _keep(layer, weight)
 
     def linear(self, layer: Any, x: Tensor, grid: InputGrid, bias: Tensor | None) -> Tensor:
         """int8 tensor cores; exact int32 sums."""
         from lrq_vllm.kernels import ops
 
         tokens = ops.quantize_input(x, grid.kind, list(grid.calibrated))
-        weight = (layer.lrq_q, layer.lrq_step, layer.lrq_zero_point, layer.lrq_total)
-        return ops.integer_linear(*tokens, *weight, bias, layer.lrq_bits, x.dtype)
+        *weight, bits = _kept(layer)
+        return ops.integer_linear(*tokens, *weight, bias, bits, x.dtype)
 
 
 class OneDnnBackend:
@@ -208,6 +208,37 @@ class CpuGroupsBackend:
         from lrq_vllm.kernels import ops
 
         return ops.grouped_linear(*reference.quantize_input(x, grid), layer.lrq_centred, layer.lrq_step, bias, x.dtype)
+
+
+class ReferenceBackend:
+    """Any device: kernels/exact.py, which gives the same however many tensor-parallel ranks share the layer."""
+
+    name = REFERENCE
+
+    def why_not(self, weight: IntegerWeight, x: LayerInput) -> str | None:
+        """Has to be asked for."""
+        return why_not_reference()
+
+    def prepare(self, layer: Any, weight: IntegerWeight, x: LayerInput) -> None:
+        """Keep the checkpoint's layout, and the column sums beside it."""
+        _keep(layer, weight)
+
+    def linear(self, layer: Any, x: Tensor, grid: InputGrid, bias: Tensor | None) -> Tensor:
+        """Exact sums of all ranks."""
+        return exact_ops.integer_linear(x, grid.kind, list(grid.calibrated), *_kept(layer), bias, layer.lrq_shared)
+
+
+def _keep(layer: Any, weight: IntegerWeight) -> None:
+    """Put the weight on the layer as it is, as parameters."""
+    for field in ("q", "step", "zero_point", "total"):
+        value = getattr(weight, field).contiguous()
+        setattr(layer, f"lrq_{field}", Parameter(value, requires_grad=False))
+    layer.lrq_bits = weight.bits
+
+
+def _kept(layer: Any) -> IntegerWeight:
+    """What was put there."""
+    return IntegerWeight(layer.lrq_q, layer.lrq_step, layer.lrq_zero_point, layer.lrq_total, layer.lrq_bits)
 
 
 def _multiplies_bytes_exactly() -> bool:

@@ -8,9 +8,9 @@ import torch
 
 from lrq_vllm.errors import SettingsError
 
-__all__ = ["HOPPER", "TRITON", "VARIABLE", "Named", "first_that_can", "kernels_by_layer"]
+__all__ = ["HOPPER", "REFERENCE", "TRITON", "VARIABLE", "Named", "first_that_can", "kernels_by_layer", "why_not_reference"]
 
-HOPPER, TRITON = "hopper", "triton"
+HOPPER, TRITON, REFERENCE = "hopper", "triton", "reference"
 VARIABLE = "LRQ_KERNEL"
 
 
@@ -43,6 +43,11 @@ def first_that_can(candidates: Sequence[tuple[Candidate, str | None]], device: t
         f"No kernel runs these layers on {device} ({reasons}). Serve on an NVIDIA GPU of the Ampere generation or later, or on "
         "an x86 CPU with vLLM's CPU build."
     )
+
+
+def why_not_reference() -> str | None:
+    """The reason not to compute as the reference does, unless it was asked for: it is far too slow to serve with."""
+    return None if os.environ.get(VARIABLE) == REFERENCE else f"is slow, and runs where {VARIABLE} names it"
 
 
 def kernels_by_layer(model: torch.nn.Module) -> dict[str, str]:

@@ -15,7 +15,8 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from lrq_vllm.checkpoint.hadamard import rotate
 from lrq_vllm.checkpoint.schema import Manifest
-from lrq_vllm.kernel_choice import HOPPER
+from lrq_vllm.exact_ops import take_over_sum
+from lrq_vllm.kernel_choice import HOPPER, REFERENCE
 from lrq_vllm.kernels import ops, reference
 from lrq_vllm.layer_self_test import check_layer
 from lrq_vllm.layer_weights import LayerWeights
@@ -53,6 +54,7 @@ class LrqLinearMethod(LinearMethodBase, ABC):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything came, and bring it into the layout of the kernels that will run."""
         packed, pairs = self._weights.take(layer)
+        layer.lrq_shared = False
         layer.lrq_kernel, product = self._prepare(layer, packed)
         self._on_hopper = layer.lrq_kernel == HOPPER  # the rotation and the correction too
         device, dtype = packed[0].device, layer.lrq_dtype
@@ -63,7 +65,7 @@ class LrqLinearMethod(LinearMethodBase, ABC):
             if self._on_hopper:
                 rotate_tokens.prepare(self._hadamard.block, self._hadamard.order, dtype, device)
         if pairs:
-            self._low_rank = choose_low_rank(device, hopper=self._on_hopper)
+            self._low_rank = choose_low_rank(device, layer.lrq_kernel)
             self._low_rank.prepare(layer, pairs, dtype)
         logger.debug("%s runs on %s", self._name, layer.lrq_kernel)
 
@@ -75,9 +77,13 @@ class LrqLinearMethod(LinearMethodBase, ABC):
         check_layer(
             f"{self._name} on {layer.lrq_kernel}", partial(self.apply, layer), wanted, packed[0], layer.lrq_in_features, dtype
         )
+        if layer.lrq_kernel == REFERENCE:
+            layer.lrq_shared = take_over_sum(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
+        if layer.lrq_shared and not layer.skip_bias_add:
+            bias = layer.bias  # vLLM gives it to one rank only
         rows = x.reshape(-1, x.shape[-1])
         if self._hadamard is not None:
             rows = ops.rotate(rows, self._hadamard.block, self._hadamard.order, self._on_hopper)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lrq_vllm import exact_ops
+from lrq_vllm.kernel_choice import HOPPER, REFERENCE
 from lrq_vllm.kernels import low_rank
 
 __all__ = ["LowRank", "Pair", "choose_low_rank"]
@@ -25,9 +27,11 @@ class LowRank(Protocol):
         """y [tokens, out] + U (V^T x) for x [tokens, in]. y may be overwritten."""
 
 
-def choose_low_rank(device: torch.device, *, hopper: bool) -> LowRank:
-    """By device: a GPU adds where y stands already; on a CPU torch adds as the reference says. hopper: see :class:`InPlace`."""
-    return InPlace(hopper=hopper) if device.type == "cuda" else Composed()
+def choose_low_rank(device: torch.device, kernel: str) -> LowRank:
+    """By device: a GPU adds where y stands already; on a CPU torch adds as the reference says. kernel: what multiplies."""
+    if kernel == REFERENCE:
+        return Exact()
+    return InPlace(hopper=kernel == HOPPER) if device.type == "cuda" else Composed()
 
 
 class InPlace:
@@ -69,6 +73,19 @@ class Composed:
         from lrq_vllm.kernels import ops
 
         return ops.add_low_rank(y, x, _kept(layer, "u"), _kept(layer, "v"))
+
+
+class Exact:
+    """Any device, where the reference multiplies: kernels/exact.py."""
+
+    def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
+        """The factors are rounded to 16 bits."""
+        for letter, factors in zip("uv", zip(*pairs, strict=True), strict=True):
+            _keep(layer, letter, [factor.to(dtype) for factor in factors])
+
+    def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
+        """V^T x is the sum of all ranks."""
+        return exact_ops.add_low_rank(y, x, _kept(layer, "u"), _kept(layer, "v"), layer.lrq_shared)
 
 
 def _keep(layer: Any, letter: str, factors: Sequence[Tensor]) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lrq_vllm import exact_ops
 from lrq_vllm.arranged_layer import arranged_linear, keep_arranged
 from lrq_vllm.checkpoint.packing import unpack
-from lrq_vllm.kernel_choice import HOPPER, TRITON, first_that_can
+from lrq_vllm.kernel_choice import HOPPER, REFERENCE, TRITON, first_that_can, why_not_reference
 from lrq_vllm.kernels.arranged_linear import why_not
 from lrq_vllm.kernels.arranged_weight import WeightShape, arrange
 from lrq_vllm.kernels.reference import dequantize_weight
@@ -55,7 +56,7 @@ def choose_weight_only_backend(weight: PackedWeight) -> WeightOnlyBackend:
 
 def weight_only_candidates(weight: PackedWeight) -> list[tuple[WeightOnlyBackend, str | None]]:
     """Every backend, the best first, and the reason why it cannot run with this weight, or None if it can."""
-    backends: tuple[WeightOnlyBackend, ...] = (HopperBackend(), TritonBackend(), ExpandedBackend())
+    backends: tuple[WeightOnlyBackend, ...] = (HopperBackend(), TritonBackend(), ExpandedBackend(), ReferenceBackend())
     return [(backend, backend.why_not(weight)) for backend in backends]
 
 
@@ -93,9 +94,7 @@ class TritonBackend:
 
     def prepare(self, layer: Any, weight: PackedWeight) -> None:
         """Keep the checkpoint's layout."""
-        for name, value in (("lrq_q", weight.q), ("lrq_step", weight.step), ("lrq_zero_point", weight.zero_point)):
-            setattr(layer, name, Parameter(value.contiguous(), requires_grad=False))
-        layer.lrq_bits = weight.bits
+        _keep(layer, weight)
 
     def linear(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """Unpacked tile by tile."""
@@ -129,3 +128,29 @@ class ExpandedBackend:
     def linear(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """torch's own product."""
         return torch.nn.functional.linear(x, layer.lrq_weight, bias)
+
+
+class ReferenceBackend:
+    """Any device: kernels/exact.py, which gives the same however many tensor-parallel ranks share the layer."""
+
+    name = REFERENCE
+
+    def why_not(self, weight: PackedWeight) -> str | None:
+        """Has to be asked for."""
+        return why_not_reference()
+
+    def prepare(self, layer: Any, weight: PackedWeight) -> None:
+        """Keep the checkpoint's layout."""
+        _keep(layer, weight)
+
+    def linear(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Unpacked as a whole, each time."""
+        weight = layer.lrq_q, layer.lrq_step, layer.lrq_zero_point, layer.lrq_bits
+        return exact_ops.weight_only_linear(x, *weight, bias, layer.lrq_shared)
+
+
+def _keep(layer: Any, weight: PackedWeight) -> None:
+    """Put the weight on the layer as it is, as parameters."""
+    for name, value in (("lrq_q", weight.q), ("lrq_step", weight.step), ("lrq_zero_point", weight.zero_point)):
+        setattr(layer, name, Parameter(value.contiguous(), requires_grad=False))
+    layer.lrq_bits = weight.bits

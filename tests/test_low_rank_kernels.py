@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrq_vllm.kernel_choice import TRITON
 from lrq_vllm.kernels import low_rank, reference
 from lrq_vllm.low_rank import choose_low_rank
 
@@ -44,7 +45,7 @@ def test_what_is_added_in_place_is_the_reference_product(
 def test_a_layer_that_does_not_run_on_our_kernels_is_corrected_without_them() -> None:
     pairs, layer = pairs_of([48, 16], [10, 3], 64, torch.bfloat16), torch.nn.Module()
     x, y = torch.randn(3, 64).bfloat16(), torch.randn(3, 64).bfloat16()
-    correction = choose_low_rank(torch.device("cuda"), hopper=False)
+    correction = choose_low_rank(torch.device("cuda"), TRITON)
     correction.prepare(layer, pairs, torch.bfloat16)
     found = correction.add(layer, y.clone(), x)
     torch.testing.assert_close(found, reference.add_low_rank(y, x, pairs), rtol=2**-7, atol=2**-6)

@@ -42,6 +42,17 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: folder / family for family in FAMILIES}
 
 
+def agreement(checkpoints: list[Path], out: Path, *options: str, **variables: str) -> list[dict[str, Any]]:
+    """What bench/served_agreement.py finds with these options and environment variables, and writes to ``out``."""
+    command = [sys.executable, AGREEMENT, *map(str, checkpoints), "--text", str(HELDOUT), "--out", str(out), *options]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ended = subprocess.run(command, env=environment | variables, text=True, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    print(ended.stdout)
+    rows: list[dict[str, Any]] = json.loads(out.read_text())["rows"]
+    return rows
+
+
 @pytest.fixture(scope="module")
 def measured(
     checkpoints: Checkpoints, families: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
@@ -61,15 +72,7 @@ def measured(
         quantize_model(TINY, served[name], settings)
 
     def measure(mode: str, checkpoints: dict[str, Path]) -> dict[str, dict[str, Any]]:
-        command = [
-            sys.executable, AGREEMENT, *map(str, checkpoints.values()), "--text", str(HELDOUT), "--modes", mode,
-            "--out", str(folder / f"{mode}.json"),
-        ]  # fmt: skip
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        ended = subprocess.run(command, env=environment, text=True, capture_output=True)
-        assert ended.returncode == 0, ended.stderr
-        print(ended.stdout)
-        rows = json.loads((folder / f"{mode}.json").read_text())["rows"]
+        rows = agreement([*checkpoints.values()], folder / f"{mode}.json", "--modes", mode)
         return {name: row | {"folder": path} for (name, path), row in zip(checkpoints.items(), rows, strict=True)}
 
     # Side by side: imports and compilation, which take long, keep one core busy.
@@ -94,3 +97,13 @@ def test_what_4_bit_activations_magnify_is_no_more_than_the_order_of_sums_makes(
     prompts = token_windows(load_tokenizer(folder), read_texts(HELDOUT), PROMPTS, PROMPT_TOKENS)
     assert row["kernels"] != ["vLLM's own"]
     assert row["mean_difference"] <= 1.5 * reference_noise(folder, prompts)
+
+
+def test_two_ranks_that_compute_as_the_reference_give_the_numbers_and_tokens_of_one(tmp_path: Path) -> None:
+    # All that ranks share: a token's step, sums of groups of integers, and what a correction shrinks a token to.
+    quantize_model(TINY, tmp_path / "made", QuantizeSettings("w4a8", "rtn", group_size=64, correction_rank="10%", **QUICK))
+    options = ("--modes", "eager", "--ranks", "1", "2")
+    one, two = agreement([tmp_path / "made"], tmp_path / "found.json", *options, LRQ_KERNEL="reference")
+    assert [row["ranks"] for row in (one, two)] == [1, 2] and one["kernels"] == two["kernels"] == ["reference"]
+    assert two["as_first"] == {"tokens": 1.0, "prompts": 1.0}
+    assert one["mean_difference"] == two["mean_difference"] and one["max_difference"] == two["max_difference"]

@@ -1,6 +1,7 @@
 """Layers of two tensor-parallel ranks, put together, against the whole layer: every scheme, every kind of layer."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,10 +45,16 @@ def _gate_up(config: Any) -> Any:
     )
 
 
-def _down(config: Any) -> Any:
+def _down(config: Any, *, bias: bool = False) -> Any:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    return RowParallelLinear(384, 256, bias=False, quant_config=config, prefix=f"{MLP}.down_proj", return_bias=False)
+    return RowParallelLinear(384, 256, bias=bias, quant_config=config, prefix=f"{MLP}.down_proj", return_bias=False)
+
+
+def _down_with_bias(config: Any) -> Any:
+    layer = _down(config, bias=True)
+    layer.bias.data.copy_(torch.linspace(-9, 9, 256))
+    return layer
 
 
 class Kind(NamedTuple):
@@ -88,33 +95,59 @@ def case(kind: str, scheme: str, group: int | None) -> tuple[Manifest, Tensors, 
     return manifest, tensors, torch.randn(7, inputs, dtype=torch.float32).mul(3).bfloat16()
 
 
-def run_rank(rank: int, folder: Path) -> None:
-    """Compute every case's outputs as one of the ranks."""
+Outputs = dict[tuple[str, str, int | None], Tensor]
+"""By case."""
+
+
+def layer_outputs(rank: int, ranks: int) -> Outputs:
+    """Of every case, as one of the ranks computes them."""
     found = {}
+    for kind, scheme, group in CASES:
+        manifest, tensors, x = case(kind, scheme, group)
+        layer = KINDS[kind].make(lrq_config(manifest))
+        load(layer, tensors, KINDS[kind].shards)
+        layer.quant_method.process_weights_after_loading(layer)
+        found[kind, scheme, group] = layer(x.chunk(ranks, dim=1)[rank] if KINDS[kind].by_rows else x)
+    return found
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    """Compute on the kernels that are chosen, and as the reference does."""
     with plugin_world(rank, RANKS, folder / "store"):
-        for kind, scheme, group in CASES:
-            manifest, tensors, x = case(kind, scheme, group)
-            layer = KINDS[kind].make(lrq_config(manifest))
-            load(layer, tensors, KINDS[kind].shards)
-            layer.quant_method.process_weights_after_loading(layer)
-            found[kind, scheme, group] = layer(x.chunk(RANKS, dim=1)[rank] if KINDS[kind].by_rows else x)
-    torch.save(found, folder / f"{rank}.pt")
+        torch.save(layer_outputs(rank, RANKS), folder / f"{rank}.pt")
+        os.environ["LRQ_KERNEL"] = "reference"
+        KINDS["down"] = KINDS["down"]._replace(make=_down_with_bias)
+        torch.save(layer_outputs(rank, RANKS), folder / f"exact-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def outputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[Any, Tensor]]]:
-    """By rank, the outputs of every case."""
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the ranks have left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)
         spawn(run_rank, (folder,), nprocs=RANKS)
-    yield [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outputs(ran: Path) -> list[Outputs]:
+    """By rank, from the kernels that are chosen."""
+    return [torch.load(ran / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def exact_outputs(ran: Path) -> list[Outputs]:
+    """By rank, as the reference computes; in the end, those of one rank that has everything."""
+    with pytest.MonkeyPatch.context() as patch, plugin_world():
+        patch.setenv("LRQ_KERNEL", "reference")
+        patch.setitem(KINDS, "down", KINDS["down"]._replace(make=_down_with_bias))
+        whole = layer_outputs(0, 1)
+    return [*(torch.load(ran / f"exact-{rank}.pt") for rank in range(RANKS)), whole]
 
 
 @pytest.mark.parametrize(("kind", "scheme", "group"), CASES)
-def test_ranks_together_compute_what_one_computes(
-    kind: str, scheme: str, group: int | None, outputs: list[dict[Any, Tensor]]
-) -> None:
+def test_ranks_together_compute_what_one_computes(kind: str, scheme: str, group: int | None, outputs: list[Outputs]) -> None:
     manifest, tensors, x = case(kind, scheme, group)
     own = [found[kind, scheme, group] for found in outputs]
     if KINDS[kind].by_rows:
@@ -124,10 +157,8 @@ def test_ranks_together_compute_what_one_computes(
         assert (own[0].float() - sum(parts)).norm() <= 8e-3 * sum(parts).norm()
         return
     wanted = torch.cat(reference_outputs(manifest, tensors, x), dim=1)
-    sizes = [256, 128, 128] if kind == "qkv-fused" else [384, 384] if kind == "gate-up-fused" else None
-    parts = wanted.split(sizes or [rows for rows, _ in manifest.quantized.values()], dim=1)
     for rank, y in enumerate(own):
-        expected = torch.cat([of_rank(part, rank, at, KINDS[kind]) for at, part in enumerate(parts)], dim=1)
+        expected = of_rank(wanted, rank, kind)
         if scheme in INTEGERS:
             assert torch.equal(y, expected)
         else:
@@ -147,8 +178,28 @@ def row_part(manifest: Manifest, tensors: Tensors, x: Tensor, rank: int) -> Tens
     return reference_outputs(replace(manifest, quantized=modules), shares, x.chunk(RANKS, dim=1)[rank])[0].float()
 
 
-def of_rank(part: Tensor, rank: int, at: int, kind: Kind) -> Tensor:
-    return part if kind.replicated and at > 0 else part.chunk(RANKS, dim=1)[rank]
+@pytest.mark.parametrize(("kind", "scheme", "group"), CASES)
+def test_ranks_that_compute_as_the_reference_give_the_whole_layers_result_to_the_bit(
+    kind: str, scheme: str, group: int | None, exact_outputs: list[Outputs]
+) -> None:
+    *own, whole = (found[kind, scheme, group] for found in exact_outputs)
+    for rank, y in enumerate(own):
+        assert torch.equal(y, whole if KINDS[kind].by_rows else of_rank(whole, rank, kind))
+    manifest, tensors, x = case(kind, scheme, group)
+    wanted = torch.cat(reference_outputs(manifest, tensors, x), dim=1).float()
+    if kind == "down":
+        wanted += torch.linspace(-9, 9, 256).bfloat16()
+    assert (whole.float() - wanted).norm() <= 8e-3 * wanted.norm()
+
+
+def of_rank(whole: Tensor, rank: int, kind: str) -> Tensor:
+    """The columns that a rank has of what a layer puts out, of each part its share."""
+    sizes = [256, 128, 128] if kind == "qkv-fused" else [384, 384] if kind == "gate-up-fused" else None
+    parts = whole.split(sizes or [rows for rows, _ in KINDS[kind].modules.values()], dim=1)
+    whole_in_every_rank = KINDS[kind].replicated
+    return torch.cat(
+        [part if whole_in_every_rank and at else part.chunk(RANKS, dim=1)[rank] for at, part in enumerate(parts)], 1
+    )
 
 
 def test_a_cut_through_packed_words_is_refused_with_the_numbers() -> None:
