@@ -74,12 +74,14 @@ class LrqW8A8LinearMethod(_IntegerLinearMethod):
 
 @register_weight_loader_v2_supported_method
 class LrqW4A8LinearMethod(_IntegerLinearMethod):
-    """4-bit weights per channel, 8-bit activations with a step for each token."""
+    """4-bit weights per channel or group of inputs, 8-bit activations with a step for each token."""
 
 
 @register_weight_loader_v2_supported_method
 class LrqW4A4LinearMethod(_IntegerLinearMethod):
-    """4-bit weights per channel, 4-bit activations with a step for each token, its range clipped by a calibrated ratio."""
+    """4-bit weights per channel or group of inputs, 4-bit activations with a step for each token, its range clipped by a
+    calibrated ratio.
+    """
 
     def _calibrated(self) -> tuple[str, ...]:
         return ("input_clip",)
