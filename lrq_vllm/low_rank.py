@@ -65,14 +65,13 @@ class Composed:
 
     def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
         """The factors are rounded to 16 bits, and then kept in float32."""
-        for letter, factors in zip("uv", zip(*pairs, strict=True), strict=True):
-            _keep(layer, letter, [factor.to(dtype).float() for factor in factors])
+        _keep(layer, [(u.to(dtype).float(), v.to(dtype).float()) for u, v in pairs])
 
     def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
         """torch's own products, as one opaque op."""
         from lrq_vllm.kernels import ops
 
-        return ops.add_low_rank(y, x, _kept(layer, "u"), _kept(layer, "v"))
+        return ops.add_low_rank(y, x, *_kept(layer))
 
 
 class Exact:
@@ -80,19 +79,23 @@ class Exact:
 
     def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
         """The factors are rounded to 16 bits."""
-        for letter, factors in zip("uv", zip(*pairs, strict=True), strict=True):
-            _keep(layer, letter, [factor.to(dtype) for factor in factors])
+        _keep(layer, [(u.to(dtype), v.to(dtype)) for u, v in pairs])
 
     def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
         """V^T x is the sum of all ranks."""
-        return exact_ops.add_low_rank(y, x, _kept(layer, "u"), _kept(layer, "v"), layer.lrq_shared)
+        return exact_ops.add_low_rank(y, x, *_kept(layer), layer.lrq_shared)
 
 
-def _keep(layer: Any, letter: str, factors: Sequence[Tensor]) -> None:
-    for part, factor in enumerate(factors):
-        setattr(layer, f"lrq_low_rank_{letter}{part}", Parameter(factor.contiguous(), requires_grad=False))
-    setattr(layer, f"lrq_low_rank_{letter}s", len(factors))
+def _keep(layer: Any, pairs: Sequence[Pair]) -> None:
+    """Put every factor on the layer, as a parameter."""
+    for part, (u, v) in enumerate(pairs):
+        setattr(layer, f"lrq_low_rank_u{part}", Parameter(u.contiguous(), requires_grad=False))
+        setattr(layer, f"lrq_low_rank_v{part}", Parameter(v.contiguous(), requires_grad=False))
+    layer.lrq_low_rank_parts = len(pairs)
 
 
-def _kept(layer: Any, letter: str) -> list[Tensor]:
-    return [getattr(layer, f"lrq_low_rank_{letter}{part}") for part in range(getattr(layer, f"lrq_low_rank_{letter}s"))]
+def _kept(layer: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Every U, and every V."""
+    parts = range(layer.lrq_low_rank_parts)
+    u, v = ([getattr(layer, f"lrq_low_rank_{letter}{part}") for part in parts] for letter in "uv")
+    return u, v

@@ -39,7 +39,7 @@ ONE_RANK: InputRanks = _OneRank()
 """One process has all inputs."""
 
 
-def quantize_input(x: Tensor, grid: InputGrid, ranks: InputRanks = ONE_RANK) -> QuantizedTokens:
+def quantize_input(x: Tensor, grid: InputGrid, ranks: InputRanks) -> QuantizedTokens:
     """As reference.quantize_input. x [T, K]: this process's inputs; a token's own step is that of all processes' inputs."""
     if grid.kind is InputKind.STATIC:
         return reference.quantize_input(x, grid)
@@ -51,14 +51,14 @@ def quantize_input(x: Tensor, grid: InputGrid, ranks: InputRanks = ONE_RANK) -> 
 
 
 def integer_linear(
-    x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype, ranks: InputRanks = ONE_RANK
+    x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype, ranks: InputRanks
 ) -> Tensor:
     """As reference.integer_linear, y [T, N]. x and weight: this process's inputs; bias [N]: the whole layer's."""
     return reference.scaled_sums(ranks.total(reference.integer_sums(x, weight)), x, weight, bias, out_dtype)
 
 
 def weight_only_linear(
-    x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None, ranks: InputRanks = ONE_RANK
+    x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None, ranks: InputRanks
 ) -> Tensor:
     """As reference.weight_only_linear, y [T, N] in x's dtype. x [T, K] and the weight: this process's inputs."""
     weight = reference.dequantize_weight(qweight, step, zero_point, bits, x.shape[1]).to(x.dtype)
@@ -66,7 +66,7 @@ def weight_only_linear(
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
-def add_low_rank(y: Tensor, x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], ranks: InputRanks = ONE_RANK) -> Tensor:
+def add_low_rank(y: Tensor, x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], ranks: InputRanks) -> Tensor:
     """As reference.add_low_rank. y [T, N]: the whole product; x [T, K] and each V: this process's inputs."""
     shrunk = [ranks.total(x.double() @ v.double()).to(x.dtype) for _, v in pairs]
     added = [part.double() @ u.double().T for part, (u, _) in zip(shrunk, pairs, strict=True)]
