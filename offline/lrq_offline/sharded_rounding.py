@@ -4,7 +4,7 @@ What does not depend on the batch (the scale L U, the fake quantizer, AdamW) is 
 products by the windows. What the processes tell each other travels on a stream of its own: the rows of W_hat while the next
 layer's are computed, their gradients during the rest of the block's backward pass (which therefore ends at W_hat, a leaf).
 U, which every row of W needs, is divided by its own rows between the steps: it is brought together before it is used, and its
-gradient travels while the next layer's is computed.
+gradient travels while the next layer's is computed, the last one's while AdamW goes through what needs no sum.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from lrq_offline.ranks import Ranks
 from lrq_offline.weight_transfers import transfers_between
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 
-__all__ = ["ShardedRounding", "finish_backward", "start_weights"]
+__all__ = ["ShardedRounding", "finish_backward", "start_weights", "summed_parameters"]
 
 
 class ShardedRounding(Rounding):
@@ -120,26 +120,49 @@ def start_weights(block: nn.Module) -> None:
         rounding.start()
 
 
-def finish_backward(block: nn.Module) -> None:
-    """After the backward pass of ``block``: from each sharded weight to its parameters, and wait for the processes' sums.
+def summed_parameters(block: nn.Module) -> list[nn.Parameter]:
+    """Those of ``block`` whose gradients the processes add up."""
+    factors = [factor for rounding in _sharded(block) if (factor := rounding.own.factor()) is not None]
+    return factors + _shared_parameters(block)
 
-    Where no weight is sharded there is nothing to do.
+
+def finish_backward(block: nn.Module) -> Callable[[], None]:
+    """After the backward pass of ``block``: from each sharded weight to its parameters.
+
+    What is returned waits for the gradients of :func:`summed_parameters`; all others are there. Where no weight is sharded
+    there is nothing to do.
     """
     roundings = _sharded(block)
     for rounding in reversed(roundings):
         rounding.finish_backward()
-    for rounding in reversed(roundings):
-        rounding.take_factor_gradient()
+    gradients = [gradient for parameter in _shared_parameters(block) if (gradient := parameter.grad) is not None]
+    total = _sum_on_its_way(gradients, roundings[0].ranks) if gradients else None
+
+    def receive_sums() -> None:
+        for rounding in reversed(roundings):
+            rounding.take_factor_gradient()
+        if total is not None:
+            parts = total.arrived().split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+
+    return receive_sums
+
+
+def _shared_parameters(block: nn.Module) -> list[nn.Parameter]:
+    """Those that every process has whole, beside sharded weights."""
+    roundings = _sharded(block)
     if not roundings:
-        return
-    shared = [parameter.grad for rounding in roundings for parameter in rounding.own.shared_parameters()]
+        return []
     corrections = [module for module in block.modules() if isinstance(module, LearnedCorrection)]
-    shared += [parameter.grad for correction in corrections for parameter in correction.parameters()]
-    gradients = [gradient for gradient in shared if gradient is not None]
-    if gradients:
-        total = roundings[0].ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = total.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
+    of_roundings = [parameter for rounding in roundings for parameter in rounding.own.shared_parameters()]
+    return of_roundings + [parameter for correction in corrections for parameter in correction.parameters()]
+
+
+def _sum_on_its_way(gradients: list[Tensor], ranks: Ranks) -> "_OnItsWay":
+    """The sum over the processes, all gradients in one row."""
+    row = torch.cat([gradient.flatten() for gradient in gradients])
+    with _beside(row):
+        return _OnItsWay(ranks.sum(row))
 
 
 def _sharded(block: nn.Module) -> list[ShardedRounding]:
