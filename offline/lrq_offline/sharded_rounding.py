@@ -112,8 +112,11 @@ class ShardedRounding(Rounding):
 
 
 def start_weights(block: nn.Module) -> None:
-    """Begin with every sharded weight of ``block``."""
+    """Begin with every sharded weight of ``block``: with a large one, during which arrives what the others need."""
     roundings = _sharded(block)
+    if roundings:
+        largest = max(range(len(roundings)), key=lambda index: roundings[index].own.weight.numel())
+        roundings.insert(0, roundings.pop(largest))
     for rounding in roundings:
         rounding.start_factor()
     for rounding in roundings:
