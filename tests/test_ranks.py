@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from lrq_offline import sharded_rounding
 from lrq_offline.compute import Machine
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.learned_scales import LrqScale
@@ -68,6 +71,24 @@ def gradients(ranks: Ranks) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in own.named_parameters() if parameter.grad is not None}
 
 
+class TermByTerm:
+    """As PeerTransfers: gradients arrive from each process on its own."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def gatherer(self, *_: Any) -> Callable[[Tensor], Tensor]:
+        return self._ranks.all_rows
+
+    def scatterer(self, *_: Any) -> Callable[[Tensor], list[Tensor]]:
+        return lambda tensor: [self._ranks.own_rows(part) for part in self._ranks.all_rows(tensor).chunk(self._ranks.size)]
+
+
+def check_gradients_that_arrive_term_by_term(ranks: Ranks) -> None:
+    with patch.object(sharded_rounding, "transfers_between", lambda ranks, _: TermByTerm(ranks)):
+        check_gradients(ranks)
+
+
 def check_gradients(ranks: Ranks) -> None:
     one, own = gradients(ONE_RANK), gradients(ranks)
     assert set(own) == set(one) == {"log_step", "left", "right", "row", "column"}
@@ -103,9 +124,10 @@ def test_each_of_two_processes_gets_the_whole_gradients_of_a_correction() -> Non
         check_correction_gradients(ranks)
 
 
-def test_each_of_two_processes_gets_the_gradients_of_its_rows_and_of_what_is_shared() -> None:
-    with started_ranks(2, torch.device("cpu"), check_gradients) as ranks:
-        check_gradients(ranks)
+@pytest.mark.parametrize("check", [check_gradients, check_gradients_that_arrive_term_by_term])
+def test_each_of_two_processes_gets_the_gradients_of_its_rows_and_of_what_is_shared(check: Callable[[Ranks], None]) -> None:
+    with started_ranks(2, torch.device("cpu"), check) as ranks:
+        check(ranks)
 
 
 def test_nothing_of_ended_processes_is_used_again() -> None:

@@ -32,12 +32,15 @@ class ShardedRounding(Rounding):
         self.ranks = ranks
         self._transfers = transfers_between(ranks, own.weight.device)
         self._all_rows = self._gatherer(own.weight)
-        self._factor_rows = None if (factor := own.factor()) is None else self._gatherer(factor)
-        self._own_weight: Tensor | None = None
+        self._scattered = self._scatterer(own.weight)
+        factor = own.factor()
+        self._factor_rows = None if factor is None else self._gatherer(factor)
+        self._factor_scattered = None if factor is None else self._scatterer(factor)
+        self._own_weights: tuple[Tensor, Tensor] | None = None
         self._whole_factor: _OnItsWay | None = None
         self._started: _OnItsWay | None = None
-        self._gradient: _OnItsWay | None = None
-        self._factor_gradient: _OnItsWay | None = None
+        self._terms: list[_OnItsWay] = []
+        self._factor_terms: list[_OnItsWay] = []
 
     def start_factor(self) -> None:
         """Begin to bring together what :meth:`start` needs whole."""
@@ -56,12 +59,12 @@ class ShardedRounding(Rounding):
                 factor.requires_grad_()
                 factor.register_post_accumulate_grad_hook(self._send_factor_gradient)
             self.own.whole_factor = factor
-        own = self.own()
+        own, elsewhere = self.own.shared()
         self.own.whole_factor = None
         with _beside(own):
             self._started = _OnItsWay(self._all_rows(own.detach()))
         if own.requires_grad:
-            self._own_weight = own
+            self._own_weights = own, elsewhere
             self._started.tensor.requires_grad_()
             self._started.tensor.register_post_accumulate_grad_hook(self._send_gradient)
 
@@ -76,17 +79,18 @@ class ShardedRounding(Rounding):
 
     def finish_backward(self) -> None:
         """The rest of the backward pass, from W_hat to the parameters, of which :meth:`take_factor_gradient` completes one."""
-        assert self._own_weight is not None and self._gradient is not None, "the block's backward pass comes first"
-        self._own_weight.backward(self._gradient.arrived())
-        self._own_weight = self._gradient = None
+        assert self._own_weights is not None and self._terms, "the block's backward pass comes first"
+        first, *others = [term.arrived() for term in self._terms]
+        gradients = [first, _total(others, first.dtype)] if others else [first]
+        torch.autograd.backward(self._own_weights[: len(gradients)], gradients)
+        self._own_weights, self._terms = None, []
 
     def take_factor_gradient(self) -> None:
         """Wait for the gradient of this process's rows of the factor."""
         factor = self.own.factor()
         if factor is not None:
-            assert self._factor_gradient is not None
-            factor.grad = self._factor_gradient.arrived().to(factor.dtype)
-            self._factor_gradient = None
+            factor.grad = _total([term.arrived() for term in self._factor_terms], factor.dtype)
+            self._factor_terms = []
 
     @torch.no_grad()
     def quantized(self) -> tuple[Tensor, StepAndZeroPoint]:
@@ -98,17 +102,32 @@ class ShardedRounding(Rounding):
         rows, columns = own.shape
         return self._transfers.gatherer((self.ranks.size * rows, columns), self.own.dtype)
 
+    def _scatterer(self, own: Tensor) -> Callable[[Tensor], list[Tensor]]:
+        rows, columns = own.shape
+        return self._transfers.scatterer((self.ranks.size * rows, columns), self.own.dtype)
+
     def _send_gradient(self, weight: Tensor) -> None:
-        self._gradient = self._sent_gradient(weight)
+        self._terms = _sent_gradient(weight, self._scattered)
 
     def _send_factor_gradient(self, factor: Tensor) -> None:
-        self._factor_gradient = self._sent_gradient(factor)
+        assert self._factor_scattered is not None
+        self._factor_terms = _sent_gradient(factor, self._factor_scattered)
 
-    def _sent_gradient(self, whole: Tensor) -> "_OnItsWay":
-        gradient, whole.grad = whole.grad, None
-        assert gradient is not None
-        with _beside(gradient):
-            return _OnItsWay(self._transfers.own_rows_of_sum(gradient))
+
+def _sent_gradient(whole: Tensor, scatter: Callable[[Tensor], list[Tensor]]) -> "list[_OnItsWay]":
+    """Terms of this process's rows of the gradient of ``whole``, which it loses."""
+    gradient, whole.grad = whole.grad, None
+    assert gradient is not None
+    with _beside(gradient):
+        return [_OnItsWay(term) for term in scatter(gradient)]
+
+
+def _total(terms: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Their sum, in ``dtype``; a single one may be given back itself."""
+    total = terms[0].to(dtype)
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def start_weights(block: nn.Module) -> None:
