@@ -43,18 +43,6 @@ def test_gradients_are_those_of_the_formula_with_rounding_passed_straight_throug
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
-def test_a_shared_weight_gets_the_gradients_of_all_its_uses() -> None:
-    weight, step, zero_point, scale = arguments((9, 288), 3, 96, PARTS, torch.device("cpu"))
-    leaves = [step.requires_grad_(), *(part.requires_grad_() for part in scale if part is not None)]
-    alone = twin.fake_quant_weight(weight, step, zero_point, scale, 3, torch.float32)
-    here, elsewhere = twin.shared_fake_quant_weight(weight, step, zero_point, scale, 3, torch.float32)
-    assert torch.equal(here, alone) and elsewhere.shape == alone.shape
-    one, other = torch.randn_like(alone), torch.randn_like(alone)
-    wanted = torch.autograd.grad(alone, leaves, one + other)
-    for got, want in zip(torch.autograd.grad((here, elsewhere), leaves, (one, other)), wanted, strict=True):
-        torch.testing.assert_close(got, want)
-
-
 def test_integers_are_those_that_the_weight_is_made_of() -> None:
     weight, step, zero_point, scale = arguments((33, 96), 4, 32, PARTS, torch.device("cpu"))
     q = twin.integers(weight, step, zero_point, scale, 4).float().unflatten(1, (3, 32))
@@ -96,11 +84,8 @@ def test_the_kernels_gradients_are_its_twins(
     )
     scale = LogScale(*(None if part is None else part * 0.1 for part in scale))
     upstream = torch.randn(shape, device=device)
-    found = kernel.backward(upstream, None, weight, step, zero_point, scale, 3)
-    expected = twin.backward(upstream, None, weight, step, zero_point, scale, 3)
-    other = torch.randn(shape, device=device).bfloat16()
-    found += kernel.backward(upstream, other, weight, step, zero_point, scale, 3)
-    expected += twin.backward(upstream + other, None, weight, step, zero_point, scale, 3)
+    found = kernel.backward(upstream, weight, step, zero_point, scale, 3)
+    expected = twin.backward(upstream, weight, step, zero_point, scale, 3)
     for got, want in zip(found, expected, strict=True):
         assert (got is None) == (want is None)
         if got is not None:
@@ -111,7 +96,7 @@ def test_a_half_precision_matrix_gets_a_half_precision_gradient(device: torch.de
     weight, step, zero_point, scale = arguments((33, 96), 4, None, ["matrix"], device)
     assert scale.matrix is not None
     half = LogScale(scale.matrix.half())
-    gradients = kernel.backward(torch.randn(33, 96, device=device), None, weight, step, zero_point, half, 4)
+    gradients = kernel.backward(torch.randn(33, 96, device=device), weight, step, zero_point, half, 4)
     assert gradients.matrix is not None and gradients.matrix.dtype == torch.float16
 
 

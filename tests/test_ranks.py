@@ -2,16 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from lrq_offline import sharded_rounding
 from lrq_offline.compute import Machine
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.learned_scales import LrqScale
@@ -67,26 +64,8 @@ def gradients(ranks: Ranks) -> dict[str, Tensor]:
         own.left.copy_(ranks.own_rows(size))
     rounding = own if ranks.size == 1 else ShardedRounding(own, ranks)
     (rounding() * ranks.share(parts).sum(dim=0)).sum().backward()
-    finish_backward(rounding)()
+    finish_backward(rounding)
     return {name: parameter.grad for name, parameter in own.named_parameters() if parameter.grad is not None}
-
-
-class TermByTerm:
-    """As PeerTransfers: gradients arrive from each process on its own."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-
-    def gatherer(self, *_: Any) -> Callable[[Tensor], Tensor]:
-        return self._ranks.all_rows
-
-    def scatterer(self, *_: Any) -> Callable[[Tensor], list[Tensor]]:
-        return lambda tensor: [self._ranks.own_rows(part) for part in self._ranks.all_rows(tensor).chunk(self._ranks.size)]
-
-
-def check_gradients_that_arrive_term_by_term(ranks: Ranks) -> None:
-    with patch.object(sharded_rounding, "transfers_between", lambda ranks, _: TermByTerm(ranks)):
-        check_gradients(ranks)
 
 
 def check_gradients(ranks: Ranks) -> None:
@@ -107,7 +86,7 @@ def correction_gradients(ranks: Ranks) -> dict[str, Tensor]:
     layer.correct(torch.randn(8, 2).bfloat16(), torch.randn(16, 2).bfloat16(), torch.float32)
     layer.learn_correction()
     layer(ranks.share(windows)).square().sum().backward()
-    finish_backward(layer)()
+    finish_backward(layer)
     assert layer.correction is not None
     return {name: parameter.grad for name, parameter in layer.correction.named_parameters() if parameter.grad is not None}
 
@@ -124,10 +103,9 @@ def test_each_of_two_processes_gets_the_whole_gradients_of_a_correction() -> Non
         check_correction_gradients(ranks)
 
 
-@pytest.mark.parametrize("check", [check_gradients, check_gradients_that_arrive_term_by_term])
-def test_each_of_two_processes_gets_the_gradients_of_its_rows_and_of_what_is_shared(check: Callable[[Ranks], None]) -> None:
-    with started_ranks(2, torch.device("cpu"), check) as ranks:
-        check(ranks)
+def test_each_of_two_processes_gets_the_gradients_of_its_rows_and_of_what_is_shared() -> None:
+    with started_ranks(2, torch.device("cpu"), check_gradients) as ranks:
+        check_gradients(ranks)
 
 
 def test_nothing_of_ended_processes_is_used_again() -> None:

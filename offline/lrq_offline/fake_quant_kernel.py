@@ -34,15 +34,13 @@ def _launch_forward(
     return out
 
 
-def backward(
-    gradient: Tensor, other: Tensor | None, weight: Tensor, step: Tensor, zero_point: Tensor, scale: LogScale, bits: int
-) -> Gradients:
+def backward(gradient: Tensor, weight: Tensor, step: Tensor, zero_point: Tensor, scale: LogScale, bits: int) -> Gradients:
     """As the twin's. Sums over rows and columns go through partial sums per tile, so they do not depend on timing."""
     rows, columns = weight.shape
     group_size = columns // step.shape[1]
     tile = _columns_per_tile(group_size, columns)
     row_tiles, column_tiles = triton.cdiv(rows, _ROWS), triton.cdiv(columns, tile)
-    gradient, other = gradient.contiguous(), None if other is None else other.contiguous()
+    gradient = gradient.contiguous()
 
     def partial(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=weight.device) if wanted else None
@@ -52,7 +50,7 @@ def backward(
     of_row = partial(scale.row is not None, rows, column_tiles)
     of_column = partial(scale.column is not None, row_tiles, columns)
     _backward_kernel[(row_tiles, column_tiles)](
-        gradient, other, weight, step, zero_point, *scale, of_step, of_matrix, of_row, of_column,
+        gradient, weight, step, zero_point, *scale, of_step, of_matrix, of_row, of_column,
         rows, columns, group_size, step.shape[1], column_tiles,
         LEVELS=2**bits - 1, ROWS=_ROWS, COLUMNS=tile, enable_fp_fusion=False,
     )  # fmt: skip
@@ -117,7 +115,7 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    gradient_ptr, other_ptr, weight_ptr, step_ptr, zero_ptr, matrix_ptr, row_ptr, column_ptr,
+    gradient_ptr, weight_ptr, step_ptr, zero_ptr, matrix_ptr, row_ptr, column_ptr,
     of_step_ptr, of_matrix_ptr, of_row_ptr, of_column_ptr, rows, columns, group_size, groups, column_tiles,
     LEVELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -126,8 +124,6 @@ def _backward_kernel(
         LEVELS, ROWS, COLUMNS,
     )  # fmt: skip
     gradient = tl.load(gradient_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    if other_ptr is not None:
-        gradient += tl.load(other_ptr + place, mask=mask, other=0.0).to(tl.float32)
     inside = (unclamped >= 0.0) & (unclamped <= LEVELS)
     q = tl.minimum(tl.maximum(unclamped, 0.0), LEVELS)
     inner = tl.where(inside, u, 0.0)

@@ -7,17 +7,16 @@ Gradients (straight through round(), nothing where clamp() cut; FlexRound, secti
     dS2   = -G * W * exp(-S2)   inside the grid, 0 where it clamped
     dstep = sum over the group of G * ((q - z) - u)   inside, G * (q - z) where it clamped
 
-G may be the sum of two gradients, of what this process computes with W_hat and of what others do.
 Here in plain torch; on a GPU fake_quant_kernel.py computes the same in one kernel each way.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Gradients", "LogScale", "backward", "fake_quant_weight", "forward", "integers", "shared_fake_quant_weight"]
+__all__ = ["Gradients", "LogScale", "backward", "fake_quant_weight", "forward", "integers"]
 
 
 class LogScale(NamedTuple):
@@ -44,38 +43,24 @@ def fake_quant_weight(
 
     weight: W [out, in], float; step, zero_point: float32 [out, groups], where groups divides in.
     """
-    (result,) = _FakeQuantWeight.apply(weight, step, zero_point, *scale, bits, dtype, False)  # type: ignore[no-untyped-call]
-    return cast(Tensor, result)
-
-
-def shared_fake_quant_weight(
-    weight: Tensor, step: Tensor, zero_point: Tensor, scale: LogScale, bits: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """As :func:`fake_quant_weight`, and a second tensor [out, in] without values or memory, which stands for W_hat where other
-    processes compute with it: the gradients of both are added up where they are used.
-    """
-    result = _FakeQuantWeight.apply(weight, step, zero_point, *scale, bits, dtype, True)  # type: ignore[no-untyped-call]
-    return cast(tuple[Tensor, Tensor], result)
+    result: Tensor = _FakeQuantWeight.apply(weight, step, zero_point, *scale, bits, dtype)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _FakeQuantWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, bits, dtype, shared = arguments
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *tensors, bits, dtype = arguments
         weight, step, zero_point, *parts = tensors
         ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
         ctx.bits = bits
-        result = _implementation(weight).forward(weight, step, zero_point, LogScale(*parts), bits, dtype)
-        return (result, result.new_empty(()).expand_as(result)) if shared else (result,)
+        return _implementation(weight).forward(weight, step, zero_point, LogScale(*parts), bits, dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         weight, step, zero_point, *parts = ctx.saved_tensors
-        first, *second = [gradient for gradient in gradients if gradient is not None]
-        other = second[0] if second else None
-        result = _implementation(weight).backward(first, other, weight, step, zero_point, LogScale(*parts), ctx.bits)
-        return None, result.step, None, result.matrix, result.row, result.column, None, None, None
+        result = _implementation(weight).backward(gradients[0], weight, step, zero_point, LogScale(*parts), ctx.bits)
+        return None, result.step, None, result.matrix, result.row, result.column, None, None
 
 
 class _Implementation(NamedTuple):
@@ -111,13 +96,10 @@ def forward(weight: Tensor, step: Tensor, zero_point: Tensor, scale: LogScale, b
     return q.sub_(zero).mul_(step.unsqueeze(2)).flatten(1).to(dtype)
 
 
-def backward(
-    gradient: Tensor, other: Tensor | None, weight: Tensor, step: Tensor, zero_point: Tensor, scale: LogScale, bits: int
-) -> Gradients:
-    """Gradients of step and of the parts of S2 for dLoss/dW_hat [out, in]: ``gradient``, plus ``other`` if there is one."""
+def backward(gradient: Tensor, weight: Tensor, step: Tensor, zero_point: Tensor, scale: LogScale, bits: int) -> Gradients:
+    """Gradients of step and of the parts of S2 for ``gradient`` = dLoss/dW_hat [out, in]."""
     zero = zero_point.unsqueeze(2)
-    gradient = gradient.float() if other is None else gradient.float() + other
-    gradient = gradient.unflatten(1, (step.shape[1], -1))
+    gradient = gradient.float().unflatten(1, (step.shape[1], -1))
     u = _scaled(weight, step, scale)
     unclamped = u.round().add_(zero)
     q = unclamped.clamp(0, 2**bits - 1)

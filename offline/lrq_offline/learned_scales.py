@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.fake_quant_weight import LogScale, fake_quant_weight, integers, shared_fake_quant_weight
+from lrq_offline.fake_quant_weight import LogScale, fake_quant_weight, integers
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize
 
@@ -88,12 +88,6 @@ class LearnedRounding(Rounding):
         """W_hat [out, in], with gradients."""
         with torch.autocast(self.weight.device.type, enabled=False):
             return fake_quant_weight(self.weight, self.log_step.exp(), self.zero_point, self.log_scale(), self.bits, self.dtype)
-
-    def shared(self) -> tuple[Tensor, Tensor]:
-        """W_hat, and what stands for it in other processes (:func:`shared_fake_quant_weight`)."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            step, scale = self.log_step.exp(), self.log_scale()
-            return shared_fake_quant_weight(self.weight, step, self.zero_point, scale, self.bits, self.dtype)
 
     @torch.no_grad()
     def quantized(self) -> tuple[Tensor, StepAndZeroPoint]:

@@ -2,7 +2,7 @@
 unless the block has experts."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from lrq_offline.experts import experts_of, forget_idle
 from lrq_offline.hidden_states import BatchFeeder
 from lrq_offline.output_metric import PLAIN, OutputMetric
 from lrq_offline.ranks import ONE_RANK, Ranks
-from lrq_offline.sharded_rounding import finish_backward, start_weights, summed_parameters
+from lrq_offline.sharded_rounding import finish_backward, start_weights
 
 __all__ = ["LearningStep", "ParameterGroup", "block_loss"]
 
@@ -70,10 +70,11 @@ class LearningStep:
         schedule = [[group.rate * share for group in groups] for share in half_cosine]
         self._schedule = torch.tensor(schedule, dtype=torch.float32, device=device)
         self._rates = self._schedule[0].clone()
-        summed = {id(parameter) for parameter in summed_parameters(block)}
-        rates, capturable = self._rates.unbind(), device.type == "cuda"
-        self._own = _adamw(groups, rates, lambda parameter: id(parameter) not in summed, capturable)
-        self._summed = _adamw(groups, rates, lambda parameter: id(parameter) in summed, capturable)
+        options = [
+            {"params": group.parameters, "lr": rate, "weight_decay": group.decay}
+            for group, rate in zip(groups, self._rates.unbind(), strict=True)
+        ]
+        self._optimizer = torch.optim.AdamW(options, fused=True, capturable=device.type == "cuda")
         self.losses = torch.zeros(steps, dtype=torch.float32, device=device)
         self._loss = torch.zeros((), device=device)
         # How many tokens an expert gets, the host has to know.
@@ -92,9 +93,8 @@ class LearningStep:
     def forget(self, parameters: list[nn.Parameter]) -> None:
         """Let AdamW treat these parameters as new: their moments and step counts become 0."""
         for parameter in parameters:
-            for optimizer in (self._own, self._summed):
-                for state in optimizer.state.get(parameter, {}).values():
-                    state.zero_()
+            for state in self._optimizer.state[parameter].values():
+                state.zero_()
 
     def wait(self) -> None:
         """Return when the steps so far have been computed."""
@@ -102,24 +102,15 @@ class LearningStep:
             torch.cuda.synchronize()
 
     def _step(self) -> None:
-        self._forget_gradients()
+        self._optimizer.zero_grad(set_to_none=True)
         start_weights(self._block)
         batch = self._feeder.inputs, self._feeder.targets
         loss = block_loss(self._block, *batch, self._arguments, self._dtype, self._metric) / self._scale
         loss.backward()
-        receive_sums = finish_backward(self._block)
-        self._update(self._own)  # while the sums are on their way
-        receive_sums()
-        self._update(self._summed)
-        self._loss.copy_(loss.detach())
-
-    def _update(self, optimizer: torch.optim.AdamW) -> None:
+        finish_backward(self._block)
         forget_idle(self._block)
-        optimizer.step()
-
-    def _forget_gradients(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._optimizer.step()
+        self._loss.copy_(loss.detach())
 
     def _captured(self) -> torch.cuda.CUDAGraph:
         """The step as a graph. The steps taken to warm up are undone: parameters put back, Adam's state emptied."""
@@ -131,7 +122,7 @@ class LearningStep:
             for _ in range(_WARM_UP_STEPS):
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
-        self._forget_gradients()
+        self._optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
         # With several ranks another thread, of torch.distributed, asks for events meanwhile: that must not end the capture.
         with torch.cuda.graph(graph, capture_error_mode="global" if self._ranks.size == 1 else "thread_local"):
@@ -141,14 +132,3 @@ class LearningStep:
                 parameter.copy_(value)
         self.forget(self._parameters)
         return graph
-
-
-def _adamw(
-    groups: Sequence[ParameterGroup], rates: Sequence[Tensor], wanted: Callable[[nn.Parameter], bool], capturable: bool
-) -> torch.optim.AdamW:
-    """On the ``wanted`` parameters of each group, at its rate, a tensor that may change between steps."""
-    options = [
-        {"params": [parameter for parameter in group.parameters if wanted(parameter)], "lr": rate, "weight_decay": group.decay}
-        for group, rate in zip(groups, rates, strict=True)
-    ]
-    return torch.optim.AdamW(options, fused=True, capturable=capturable)

@@ -4,7 +4,7 @@ What does not depend on the batch (the scale L U, the fake quantizer, AdamW) is 
 products by the windows. What the processes tell each other travels on a stream of its own: the rows of W_hat while the next
 layer's are computed, their gradients during the rest of the block's backward pass (which therefore ends at W_hat, a leaf).
 U, which every row of W needs, is divided by its own rows between the steps: it is brought together before it is used, and its
-gradient travels while the next layer's is computed, the last one's while AdamW goes through what needs no sum.
+gradient travels while the next layer's is computed.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from lrq_offline.ranks import Ranks
 from lrq_offline.weight_transfers import transfers_between
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 
-__all__ = ["ShardedRounding", "finish_backward", "start_weights", "summed_parameters"]
+__all__ = ["ShardedRounding", "finish_backward", "start_weights"]
 
 
 class ShardedRounding(Rounding):
@@ -32,15 +32,12 @@ class ShardedRounding(Rounding):
         self.ranks = ranks
         self._transfers = transfers_between(ranks, own.weight.device)
         self._all_rows = self._gatherer(own.weight)
-        self._scattered = self._scatterer(own.weight)
-        factor = own.factor()
-        self._factor_rows = None if factor is None else self._gatherer(factor)
-        self._factor_scattered = None if factor is None else self._scatterer(factor)
-        self._own_weights: tuple[Tensor, Tensor] | None = None
+        self._factor_rows = None if (factor := own.factor()) is None else self._gatherer(factor)
+        self._own_weight: Tensor | None = None
         self._whole_factor: _OnItsWay | None = None
         self._started: _OnItsWay | None = None
-        self._terms: list[_OnItsWay] = []
-        self._factor_terms: list[_OnItsWay] = []
+        self._gradient: _OnItsWay | None = None
+        self._factor_gradient: _OnItsWay | None = None
 
     def start_factor(self) -> None:
         """Begin to bring together what :meth:`start` needs whole."""
@@ -59,12 +56,12 @@ class ShardedRounding(Rounding):
                 factor.requires_grad_()
                 factor.register_post_accumulate_grad_hook(self._send_factor_gradient)
             self.own.whole_factor = factor
-        own, elsewhere = self.own.shared()
+        own = self.own()
         self.own.whole_factor = None
         with _beside(own):
             self._started = _OnItsWay(self._all_rows(own.detach()))
         if own.requires_grad:
-            self._own_weights = own, elsewhere
+            self._own_weight = own
             self._started.tensor.requires_grad_()
             self._started.tensor.register_post_accumulate_grad_hook(self._send_gradient)
 
@@ -79,18 +76,17 @@ class ShardedRounding(Rounding):
 
     def finish_backward(self) -> None:
         """The rest of the backward pass, from W_hat to the parameters, of which :meth:`take_factor_gradient` completes one."""
-        assert self._own_weights is not None and self._terms, "the block's backward pass comes first"
-        first, *others = [term.arrived() for term in self._terms]
-        gradients = [first, _total(others, first.dtype)] if others else [first]
-        torch.autograd.backward(self._own_weights[: len(gradients)], gradients)
-        self._own_weights, self._terms = None, []
+        assert self._own_weight is not None and self._gradient is not None, "the block's backward pass comes first"
+        self._own_weight.backward(self._gradient.arrived())
+        self._own_weight = self._gradient = None
 
     def take_factor_gradient(self) -> None:
         """Wait for the gradient of this process's rows of the factor."""
         factor = self.own.factor()
         if factor is not None:
-            factor.grad = _total([term.arrived() for term in self._factor_terms], factor.dtype)
-            self._factor_terms = []
+            assert self._factor_gradient is not None
+            factor.grad = self._factor_gradient.arrived().to(factor.dtype)
+            self._factor_gradient = None
 
     @torch.no_grad()
     def quantized(self) -> tuple[Tensor, StepAndZeroPoint]:
@@ -102,89 +98,48 @@ class ShardedRounding(Rounding):
         rows, columns = own.shape
         return self._transfers.gatherer((self.ranks.size * rows, columns), self.own.dtype)
 
-    def _scatterer(self, own: Tensor) -> Callable[[Tensor], list[Tensor]]:
-        rows, columns = own.shape
-        return self._transfers.scatterer((self.ranks.size * rows, columns), self.own.dtype)
-
     def _send_gradient(self, weight: Tensor) -> None:
-        self._terms = _sent_gradient(weight, self._scattered)
+        self._gradient = self._sent_gradient(weight)
 
     def _send_factor_gradient(self, factor: Tensor) -> None:
-        assert self._factor_scattered is not None
-        self._factor_terms = _sent_gradient(factor, self._factor_scattered)
+        self._factor_gradient = self._sent_gradient(factor)
 
-
-def _sent_gradient(whole: Tensor, scatter: Callable[[Tensor], list[Tensor]]) -> "list[_OnItsWay]":
-    """Terms of this process's rows of the gradient of ``whole``, which it loses."""
-    gradient, whole.grad = whole.grad, None
-    assert gradient is not None
-    with _beside(gradient):
-        return [_OnItsWay(term) for term in scatter(gradient)]
-
-
-def _total(terms: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """Their sum, in ``dtype``; a single one may be given back itself."""
-    total = terms[0].to(dtype)
-    for term in terms[1:]:
-        total = total + term
-    return total
+    def _sent_gradient(self, whole: Tensor) -> "_OnItsWay":
+        gradient, whole.grad = whole.grad, None
+        assert gradient is not None
+        with _beside(gradient):
+            return _OnItsWay(self._transfers.own_rows_of_sum(gradient))
 
 
 def start_weights(block: nn.Module) -> None:
-    """Begin with every sharded weight of ``block``: with a large one, during which arrives what the others need."""
+    """Begin with every sharded weight of ``block``."""
     roundings = _sharded(block)
-    if roundings:
-        largest = max(range(len(roundings)), key=lambda index: roundings[index].own.weight.numel())
-        roundings.insert(0, roundings.pop(largest))
     for rounding in roundings:
         rounding.start_factor()
     for rounding in roundings:
         rounding.start()
 
 
-def summed_parameters(block: nn.Module) -> list[nn.Parameter]:
-    """Those of ``block`` whose gradients the processes add up."""
-    factors = [factor for rounding in _sharded(block) if (factor := rounding.own.factor()) is not None]
-    return factors + _shared_parameters(block)
+def finish_backward(block: nn.Module) -> None:
+    """After the backward pass of ``block``: from each sharded weight to its parameters, and wait for the processes' sums.
 
-
-def finish_backward(block: nn.Module) -> Callable[[], None]:
-    """After the backward pass of ``block``: from each sharded weight to its parameters.
-
-    What is returned waits for the gradients of :func:`summed_parameters`; all others are there. Where no weight is sharded
-    there is nothing to do.
+    Where no weight is sharded there is nothing to do.
     """
     roundings = _sharded(block)
     for rounding in reversed(roundings):
         rounding.finish_backward()
-    gradients = [gradient for parameter in _shared_parameters(block) if (gradient := parameter.grad) is not None]
-    total = _sum_on_its_way(gradients, roundings[0].ranks) if gradients else None
-
-    def receive_sums() -> None:
-        for rounding in reversed(roundings):
-            rounding.take_factor_gradient()
-        if total is not None:
-            parts = total.arrived().split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
-
-    return receive_sums
-
-
-def _shared_parameters(block: nn.Module) -> list[nn.Parameter]:
-    """Those that every process has whole, beside sharded weights."""
-    roundings = _sharded(block)
+    for rounding in reversed(roundings):
+        rounding.take_factor_gradient()
     if not roundings:
-        return []
+        return
+    shared = [parameter.grad for rounding in roundings for parameter in rounding.own.shared_parameters()]
     corrections = [module for module in block.modules() if isinstance(module, LearnedCorrection)]
-    of_roundings = [parameter for rounding in roundings for parameter in rounding.own.shared_parameters()]
-    return of_roundings + [parameter for correction in corrections for parameter in correction.parameters()]
-
-
-def _sum_on_its_way(gradients: list[Tensor], ranks: Ranks) -> "_OnItsWay":
-    """The sum over the processes, all gradients in one row."""
-    row = torch.cat([gradient.flatten() for gradient in gradients])
-    with _beside(row):
-        return _OnItsWay(ranks.sum(row))
+    shared += [parameter.grad for correction in corrections for parameter in correction.parameters()]
+    gradients = [gradient for gradient in shared if gradient is not None]
+    if gradients:
+        total = roundings[0].ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = total.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
 
 
 def _sharded(block: nn.Module) -> list[ShardedRounding]:

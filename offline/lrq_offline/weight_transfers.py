@@ -27,15 +27,13 @@ class Transfers(Protocol):
     """Every process calls the same methods in the same order."""
 
     def begin_block(self) -> None:
-        """What :meth:`gatherer` and :meth:`scatterer` have given out is not used any more."""
+        """What :meth:`gatherer` has given out is not used any more."""
 
     def gatherer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """A function from this process's rows to all rows, a tensor [shape] that the function's next call may overwrite."""
 
-    def scatterer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], list[Tensor]]:
-        """A function from each process's tensor [shape] to terms that make up this process's rows of the sum over all of them,
-        tensors that the function's next call may overwrite.
-        """
+    def own_rows_of_sum(self, tensor: Tensor) -> Tensor:
+        """This process's rows of the sum over all processes."""
 
 
 @cache
@@ -73,8 +71,8 @@ class _Collectives:
     def gatherer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         return self.ranks.all_rows
 
-    def scatterer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], list[Tensor]]:
-        return lambda tensor: [self.ranks.own_rows_of_sum(tensor)]
+    def own_rows_of_sum(self, tensor: Tensor) -> Tensor:
+        return self.ranks.own_rows_of_sum(tensor)
 
 
 class PeerTransfers:
@@ -90,12 +88,14 @@ class PeerTransfers:
         self._given_out: Counter[tuple[Any, ...]] = Counter()
 
     def begin_block(self) -> None:
-        """The next functions take memory that the block before has used."""
+        """The next :meth:`gatherer` takes memory that the block before has used."""
         self._given_out.clear()
 
     def gatherer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
         """A function from this process's rows to all rows, in memory of its own within a block."""
-        buffer = self._buffer("all rows", shape, dtype)
+        key = (shape, dtype)
+        self._given_out[key] += 1
+        buffer = self._buffer("all rows", *key, self._given_out[key])
 
         def all_rows(own: Tensor) -> Tensor:
             with buffer.exchange():
@@ -105,28 +105,22 @@ class PeerTransfers:
 
         return all_rows
 
-    def scatterer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[Tensor], list[Tensor]]:
-        """A function to this process's rows of each process's tensor, in the order of the ranks; but of its own tensor they are
-        where they were.
-        """
-        rank, size = self._ranks.rank, self._ranks.size
-        buffer = self._buffer("terms", (size, shape[0] // size, *shape[1:]), dtype)
+    def own_rows_of_sum(self, tensor: Tensor) -> Tensor:
+        """This process's rows of the sum, added in the order of the ranks."""
+        rank, parts = self._ranks.rank, tensor.chunk(self._ranks.size)
+        buffer = self._buffer("parts of a sum", (self._ranks.size, *parts[0].shape), tensor.dtype)
+        with buffer.exchange():
+            for other, memory in enumerate(buffer.of_ranks):
+                if other != rank:
+                    memory[rank].copy_(parts[other])
+        received = [parts[rank] if other == rank else buffer.own[other] for other in range(self._ranks.size)]
+        total = received[0] + received[1]
+        for part in received[2:]:
+            total += part
+        return total
 
-        def own_rows_of_all(tensor: Tensor) -> list[Tensor]:
-            parts = tensor.chunk(size)
-            with buffer.exchange():
-                for other, memory in enumerate(buffer.of_ranks):
-                    if other != rank:
-                        memory[rank].copy_(parts[other])
-            return [parts[rank] if other == rank else buffer.own[other] for other in range(size)]
-
-        return own_rows_of_all
-
-    def _buffer(self, use: str, shape: tuple[int, ...], dtype: torch.dtype) -> "_SharedBuffer":
-        """Memory that no other function has within a block."""
-        wanted = (use, shape, dtype)
-        self._given_out[wanted] += 1
-        key = (*wanted, self._given_out[wanted])
+    def _buffer(self, use: str, shape: tuple[int, ...], dtype: torch.dtype, *rest: int) -> "_SharedBuffer":
+        key = (use, shape, dtype, *rest)
         if key not in self._buffers:
             self._buffers[key] = _SharedBuffer(shape, dtype, self._device)
         return self._buffers[key]
