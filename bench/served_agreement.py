@@ -9,6 +9,8 @@ checkpoint after the other, in bfloat16; one that fails is listed with the reaso
 how many greedy tokens are those of the first number:
 
     python bench/served_agreement.py small small-w4a8 --text eval.jsonl --modes compiled --ranks 1 2 --out tensor-parallel.json
+
+and with --expert-parallel each rank has whole experts.
 """
 
 import argparse
@@ -40,6 +42,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1], help="tensor parallel (default: %(default)s)")
+    parser.add_argument("--expert-parallel", action="store_true", help="ranks have some experts each, not a part of all")
     parser.add_argument(
         "--noise", action="store_true", help="also how far the reference is from itself, summed up or rounded otherwise"
     )
@@ -49,7 +52,10 @@ def main() -> None:
     if arguments.child:
         for folder in arguments.folders:
             try:
-                answer = serve(folder, windows(folder, arguments.text), arguments.modes[0], arguments.ranks[0])
+                prompts, ranks = windows(folder, arguments.text), arguments.ranks[0]
+                answer = serve(
+                    folder, prompts, arguments.modes[0], ranks, expert_parallel=arguments.expert_parallel and ranks > 1
+                )
             except Exception as error:
                 traceback.print_exc()
                 answer = {"failed": traceback.format_exception_only(error)[-1].strip()[:300]}
@@ -64,7 +70,7 @@ def main() -> None:
         "failed": failed,
     }
     for mode in arguments.modes:
-        by_ranks = [serve_in_child(arguments.folders, arguments.text, mode, ranks) for ranks in arguments.ranks]
+        by_ranks = [serve_in_child(arguments, mode, ranks) for ranks in arguments.ranks]
         for folder, *of_folder in zip(arguments.folders, *by_ranks, strict=True):
             first = next((answer for answer in of_folder if "failed" not in answer), {})
             for ranks, answer in zip(arguments.ranks, of_folder, strict=True):
@@ -116,12 +122,14 @@ def compare(folder: Path, text: Path, answer: dict[str, Any]) -> dict[str, Any]:
     return asdict(agreement_with_reference(folder, windows(folder, text), served, tokens))
 
 
-def serve_in_child(folders: list[Path], text: Path, mode: str, ranks: int) -> list[dict[str, Any]]:
+def serve_in_child(arguments: argparse.Namespace, mode: str, ranks: int) -> list[dict[str, Any]]:
+    folders = arguments.folders
     environment = serving_environment(ranks) | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
     command = [
-        sys.executable, __file__, *map(str, folders), "--text", str(text), "--modes", mode, "--ranks", str(ranks), "--child",
+        sys.executable, __file__, *map(str, folders), "--text", str(arguments.text), "--modes", mode, "--ranks", str(ranks),
+        "--child", *(["--expert-parallel"] if arguments.expert_parallel else []),
     ]  # fmt: skip
     ended = subprocess.run(command, env=environment, text=True, capture_output=True)
     lines = [line.removeprefix("RESULT ") for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
@@ -131,7 +139,7 @@ def serve_in_child(folders: list[Path], text: Path, mode: str, ranks: int) -> li
     return answers + [{"failed": f"vLLM's process ended with exit code {ended.returncode}"}] * (len(folders) - len(answers))
 
 
-def serve(folder: Path, prompts: torch.Tensor, mode: str, ranks: int) -> dict[str, Any]:
+def serve(folder: Path, prompts: torch.Tensor, mode: str, ranks: int, *, expert_parallel: bool) -> dict[str, Any]:
     """Serve in this process: the prompts' log-probabilities, the tokens that follow, and the kernels that computed them.
 
     The comparison is the parent's: a family that vLLM runs as transformers' code is changed there for the whole process.
@@ -142,7 +150,8 @@ def serve(folder: Path, prompts: torch.Tensor, mode: str, ranks: int) -> dict[st
 
     llm = LLM(
         str(folder), dtype="bfloat16", enforce_eager=mode == "eager", max_model_len=512, enable_prefix_caching=False,
-        tensor_parallel_size=ranks, gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,  # so that several can share a GPU
+        tensor_parallel_size=ranks, enable_expert_parallel=expert_parallel,
+        gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,  # so that several can share a GPU
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=1, ignore_eos=True)
     answers = llm.generate([TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts], sampling)

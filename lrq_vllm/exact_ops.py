@@ -13,7 +13,7 @@ from lrq_vllm.kernels import exact
 from lrq_vllm.kernels.exact import ONE_RANK, InputRanks
 from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight
 
-__all__ = ["add_low_rank", "integer_linear", "take_over_sum", "weight_only_linear"]
+__all__ = ["add_low_rank", "counted_once", "input_ranks", "integer_linear", "take_over_sum", "weight_only_linear"]
 
 
 def take_over_sum(layer: Any) -> bool:
@@ -45,8 +45,16 @@ def _reduced(values: Tensor, how: Any) -> Tensor:
     return result
 
 
-def _ranks(shared: bool) -> InputRanks:
+def input_ranks(shared: bool) -> InputRanks:
+    """All tensor-parallel ranks, or this one alone."""
     return _TensorParallelRanks() if shared else ONE_RANK
+
+
+def counted_once(y: Tensor) -> Tensor:
+    """y in one rank and 0 in the others, where vLLM is going to add up what all of them have as a whole."""
+    from vllm.distributed import get_tp_group
+
+    return y if get_tp_group().rank_in_group == 0 else torch.zeros_like(y)
 
 
 @torch.library.custom_op("lrq::exact_integer_linear", mutates_args=())
@@ -55,7 +63,7 @@ def integer_linear(
     q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor, bits: int, bias: Tensor | None, shared: bool,
 ) -> Tensor:  # fmt: skip
     """y [T, N] in x's dtype of x [T, K], which is quantized as kind and calibrated, a reference.InputGrid, say."""
-    ranks = _ranks(shared)
+    ranks = input_ranks(shared)
     tokens = exact.quantize_input(x, InputGrid(InputKind(kind), tuple(calibrated)), ranks)
     return exact.integer_linear(tokens, IntegerWeight(q, step, zero_point, total, bits), bias, x.dtype, ranks)
 
@@ -73,7 +81,7 @@ def weight_only_linear(
     x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None, shared: bool
 ) -> Tensor:
     """y [T, N] in x's dtype of x [T, K]."""
-    return exact.weight_only_linear(x, qweight, step, zero_point, bits, bias, _ranks(shared))
+    return exact.weight_only_linear(x, qweight, step, zero_point, bits, bias, input_ranks(shared))
 
 
 @weight_only_linear.register_fake
@@ -84,7 +92,7 @@ def _(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, b
 @torch.library.custom_op("lrq::exact_add_low_rank", mutates_args=())
 def add_low_rank(y: Tensor, x: Tensor, u: list[Tensor], v: list[Tensor], shared: bool) -> Tensor:
     """y [T, N] + U (V^T x) for x [T, K]."""
-    return exact.add_low_rank(y, x, list(zip(u, v, strict=True)), _ranks(shared))
+    return exact.add_low_rank(y, x, list(zip(u, v, strict=True)), input_ranks(shared))
 
 
 @add_low_rank.register_fake

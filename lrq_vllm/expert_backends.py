@@ -6,10 +6,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lrq_vllm.exact_ops import input_ranks
 from lrq_vllm.expert_stack import ExpertStack, Routing
 from lrq_vllm.integer_backends import LayerInput, choose_integer_backend
-from lrq_vllm.kernel_choice import TRITON, first_that_can
+from lrq_vllm.kernel_choice import REFERENCE, TRITON, first_that_can, why_not_reference
 from lrq_vllm.kernels import reference, reference_experts
+from lrq_vllm.kernels.exact import ExactArithmetic
 from lrq_vllm.kernels.reference import PER_TOKEN, IntegerWeight, QuantizedTokens, integer_weight, static_grid
 from lrq_vllm.weight_only_backends import PackedWeight, choose_weight_only_backend
 
@@ -48,22 +50,13 @@ def choose_expert_backend(stack: ExpertStack, dtype: torch.dtype, *, integers: b
 
 def expert_candidates(stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> list[tuple[ExpertBackend, str | None]]:
     """Every backend, the best first, and the reason why it cannot run, or None if it can."""
-    backends: tuple[ExpertBackend, ...] = (GroupedBackend(), OneByOneBackend())
+    backends: tuple[ExpertBackend, ...] = (GroupedBackend(), OneByOneBackend(), ReferenceBackend())
     return [(backend, backend.why_not(stack, dtype, integers=integers)) for backend in backends]
 
 
 def reference_linear(stack: ExpertStack, *, integers: bool) -> ExpertLinear:
     """The definition: plain torch."""
-    if not integers:
-        return lambda x, slots_per_row, routing: reference_experts.experts_weight_only_linear(
-            x, slots_per_row, routing.expert_of, stack.q, stack.step, stack.zero_point, stack.bits
-        )
-    return _in_integers(
-        stack, reference,
-        lambda tokens, slots_per_row, routing, weight, dtype: reference_experts.experts_integer_linear(
-            tokens, slots_per_row, routing.expert_of, weight, dtype
-        ),
-    )  # fmt: skip
+    return _composed(stack, reference, integers=integers)
 
 
 class GroupedBackend:
@@ -117,6 +110,41 @@ class OneByOneBackend:
             return y
 
         return linear
+
+
+class ReferenceBackend:
+    """Any device: kernels/exact.py, which gives the same however many tensor-parallel ranks share the experts."""
+
+    name = REFERENCE
+
+    def why_not(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> str | None:
+        """Has to be asked for."""
+        return why_not_reference()
+
+    def linear(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> ExpertLinear:
+        """Keeps the checkpoint's words."""
+        return _composed(stack, ExactArithmetic(input_ranks(stack.shared)), integers=integers)
+
+
+def _composed(stack: ExpertStack, arithmetic: Any, *, integers: bool) -> ExpertLinear:
+    """Expert by expert. arithmetic: kernels/reference.py, or what has its functions."""
+    if not integers:
+        return lambda x, slots_per_row, routing: reference_experts.experts_weight_only_linear(
+            x,
+            slots_per_row,
+            routing.expert_of,
+            stack.q,
+            stack.step,
+            stack.zero_point,
+            stack.bits,
+            arithmetic.weight_only_linear,
+        )
+    return _in_integers(
+        stack, arithmetic,
+        lambda tokens, slots_per_row, routing, weight, dtype: reference_experts.experts_integer_linear(
+            tokens, slots_per_row, routing.expert_of, weight, dtype, arithmetic.integer_linear
+        ),
+    )  # fmt: skip
 
 
 def _weight_only_expert(stack: ExpertStack, expert: int, dtype: torch.dtype) -> Any:

@@ -14,7 +14,8 @@ class ExpertStack(NamedTuple):
     """One layer of all experts of this rank, as the checkpoint stores it.
 
     q [experts, out, words], step and zero_point [experts, out, groups]; static: the calibrated step and zero-point of each
-    expert's input, float32 and uint8 [experts, 1], or None.
+    expert's input, float32 and uint8 [experts, 1], or None. shared: whether what multiplies adds up over the tensor-parallel
+    ranks, which have some of the inputs each.
     """
 
     q: Tensor
@@ -23,6 +24,7 @@ class ExpertStack(NamedTuple):
     static: tuple[Tensor, Tensor] | None
     bits: int
     in_features: int
+    shared: bool = False
 
 
 class Routing:

@@ -10,9 +10,11 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import SettingsError
+from lrq_vllm.exact_ops import counted_once, input_ranks
 from lrq_vllm.expert_backends import ExpertLinear, choose_expert_backend, reference_linear
 from lrq_vllm.expert_stack import ExpertStack, Routing
 from lrq_vllm.expert_weights import ExpertShape, ExpertWeights
+from lrq_vllm.kernel_choice import REFERENCE
 from lrq_vllm.layer_self_test import check_layer
 
 __all__ = ["LrqExpertsMethod"]
@@ -36,6 +38,7 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         self._experts = 0
         self._inner: ExpertLinear | None = None
         self._outer: ExpertLinear | None = None
+        self._whole_in_every_rank = False
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
@@ -66,6 +69,11 @@ class LrqExpertsMethod(FusedMoEMethodBase):
                 f"{self._name} on {backend.name}", partial(self._each_in_turn, linear),
                 partial(self._reference, stack), stack.q, stack.in_features, dtype,
             )  # fmt: skip
+        if backend.name == REFERENCE:
+            if self.moe.dp_size > 1:
+                raise SettingsError(f"{self._name}: LRQ_KERNEL=reference adds up over tensor-parallel ranks only. Unset it.")
+            self._whole_in_every_rank = True
+            self._outer = backend.linear(stacks[1]._replace(shared=self.moe.tp_size > 1), dtype, integers=integers)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: no kernel of vLLM's multiplies here."""
@@ -75,12 +83,15 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: Any = None,
         shared_experts_input: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """x [tokens, hidden] to [tokens, hidden], in x's dtype; this rank's part of the sum."""
+        """x [tokens, hidden] to [tokens, hidden], in x's dtype; this rank's part of the sum, which vLLM takes."""
         assert self._inner is not None and self._outer is not None
         ids = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()].long()
         routing = Routing(ids.flatten(), self._experts)
         y = self._outer(_silu_and_mul(self._inner(x, ids.shape[1], routing)), 1, routing)
-        return (y.view(*ids.shape, -1).float() * topk_weights.float().unsqueeze(2)).sum(dim=1).to(x.dtype)
+        if self._whole_in_every_rank:
+            y = input_ranks(shared=self.moe.ep_size > 1).total(y)  # each slot is one rank's
+        total = (y.view(*ids.shape, -1).float() * topk_weights.float().unsqueeze(2)).sum(dim=1).to(x.dtype)
+        return counted_once(total) if self._whole_in_every_rank else total
 
     def _each_in_turn(self, linear: ExpertLinear, x: Tensor) -> Tensor:
         """Token after token goes to one expert after the other."""

@@ -1,6 +1,8 @@
 """vLLM's stacks of experts: what each rank takes of the checkpoint, and what it computes, for every scheme."""
 
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError
 from lrq_vllm.expert_stack import Routing
+from lrq_vllm.kernels.exact import ONE_RANK
 from tests.vllm_layers import Tensors, manifest_for, random_tensors
 
 pytestmark = [
@@ -112,6 +115,55 @@ def test_two_tensor_parallel_ranks_together_compute_what_one_computes(scheme: st
     total = ranks[0][1].float() + ranks[1][1].float()
     # Each rank's part is rounded to bfloat16, and w4a8 quantizes a token by what a rank sees of it.
     assert (total - y.float()).norm() <= 0.02 * y.float().norm()
+
+
+class ThreadRanks:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, size: int) -> None:
+        self._rank, self._parts, self._barrier = threading.local(), [torch.empty(0)] * size, threading.Barrier(size, timeout=60)
+
+    def run(self, work: Callable[[int], Tensor]) -> list[Tensor]:
+        def as_rank(rank: int) -> Tensor:
+            self._rank.value = rank
+            return work(rank)
+
+        with ThreadPoolExecutor(len(self._parts)) as pool:
+            return list(pool.map(as_rank, range(len(self._parts))))
+
+    def total(self, values: Tensor) -> Tensor:
+        return self._all(values).sum(dim=0)
+
+    def largest(self, values: Tensor) -> Tensor:
+        return self._all(values).amax(dim=0)
+
+    def _all(self, values: Tensor) -> Tensor:
+        self._parts[self._rank.value] = values
+        self._barrier.wait()
+        together = torch.stack(self._parts)
+        self._barrier.wait()
+        return together
+
+
+@pytest.mark.parametrize(("scheme", "group"), FORMATS)
+def test_ranks_that_compute_as_the_reference_have_one_ranks_result_to_the_bit(
+    scheme: str, group: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lrq_vllm import expert_backends
+
+    manifest, tensors, x, expert_of = case(scheme, group)
+    integers = manifest.activation is not None
+    monkeypatch.setenv("LRQ_KERNEL", "reference")
+    _, whole = products(loaded(manifest, tensors, 0, 1), x, expert_of, integers=integers)
+    threads = ThreadRanks(2)
+    monkeypatch.setattr(expert_backends, "input_ranks", lambda shared: threads if shared else ONE_RANK)
+    stacks = [loaded(manifest, tensors, rank, 2) for rank in range(2)]
+
+    def of_rank(rank: int) -> Tensor:
+        inner, outer = stacks[rank]
+        return products((inner, outer._replace(shared=True)), x, expert_of, integers=integers)[1]
+
+    assert all(torch.equal(y, whole) for y in threads.run(of_rank))
 
 
 def test_an_expert_parallel_rank_has_its_experts_whole_and_gives_zero_for_others() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -193,6 +194,17 @@ def test_registering_twice_changes_nothing() -> None:
 
     lrq_vllm.register()
     assert get_quantization_config("lrq") is LrqConfig
+
+
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
+def test_a_process_of_vllm_may_use_the_tiles_of_amx_before_its_first_product() -> None:
+    # arch_prctl(ARCH_GET_XCOMP_PERM), whose bit 18 is the tiles' data.
+    program = (
+        "import ctypes, lrq_vllm; lrq_vllm.register(); allowed = ctypes.c_uint64();"
+        "ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(allowed)); print('tiles', allowed.value >> 18 & 1)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
+    assert ended.stdout.splitlines()[-1:] == ["tiles 1"], ended.stderr
 
 
 def test_on_a_cpu_vllms_processes_do_not_wait_by_giving_up_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:

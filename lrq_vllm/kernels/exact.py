@@ -6,15 +6,24 @@ same.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lrq_vllm.kernels import reference
-from lrq_vllm.kernels.reference import InputGrid, InputKind, IntegerWeight, QuantizedTokens
+from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind, IntegerWeight, QuantizedTokens
 
-__all__ = ["ONE_RANK", "InputRanks", "add_low_rank", "integer_linear", "quantize_input", "weight_only_linear"]
+__all__ = [
+    "ONE_RANK",
+    "ExactArithmetic",
+    "InputRanks",
+    "add_low_rank",
+    "integer_linear",
+    "quantize_input",
+    "weight_only_linear",
+]
 
 
 class InputRanks(Protocol):
@@ -71,3 +80,32 @@ def add_low_rank(y: Tensor, x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], r
     shrunk = [ranks.total(x.double() @ v.double()).to(x.dtype) for _, v in pairs]
     added = [part.double() @ u.double().T for part, (u, _) in zip(shrunk, pairs, strict=True)]
     return (y.double() + torch.cat(added, dim=1)).to(y.dtype)
+
+
+@dataclass(frozen=True)
+class ExactArithmetic:
+    """What experts compute with, by the names that it has in reference.py, for inputs that ``ranks`` share."""
+
+    ranks: InputRanks
+
+    def quantize_per_token(self, x: Tensor) -> QuantizedTokens:
+        """Of this process's inputs, with steps of all processes' inputs."""
+        return quantize_input(x, PER_TOKEN, self.ranks)
+
+    def quantize_static(self, x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
+        """As reference.quantize_static."""
+        return reference.quantize_static(x, step, zero_point)
+
+    def quantize_rows(self, x: Tensor, step: Tensor, zero_point: Tensor) -> QuantizedTokens:
+        """As reference.quantize_rows."""
+        return reference.quantize_rows(x, step, zero_point)
+
+    def integer_linear(self, x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """:func:`integer_linear` of these ranks."""
+        return integer_linear(x, weight, bias, out_dtype, self.ranks)
+
+    def weight_only_linear(
+        self, x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None
+    ) -> Tensor:
+        """:func:`weight_only_linear` of these ranks."""
+        return weight_only_linear(x, qweight, step, zero_point, bits, bias, self.ranks)

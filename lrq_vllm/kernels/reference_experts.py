@@ -1,6 +1,7 @@
 """The products of a mixture of experts in plain torch: the definition of correct for grouped_gemm.py.
 
-Letters as in reference.py, and E experts, S slots. A slot is one choice of one token, as in expert_routes.py.
+Letters as in reference.py, and E experts, S slots. A slot is one choice of one token, as in expert_routes.py. ``linear``: what
+computes one expert's layer, by reference.py's arguments.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,9 @@ __all__ = ["experts_integer_linear", "experts_weight_only_linear"]
 
 
 def experts_weight_only_linear(
-    x: Tensor, slots_per_row: int, expert_of: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int
-) -> Tensor:
+    x: Tensor, slots_per_row: int, expert_of: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int,
+    linear: Callable[..., Tensor] = weight_only_linear,
+) -> Tensor:  # fmt: skip
     """y [S, N] in x's dtype: y[s] = x[s // slots_per_row] W_hat_e^T for e = expert_of[s], 0 if that is outside 0 to E - 1.
 
     x [S / slots_per_row, K]; expert_of int [S]. The checkpoint's tensors of each expert, stacked: qweight [E, N, width], step
@@ -23,14 +25,15 @@ def experts_weight_only_linear(
     """
 
     def product(expert: int, rows: Tensor) -> Tensor:
-        return weight_only_linear(x[rows], qweight[expert], step[expert], zero_point[expert], bits, None)
+        return linear(x[rows], qweight[expert], step[expert], zero_point[expert], bits, None)
 
     return _by_expert(product, slots_per_row, expert_of, step.shape[:2], x.dtype)
 
 
 def experts_integer_linear(
-    x: QuantizedTokens, slots_per_row: int, expert_of: Tensor, weight: IntegerWeight, out_dtype: torch.dtype
-) -> Tensor:
+    x: QuantizedTokens, slots_per_row: int, expert_of: Tensor, weight: IntegerWeight, out_dtype: torch.dtype,
+    linear: Callable[..., Tensor] = integer_linear,
+) -> Tensor:  # fmt: skip
     """y [S, N] in ``out_dtype``, as :func:`experts_weight_only_linear`.
 
     x.q [S / slots_per_row, K]. The weight's tensors have one more dimension in front, the experts.
@@ -40,7 +43,7 @@ def experts_integer_linear(
     def product(expert: int, rows: Tensor) -> Tensor:
         tokens = QuantizedTokens(*(tensor[rows] for tensor in x))
         one = IntegerWeight(q[expert], step[expert], zero_point[expert], total[expert], bits)
-        return integer_linear(tokens, one, None, out_dtype)
+        return linear(tokens, one, None, out_dtype)
 
     return _by_expert(product, slots_per_row, expert_of, weight.step.shape[:2], out_dtype)
 
