@@ -1,6 +1,6 @@
 """On a CPU with AMX, vLLM's attention multiplies with tiles, which Linux grants to a process that has asked for them.
 
-oneDNN asks when it first multiplies with them. Where layers are small, or compute without oneDNN, attention may come before that:
+oneDNN asks when it first multiplies with them. Where layers are small, or compute without oneDNN, attention may come earlier:
 vLLM's process then ends with "illegal instruction".
 """
 
