@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,14 @@ def test_what_4_bit_activations_magnify_is_no_more_than_the_order_of_sums_makes(
 
 
 def test_two_ranks_that_compute_as_the_reference_give_the_numbers_and_tokens_of_one(tmp_path: Path) -> None:
-    # All that ranks share: a token's step, sums of groups of integers, and what a correction shrinks a token to.
-    quantize_model(TINY, tmp_path / "made", QuantizeSettings("w4a8", "rtn", group_size=64, correction_rank="10%", **QUICK))
+    # All that ranks share: a token's step, sums of groups of integers, and what a correction shrinks a token to; and experts.
+    settings = QuantizeSettings("w4a8", "rtn", group_size=64, **QUICK)
+    quantize_model(TINY, tmp_path / "corrected", replace(settings, correction_rank="10%"))
+    quantize_model(write_random_model("mixtral", tmp_path / "float"), tmp_path / "experts", settings)
     options = ("--modes", "eager", "--ranks", "1", "2")
-    one, two = agreement([tmp_path / "made"], tmp_path / "found.json", *options, LRQ_KERNEL="reference")
-    assert [row["ranks"] for row in (one, two)] == [1, 2] and one["kernels"] == two["kernels"] == ["reference"]
-    assert two["as_first"] == {"tokens": 1.0, "prompts": 1.0}
-    assert one["mean_difference"] == two["mean_difference"] and one["max_difference"] == two["max_difference"]
+    made = [tmp_path / "corrected", tmp_path / "experts"]
+    rows = agreement(made, tmp_path / "found.json", *options, LRQ_KERNEL="reference")
+    for one, two in zip(rows[::2], rows[1::2], strict=True):
+        assert [row["ranks"] for row in (one, two)] == [1, 2] and one["kernels"] == two["kernels"] == ["reference"]
+        assert two["as_first"] == {"tokens": 1.0, "prompts": 1.0}
+        assert one["mean_difference"] == two["mean_difference"] and one["max_difference"] == two["max_difference"]
