@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the texts of docs/quality.md: to calibrate on (with code), held-out code and foreign text, and texts to choose by.
+"""Write texts for bench/quality.py: to calibrate on (with code), held-out code and foreign text, and texts to choose by.
 
     python bench/quality_texts.py calibration.jsonl --foreign udhr/data/udhr --out texts
 

@@ -97,6 +97,7 @@ class BatchFeeder:
         self._device = inputs.device
         self._on_device = all(source.stored.device.type == self._device.type for source in self._sources)
         if self._on_device:
+            self._indices = batches.to(self._device)
             return
         self._stream = torch.cuda.Stream(self._device)
         self._ahead = tuple(torch.empty_like(fixed) for fixed in self._fixed)
@@ -105,7 +106,8 @@ class BatchFeeder:
     def feed(self, step: int) -> None:
         """Make the batch of ``step`` the contents of ``inputs`` and ``targets``, in the order of the current stream."""
         if self._on_device:
-            self._copy(step, self._fixed)
+            for source, fixed in zip(self._sources, self._fixed, strict=True):
+                torch.index_select(source.stored, 0, self._indices[step], out=fixed)
             return
         if self._staged != step:
             self._stage(step)
@@ -119,10 +121,7 @@ class BatchFeeder:
     def _stage(self, step: int) -> None:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            self._copy(step, self._ahead)
+            for source, ahead in zip(self._sources, self._ahead, strict=True):
+                for place, row in enumerate(self._batches[step].tolist()):
+                    ahead[place].copy_(source.stored[row], non_blocking=True)
         self._staged = step
-
-    def _copy(self, step: int, into: tuple[Tensor, ...]) -> None:
-        for source, batch in zip(self._sources, into, strict=True):
-            for place, row in enumerate(self._batches[step].tolist()):
-                batch[place].copy_(source.stored[row], non_blocking=True)
