@@ -4,24 +4,24 @@
     .venv/bin/python bench/served_agreement.py demo-out/tiny-* --text tests/data/heldout.jsonl \
         --out bench/results/served-agreement.json
 
-Runs vLLM in one child process per mode (eager; compiled, which is vLLM's default) and number of tensor-parallel ranks, one
-checkpoint after the other, in bfloat16; one that fails is listed with the reason. With several numbers of ranks it also says
-how many greedy tokens are those of the first number:
+Runs vLLM in one child process per mode (eager; compiled, which is vLLM's default) and layout, one checkpoint after the other,
+in bfloat16; one that fails is listed with the reason. A layout is tp2 (tensor parallel on two ranks), ep2 (the same, but each
+rank has whole experts) or pp2 (pipeline parallel). With several layouts it also says how many greedy tokens are those of the
+first:
 
-    python bench/served_agreement.py small small-w4a8 --text eval.jsonl --modes compiled --ranks 1 2 --out tensor-parallel.json
-
-and with --expert-parallel each rank has whole experts.
+    python bench/served_agreement.py small small-w4a8 --text eval.jsonl --modes compiled --layouts tp1 tp2 pp2 --out two.json
 """
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import traceback
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from measured_on import measured_on
@@ -36,13 +36,36 @@ from lrq_vllm.vllm_environment import serving_environment
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 96, 32
 
 
+class Layout(NamedTuple):
+    """How several ranks share a model. kind: tp, ep or pp."""
+
+    kind: str
+    ranks: int
+
+    @classmethod
+    def named(cls, text: str) -> "Layout":
+        """tp2 and so on; raises argparse.ArgumentTypeError for anything else."""
+        found = re.fullmatch("(tp|ep|pp)([1-9][0-9]*)", text)
+        if found is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a layout: write tp2, ep2 or pp2, with any number.")
+        return cls(found[1], int(found[2]))
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.ranks}"
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """What vLLM calls it."""
+        if self.kind == "pp":
+            return {"pipeline_parallel_size": self.ranks}
+        return {"tensor_parallel_size": self.ranks, "enable_expert_parallel": self.kind == "ep"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
-    parser.add_argument("--ranks", nargs="+", type=int, default=[1], help="tensor parallel (default: %(default)s)")
-    parser.add_argument("--expert-parallel", action="store_true", help="ranks have some experts each, not a part of all")
+    parser.add_argument("--layouts", nargs="+", type=Layout.named, default=[Layout("tp", 1)], metavar="{tp,ep,pp}N")
     parser.add_argument(
         "--noise", action="store_true", help="also how far the reference is from itself, summed up or rounded otherwise"
     )
@@ -52,10 +75,7 @@ def main() -> None:
     if arguments.child:
         for folder in arguments.folders:
             try:
-                prompts, ranks = windows(folder, arguments.text), arguments.ranks[0]
-                answer = serve(
-                    folder, prompts, arguments.modes[0], ranks, expert_parallel=arguments.expert_parallel and ranks > 1
-                )
+                answer = serve(folder, windows(folder, arguments.text), arguments.modes[0], arguments.layouts[0])
             except Exception as error:
                 traceback.print_exc()
                 answer = {"failed": traceback.format_exception_only(error)[-1].strip()[:300]}
@@ -70,11 +90,11 @@ def main() -> None:
         "failed": failed,
     }
     for mode in arguments.modes:
-        by_ranks = [serve_in_child(arguments, mode, ranks) for ranks in arguments.ranks]
-        for folder, *of_folder in zip(arguments.folders, *by_ranks, strict=True):
+        by_layout = [serve_in_child(arguments.folders, arguments.text, mode, layout) for layout in arguments.layouts]
+        for folder, *of_folder in zip(arguments.folders, *by_layout, strict=True):
             first = next((answer for answer in of_folder if "failed" not in answer), {})
-            for ranks, answer in zip(arguments.ranks, of_folder, strict=True):
-                row = {"checkpoint": folder.name, "mode": mode, "ranks": ranks}
+            for layout, answer in zip(arguments.layouts, of_folder, strict=True):
+                row = {"checkpoint": folder.name, "mode": mode, "layout": str(layout)}
                 if "failed" in answer:
                     failed.append(row | answer)
                     continue
@@ -85,16 +105,16 @@ def main() -> None:
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     noise = f"{'noise':>10}{'rounding':>10}" if arguments.noise else ""
-    print(f"{'checkpoint':<24}{'mode':<9}{'ranks':>5}{'mean |diff|':>13}{'max':>10}{noise}{'greedy':>9}{'as 1st':>8}  kernel")
+    print(f"{'checkpoint':<24}{'mode':<9}{'layout':>6}{'mean |diff|':>13}{'max':>10}{noise}{'greedy':>9}{'as 1st':>8}  kernel")
     for row in rows:
         noise = f"{row['reference_noise']:>10.2e}{row['rounding']:>10.2e}" if arguments.noise else ""
         print(
-            f"{row['checkpoint']:<24}{row['mode']:<9}{row['ranks']:>5}{row['mean_difference']:>13.2e}"
+            f"{row['checkpoint']:<24}{row['mode']:<9}{row['layout']:>6}{row['mean_difference']:>13.2e}"
             f"{row['max_difference']:>10.2e}{noise}{row['greedy_agreement']:>9.2%}{row['as_first']['tokens']:>8.1%}"
             f"  {', '.join(row['kernels'])}"
         )
     for row in failed:
-        print(f"{row['checkpoint']:<24}{row['mode']:<9}{row['ranks']:>5}  failed: {row['failed']}")
+        print(f"{row['checkpoint']:<24}{row['mode']:<9}{row['layout']:>6}  failed: {row['failed']}")
     if failed:
         sys.exit(1)
 
@@ -122,14 +142,12 @@ def compare(folder: Path, text: Path, answer: dict[str, Any]) -> dict[str, Any]:
     return asdict(agreement_with_reference(folder, windows(folder, text), served, tokens))
 
 
-def serve_in_child(arguments: argparse.Namespace, mode: str, ranks: int) -> list[dict[str, Any]]:
-    folders = arguments.folders
-    environment = serving_environment(ranks) | {
+def serve_in_child(folders: list[Path], text: Path, mode: str, layout: Layout) -> list[dict[str, Any]]:
+    environment = serving_environment(layout.ranks) | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
     command = [
-        sys.executable, __file__, *map(str, folders), "--text", str(arguments.text), "--modes", mode, "--ranks", str(ranks),
-        "--child", *(["--expert-parallel"] if arguments.expert_parallel else []),
+        sys.executable, __file__, *map(str, folders), "--text", str(text), "--modes", mode, "--layouts", str(layout), "--child",
     ]  # fmt: skip
     ended = subprocess.run(command, env=environment, text=True, capture_output=True)
     lines = [line.removeprefix("RESULT ") for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
@@ -139,7 +157,7 @@ def serve_in_child(arguments: argparse.Namespace, mode: str, ranks: int) -> list
     return answers + [{"failed": f"vLLM's process ended with exit code {ended.returncode}"}] * (len(folders) - len(answers))
 
 
-def serve(folder: Path, prompts: torch.Tensor, mode: str, ranks: int, *, expert_parallel: bool) -> dict[str, Any]:
+def serve(folder: Path, prompts: torch.Tensor, mode: str, layout: Layout) -> dict[str, Any]:
     """Serve in this process: the prompts' log-probabilities, the tokens that follow, and the kernels that computed them.
 
     The comparison is the parent's: a family that vLLM runs as transformers' code is changed there for the whole process.
@@ -150,8 +168,7 @@ def serve(folder: Path, prompts: torch.Tensor, mode: str, ranks: int, *, expert_
 
     llm = LLM(
         str(folder), dtype="bfloat16", enforce_eager=mode == "eager", max_model_len=512, enable_prefix_caching=False,
-        tensor_parallel_size=ranks, enable_expert_parallel=expert_parallel,
-        gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,  # so that several can share a GPU
+        **layout.engine_arguments(), gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,  # so that several can share a GPU
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=1, ignore_eos=True)
     answers = llm.generate([TokensPrompt(prompt_token_ids=prompt.tolist()) for prompt in prompts], sampling)

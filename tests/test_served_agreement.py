@@ -105,10 +105,10 @@ def test_two_ranks_that_compute_as_the_reference_give_the_numbers_and_tokens_of_
     settings = QuantizeSettings("w4a8", "rtn", group_size=64, **QUICK)
     quantize_model(TINY, tmp_path / "corrected", replace(settings, correction_rank="10%"))
     quantize_model(write_random_model("mixtral", tmp_path / "float"), tmp_path / "experts", settings)
-    options = ("--modes", "eager", "--ranks", "1", "2")
+    options = ("--modes", "eager", "--layouts", "tp1", "tp2")
     made = [tmp_path / "corrected", tmp_path / "experts"]
     rows = agreement(made, tmp_path / "found.json", *options, LRQ_KERNEL="reference")
     for one, two in zip(rows[::2], rows[1::2], strict=True):
-        assert [row["ranks"] for row in (one, two)] == [1, 2] and one["kernels"] == two["kernels"] == ["reference"]
+        assert [row["layout"] for row in (one, two)] == ["tp1", "tp2"] and one["kernels"] == two["kernels"] == ["reference"]
         assert two["as_first"] == {"tokens": 1.0, "prompts": 1.0}
         assert one["mean_difference"] == two["mean_difference"] and one["max_difference"] == two["max_difference"]
