@@ -129,15 +129,9 @@ class ReferenceBackend:
 def _composed(stack: ExpertStack, arithmetic: Any, *, integers: bool) -> ExpertLinear:
     """Expert by expert. arithmetic: kernels/reference.py, or what has its functions."""
     if not integers:
+        weights = stack.q, stack.step, stack.zero_point, stack.bits
         return lambda x, slots_per_row, routing: reference_experts.experts_weight_only_linear(
-            x,
-            slots_per_row,
-            routing.expert_of,
-            stack.q,
-            stack.step,
-            stack.zero_point,
-            stack.bits,
-            arithmetic.weight_only_linear,
+            x, slots_per_row, routing.expert_of, *weights, arithmetic.weight_only_linear
         )
     return _in_integers(
         stack, arithmetic,
