@@ -1,6 +1,7 @@
 """kernels/exact.py in vLLM's layers: as torch ops, opaque to torch.compile, whose sums are those of all tensor-parallel ranks.
 
-``shared``: whether the ranks have some of the layer's inputs each; else every rank has all.
+``shared``: whether the ranks have some of the layer's inputs each; else every rank has all. ``grouped``: whether steps are
+those of groups of inputs.
 """
 
 from typing import Any
@@ -61,17 +62,20 @@ def counted_once(y: Tensor) -> Tensor:
 def integer_linear(
     x: Tensor, kind: int, calibrated: list[Tensor],
     q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor, bits: int, bias: Tensor | None, shared: bool,
+    grouped: bool,
 ) -> Tensor:  # fmt: skip
     """y [T, N] in x's dtype of x [T, K], which is quantized as kind and calibrated, a reference.InputGrid, say."""
     ranks = input_ranks(shared)
     tokens = exact.quantize_input(x, InputGrid(InputKind(kind), tuple(calibrated)), ranks)
-    return exact.integer_linear(tokens, IntegerWeight(q, step, zero_point, total, bits), bias, x.dtype, ranks)
+    weight = IntegerWeight(q, step, zero_point, total, bits)
+    return exact.integer_linear(tokens, weight, bias, x.dtype, ranks, grouped=grouped)
 
 
 @integer_linear.register_fake
 def _(
     x: Tensor, kind: int, calibrated: list[Tensor],
     q: Tensor, step: Tensor, zero_point: Tensor, total: Tensor, bits: int, bias: Tensor | None, shared: bool,
+    grouped: bool,
 ) -> Tensor:  # fmt: skip
     return torch.empty((x.shape[0], step.shape[0]), dtype=x.dtype, device=x.device)
 

@@ -123,7 +123,7 @@ class ReferenceBackend:
 
     def linear(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> ExpertLinear:
         """Keeps the checkpoint's words."""
-        return _composed(stack, ExactArithmetic(input_ranks(stack.shared)), integers=integers)
+        return _composed(stack, ExactArithmetic(input_ranks(stack.shared), stack.grouped), integers=integers)
 
 
 def _composed(stack: ExpertStack, arithmetic: Any, *, integers: bool) -> ExpertLinear:

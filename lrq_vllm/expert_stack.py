@@ -15,7 +15,7 @@ class ExpertStack(NamedTuple):
 
     q [experts, out, words], step and zero_point [experts, out, groups]; static: the calibrated step and zero-point of each
     expert's input, float32 and uint8 [experts, 1], or None. shared: whether what multiplies adds up over the tensor-parallel
-    ranks, which have some of the inputs each.
+    ranks, which have some of the inputs each. grouped: whether steps are those of groups of inputs.
     """
 
     q: Tensor
@@ -24,6 +24,7 @@ class ExpertStack(NamedTuple):
     static: tuple[Tensor, Tensor] | None
     bits: int
     in_features: int
+    grouped: bool
     shared: bool = False
 
 

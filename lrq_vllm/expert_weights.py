@@ -104,7 +104,7 @@ class ExpertWeights:
         hidden = self._manifest.quantized[f"{self._prefix}.0.{self._names['w1']}"][1]
         return ExpertStack(
             values["qweight"], values["weight_step"], values["weight_zero_point"], static,
-            self._manifest.weight.bits, hidden if name == "w13" else self._inner,
+            self._manifest.weight.bits, hidden if name == "w13" else self._inner, self._manifest.weight.group_size is not None,
         )  # fmt: skip
 
     def _is_expert(self, module: str) -> bool:

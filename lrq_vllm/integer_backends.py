@@ -225,7 +225,9 @@ class ReferenceBackend:
 
     def linear(self, layer: Any, x: Tensor, grid: InputGrid, bias: Tensor | None) -> Tensor:
         """Exact sums of all ranks."""
-        return exact_ops.integer_linear(x, grid.kind, list(grid.calibrated), *_kept(layer), bias, layer.lrq_shared)
+        return exact_ops.integer_linear(
+            x, grid.kind, list(grid.calibrated), *_kept(layer), bias, layer.lrq_shared, layer.lrq_grouped
+        )
 
 
 def _keep(layer: Any, weight: IntegerWeight) -> None:

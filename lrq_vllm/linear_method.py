@@ -35,6 +35,7 @@ class LrqLinearMethod(LinearMethodBase, ABC):
 
     def __init__(self, manifest: Manifest, modules: Sequence[str]) -> None:
         self._bits = manifest.weight.bits
+        self._grouped = manifest.weight.group_size is not None
         self._module = modules[0]
         self._name = f"{manifest.scheme} {self._module}"
         self._weights = LayerWeights(manifest, modules)
@@ -54,7 +55,7 @@ class LrqLinearMethod(LinearMethodBase, ABC):
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything came, and bring it into the layout of the kernels that will run."""
         packed, pairs = self._weights.take(layer)
-        layer.lrq_shared = False
+        layer.lrq_shared, layer.lrq_grouped = False, self._grouped
         layer.lrq_kernel, product = self._prepare(layer, packed)
         self._on_hopper = layer.lrq_kernel == HOPPER  # the rotation and the correction too
         device, dtype = packed[0].device, layer.lrq_dtype

@@ -23,7 +23,7 @@ pytestmark = [
 EXPERTS, HIDDEN, INNER, TOKENS, CHOICES = 4, 64, 128, 9, 2
 PREFIX = "model.layers.0.mlp.experts"
 SHARDS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-FORMATS = [*((scheme, None) for scheme in SCHEMES if scheme != "w4a4"), ("w4a16", 32), ("w4a8", 32)]
+FORMATS = [*((scheme, None) for scheme in SCHEMES if scheme != "w4a4"), ("w4a16", 32), ("w4a8", 32), ("w4a8", 64)]
 
 
 @pytest.fixture(autouse=True)

@@ -82,6 +82,7 @@ KINDS = {
 # Group sizes too, where a scheme has them, and one with a low-rank correction.
 FORMATS = [*((scheme, None) for scheme in SCHEMES), ("w4a16", 64), ("w3a16", 32), ("w4a8", 64), (CORRECTED, None)]
 CASES = [(kind, scheme, group) for kind in KINDS for scheme, group in FORMATS]
+CASES.append(("down", "w4a8", 192))  # one group for each rank
 
 
 def case(kind: str, scheme: str, group: int | None) -> tuple[Manifest, Tensors, Tensor]:

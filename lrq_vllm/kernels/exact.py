@@ -60,10 +60,15 @@ def quantize_input(x: Tensor, grid: InputGrid, ranks: InputRanks) -> QuantizedTo
 
 
 def integer_linear(
-    x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype, ranks: InputRanks
+    x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype, ranks: InputRanks, *, grouped: bool
 ) -> Tensor:
-    """As reference.integer_linear, y [T, N]. x and weight: this process's inputs; bias [N]: the whole layer's."""
-    return reference.scaled_sums(ranks.total(reference.integer_sums(x, weight)), x, weight, bias, out_dtype)
+    """As reference.integer_linear, y [T, N]. x and weight: this process's inputs; bias [N]: the whole layer's. grouped: whether
+    steps are those of groups of inputs; this process may have one group alone.
+    """
+    sums = reference.integer_sums(x, weight)
+    if grouped and weight.groups == 1:
+        sums, weight = sums * weight.step.double(), weight._replace(step=torch.ones_like(weight.step))
+    return reference.scaled_sums(ranks.total(sums), x, weight, bias, out_dtype)
 
 
 def weight_only_linear(
@@ -84,9 +89,12 @@ def add_low_rank(y: Tensor, x: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], r
 
 @dataclass(frozen=True)
 class ExactArithmetic:
-    """What experts compute with, by the names that it has in reference.py, for inputs that ``ranks`` share."""
+    """What experts compute with, by the names that it has in reference.py, for inputs that ``ranks`` share. grouped: as for
+    :func:`integer_linear`.
+    """
 
     ranks: InputRanks
+    grouped: bool
 
     def quantize_per_token(self, x: Tensor) -> QuantizedTokens:
         """Of this process's inputs, with steps of all processes' inputs."""
@@ -102,7 +110,7 @@ class ExactArithmetic:
 
     def integer_linear(self, x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """:func:`integer_linear` of these ranks."""
-        return integer_linear(x, weight, bias, out_dtype, self.ranks)
+        return integer_linear(x, weight, bias, out_dtype, self.ranks, grouped=self.grouped)
 
     def weight_only_linear(
         self, x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, bias: Tensor | None

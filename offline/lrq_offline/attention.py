@@ -35,12 +35,14 @@ def attend(
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None,
+    rounded: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """q [batch, heads, tokens, dim]; k, v [batch, key-value heads, tokens, dim]; out [batch, tokens, heads, dim].
 
     mask: bool [batch, 1, tokens, tokens], what a token sees; None: all tokens before it. softcap: scores s become
-    softcap * tanh(s / softcap).
+    softcap * tanh(s / softcap). rounded: what becomes of the weights, each relative to a token's largest, before they meet v;
+    None leaves them as they are.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -49,4 +51,10 @@ def plain_attention(
     scores = q @ k.transpose(-1, -2) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(1, 2).contiguous()
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if rounded is None:
+        output = scores.softmax(-1) @ v
+    else:
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        output = rounded(weights) @ v / weights.sum(-1, keepdim=True)
+    return output.transpose(1, 2).contiguous()

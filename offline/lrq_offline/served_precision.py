@@ -5,7 +5,7 @@ every linear layer, norm, activation function and attention, after each step of 
 stream. The one place that needs care is
 the residual addition: vLLM's fused add-and-normalize rounds the sum for the residual stream, and normalizes the sum as it
 was before. Where no norm reads the residual stream, all that reads it reads the rounded sum. Attention weights stay in
-float32, as in vLLM's CPU attention.
+float32, as in vLLM's CPU attention; on CPUs with AMX that rounds them to bfloat16 before they are divided by their sum.
 
 Integer layers depend on it: where rounding noise flips one 8-bit activation in a thousand, the difference grows block by
 block until it is as large as the quantization error itself.
@@ -62,7 +62,8 @@ def round_like_a_server(
     ) -> tuple[Tensor, None]:  # fmt: skip
         # q and k come from the rotary embedding. v comes from its linear layer: rounded there, it stays as it is.
         q, k, v = rotated(q).to(attention_in), rotated(k).to(attention_in), written(v).to(attention_in)
-        return written(plain_attention(q, k, v, mask, scaling, softcap).float()), None
+        weights = (lambda x: rounded(x).to(attention_in)) if dtype == torch.bfloat16 and _vllm_has_tiles(q.shape[-1]) else None
+        return written(plain_attention(q, k, v, mask, scaling, softcap, weights).float()), None
 
     use_attention(model.config, "lrq_served", attention)
     for name, module in model.named_modules():
@@ -115,6 +116,14 @@ def _vllm_truncates() -> bool:
     if torch.cuda.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     return not (torch.cpu._is_avx512_supported() and torch.cpu._is_avx512_bf16_supported())
+
+
+def _vllm_has_tiles(head_dim: int) -> bool:
+    """Whether vLLM's attention multiplies on this machine's AMX tiles, which take bfloat16 weights.
+
+    Asks what vLLM's ``_get_attn_isa`` asks, with blocks of its usual sizes.
+    """
+    return not torch.cuda.is_available() and head_dim % 32 == 0 and torch.cpu._is_amx_tile_supported()
 
 
 def _routes_in_16_bits() -> bool:
