@@ -47,7 +47,7 @@ def reference_noise(folder: Path, prompts: Tensor) -> float:
 
     That is what the order of sums changes. No server can be expected to be nearer, unless it adds up in the reference's order.
     """
-    return _moved(folder, prompts, attention_in=torch.float64)
+    return _moved(folder, prompts, exact_attention=True)
 
 
 @torch.inference_mode()

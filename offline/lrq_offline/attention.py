@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["attend", "plain_attention", "use_attention"]
+__all__ = ["attend", "plain_attention", "seen_by", "shared_heads", "use_attention"]
 
 
 def use_attention(config: PreTrainedConfig, name: str, attention: Callable[..., Any]) -> None:
@@ -35,26 +35,28 @@ def attend(
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None,
-    rounded: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
+) -> Tensor:
     """q [batch, heads, tokens, dim]; k, v [batch, key-value heads, tokens, dim]; out [batch, tokens, heads, dim].
 
     mask: bool [batch, 1, tokens, tokens], what a token sees; None: all tokens before it. softcap: scores s become
-    softcap * tanh(s / softcap). rounded: what becomes of the weights, each relative to a token's largest, before they meet v;
-    None leaves them as they are.
+    softcap * tanh(s / softcap).
     """
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    tokens = q.shape[2]
-    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+    k, v = shared_heads(q, k, v)
     scores = q @ k.transpose(-1, -2) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~seen, float("-inf"))
-    if rounded is None:
-        output = scores.softmax(-1) @ v
-    else:
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        output = rounded(weights) @ v / weights.sum(-1, keepdim=True)
-    return output.transpose(1, 2).contiguous()
+    scores = scores.masked_fill(~seen_by(q, mask), float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2).contiguous()
+
+
+def shared_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v, with as many heads as q: each serves a group of q's."""
+    groups = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+
+
+def seen_by(q: Tensor, mask: Tensor | None) -> Tensor:
+    """bool [..., tokens, tokens], as ``mask`` says or, without one, all tokens up to each of q's."""
+    tokens = q.shape[2]
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril() if mask is None else mask

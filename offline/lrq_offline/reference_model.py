@@ -23,22 +23,20 @@ __all__ = ["load_model", "open_model"]
 _CPU = torch.device("cpu")
 
 
-def load_model(
-    folder: Path, *, served_in: torch.dtype | None = None, attention_in: torch.dtype = torch.float32
-) -> PreTrainedModel:  # fmt: skip
+def load_model(folder: Path, *, served_in: torch.dtype | None = None, exact_attention: bool = False) -> PreTrainedModel:
     """A transformers causal LM from a float folder or an LRQ checkpoint, on the CPU, in evaluation mode.
 
     It computes in float32, whatever the checkpoint's precision. With ``served_in`` it rounds where a server that runs in
-    that dtype rounds (see served_precision.py, and for ``attention_in``), for comparing the two.
+    that dtype rounds (see served_precision.py, and for ``exact_attention``), for comparing the two.
 
     Raises ModelFolderError or CheckpointError when the folder is incomplete or inconsistent.
     """
-    return open_model(folder, read_config(folder), served_in=served_in, attention_in=attention_in)
+    return open_model(folder, read_config(folder), served_in=served_in, exact_attention=exact_attention)
 
 
 def open_model(
     folder: Path, raw_config: Mapping[str, Any], *, served_in: torch.dtype | None = None,
-    attention_in: torch.dtype = torch.float32, device: torch.device = _CPU, streamed: bool = False,
+    exact_attention: bool = False, device: torch.device = _CPU, streamed: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """As :func:`load_model`, with config.json's content given, on ``device``.
 
@@ -60,7 +58,7 @@ def open_model(
     restore_constants(model, family, config)
     model.get_submodule(family.rotary).to(device)
     if served_in is not None:
-        round_like_a_server(model, family, served_in, attention_in)
+        round_like_a_server(model, family, served_in, exact_attention)
     if streamed:
         for index, block in enumerate(blocks_of(model, family)):
             _stream(block, f"{family.blocks}.{index}", tensors, device)

@@ -5,7 +5,7 @@ every linear layer, norm, activation function and attention, after each step of 
 stream. The one place that needs care is
 the residual addition: vLLM's fused add-and-normalize rounds the sum for the residual stream, and normalizes the sum as it
 was before. Where no norm reads the residual stream, all that reads it reads the rounded sum. Attention weights stay in
-float32, as in vLLM's CPU attention; on CPUs with AMX that rounds them to bfloat16 before they are divided by their sum.
+float32, but on CPUs with AMX (cpu_attention.py, which also adds up in vLLM's order).
 
 Integer layers depend on it: where rounding noise flips one 8-bit activation in a thousand, the difference grows block by
 block until it is as large as the quantization error itself.
@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from lrq_offline.attention import plain_attention, use_attention
+from lrq_offline.cpu_attention import cpu_attention
 from lrq_offline.decoder_blocks import Family, blocks_of
 from lrq_offline.experts import Experts
 from lrq_offline.fused_norms import epsilon_of
@@ -38,13 +39,11 @@ def served_dtype(raw_config: Mapping[str, Any]) -> torch.dtype:
     return torch.float16 if "float16" in (raw_config.get("dtype"), raw_config.get("torch_dtype")) else torch.bfloat16
 
 
-def round_like_a_server(
-    model: PreTrainedModel, family: Family, dtype: torch.dtype, attention_in: torch.dtype = torch.float32
-) -> None:
+def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dtype, exact_attention: bool = False) -> None:
     """Add the roundings of a server that runs in ``dtype`` to a float32 model, in place.
 
-    attention_in: what attention is computed in before it is rounded. A server sums up in an order of its own, and rounds a few
-    outputs the other way, as float64 does.
+    exact_attention: add up attention's products in float64 before they are rounded. A server that sums up in an order of its
+    own rounds a few the other way, as that does.
     """
 
     def rounded(x: Tensor) -> Tensor:
@@ -61,9 +60,15 @@ def round_like_a_server(
         *, scaling: float, softcap: float | None = None, **_: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         # q and k come from the rotary embedding. v comes from its linear layer: rounded there, it stays as it is.
-        q, k, v = rotated(q).to(attention_in), rotated(k).to(attention_in), written(v).to(attention_in)
-        weights = (lambda x: rounded(x).to(attention_in)) if dtype == torch.bfloat16 and _vllm_has_tiles(q.shape[-1]) else None
-        return written(plain_attention(q, k, v, mask, scaling, softcap, weights).float()), None
+        q, k, v = rotated(q), rotated(k), written(v)
+        if _vllm_has_vectors():
+            tiles = dtype == torch.bfloat16 and _vllm_has_tiles(q.shape[-1])
+            output = cpu_attention(q, k, v, mask, scaling, softcap, tiles=tiles, exact_sums=exact_attention)
+        elif exact_attention:
+            output = plain_attention(q.double(), k.double(), v.double(), mask, scaling, softcap).float()
+        else:
+            output = plain_attention(q, k, v, mask, scaling, softcap)
+        return written(output), None
 
     use_attention(model.config, "lrq_served", attention)
     for name, module in model.named_modules():
@@ -113,9 +118,12 @@ def _vllm_truncates() -> bool:
 
     Asks what vLLM's ``CpuPlatform.import_kernels`` asks to choose its extension.
     """
-    if torch.cuda.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    return not (torch.cpu._is_avx512_supported() and torch.cpu._is_avx512_bf16_supported())
+    return _on_x86() and not (torch.cpu._is_avx512_supported() and torch.cpu._is_avx512_bf16_supported())
+
+
+def _vllm_has_vectors() -> bool:
+    """Whether vLLM's attention is the one of cpu_attention.py: ``_C`` and ``_C_AVX512`` have it."""
+    return _on_x86() and torch.cpu._is_avx512_supported()
 
 
 def _vllm_has_tiles(head_dim: int) -> bool:
@@ -123,7 +131,11 @@ def _vllm_has_tiles(head_dim: int) -> bool:
 
     Asks what vLLM's ``_get_attn_isa`` asks, with blocks of its usual sizes.
     """
-    return not torch.cuda.is_available() and head_dim % 32 == 0 and torch.cpu._is_amx_tile_supported()
+    return head_dim % 32 == 0 and torch.cpu._is_amx_tile_supported()
+
+
+def _on_x86() -> bool:
+    return not torch.cuda.is_available() and platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _routes_in_16_bits() -> bool:
