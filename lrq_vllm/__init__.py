@@ -21,12 +21,14 @@ def register() -> None:
         from lrq_vllm.cpu_tiles import ask_for_tiles
         from lrq_vllm.cpu_waiting import wait_asleep
         from lrq_vllm.quant_config import LrqConfig
+        from lrq_vllm.ray_workers import copy_variables_to_workers
     except ImportError as error:
         logging.getLogger(f"vllm.{__name__}").warning(
             "lrq is not available: it works with vLLM %s, and this one lacks what it needs (%s).", SUPPORTED, error
         )
         return
     register_quantization_config("lrq")(LrqConfig)
+    copy_variables_to_workers()
     if current_platform.is_cpu():
         wait_asleep()
         ask_for_tiles()

@@ -196,6 +196,20 @@ def test_registering_twice_changes_nothing() -> None:
     assert get_quantization_config("lrq") is LrqConfig
 
 
+def test_under_ray_the_plugin_s_variables_are_copied_besides_those_that_the_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    import lrq_vllm
+
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "MY_,")
+    for name in ("LRQ_CORRECTION_RANK", "MY_NAME", "YOUR_NAME"):
+        monkeypatch.setenv(name, "1")
+    for _ in range(2):
+        lrq_vllm.register()
+    assert os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] == "MY_,LRQ_"
+    assert {"LRQ_CORRECTION_RANK", "MY_NAME"} <= get_env_vars_to_copy() - {"YOUR_NAME"} == get_env_vars_to_copy()
+
+
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
 def test_a_process_of_vllm_may_use_the_tiles_of_amx_before_its_first_product() -> None:
     # arch_prctl(ARCH_GET_XCOMP_PERM), whose bit 18 is the tiles' data.
