@@ -105,13 +105,16 @@ def main() -> None:
         if arguments.out is not None:
             arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     noise = f"{'noise':>10}{'rounding':>10}" if arguments.noise else ""
-    print(f"{'checkpoint':<24}{'mode':<9}{'layout':>6}{'mean |diff|':>13}{'max':>10}{noise}{'greedy':>9}{'as 1st':>8}  kernel")
+    print(
+        f"{'checkpoint':<24}{'mode':<9}{'layout':>6}{'mean |diff|':>13}{'median':>10}{'max':>10}{noise}"
+        f"{'greedy':>9}{'as 1st':>8}  kernel"
+    )
     for row in rows:
         noise = f"{row['reference_noise']:>10.2e}{row['rounding']:>10.2e}" if arguments.noise else ""
         print(
             f"{row['checkpoint']:<24}{row['mode']:<9}{row['layout']:>6}{row['mean_difference']:>13.2e}"
-            f"{row['max_difference']:>10.2e}{noise}{row['greedy_agreement']:>9.2%}{row['as_first']['tokens']:>8.1%}"
-            f"  {', '.join(row['kernels'])}"
+            f"{row['median_difference']:>10.2e}{row['max_difference']:>10.2e}{noise}"
+            f"{row['greedy_agreement']:>9.2%}{row['as_first']['tokens']:>8.1%}  {', '.join(row['kernels'])}"
         )
     for row in failed:
         print(f"{row['checkpoint']:<24}{row['mode']:<9}{row['layout']:>6}  failed: {row['failed']}")

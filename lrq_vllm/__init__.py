@@ -18,6 +18,7 @@ def register() -> None:
         from vllm.model_executor.layers.quantization import register_quantization_config
         from vllm.platforms import current_platform
 
+        from lrq_vllm.cpu_norms import offer_whole_norms
         from lrq_vllm.cpu_tiles import ask_for_tiles
         from lrq_vllm.cpu_waiting import wait_asleep
         from lrq_vllm.quant_config import LrqConfig
@@ -32,4 +33,5 @@ def register() -> None:
     if current_platform.is_cpu():
         wait_asleep()
         ask_for_tiles()
+        offer_whole_norms()
     show_lrq_errors_plainly()

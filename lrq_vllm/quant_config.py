@@ -12,6 +12,7 @@ from lrq_vllm.checkpoint.seal import check_seal, hashing_wanted
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
 from lrq_vllm.compilation_key import tell_apart
 from lrq_vllm.cpu_compilation import round_where_operations_do
+from lrq_vllm.cpu_norms import take_whole_norms
 from lrq_vllm.errors import CheckpointError
 from lrq_vllm.kv_cache import check_cache_dtype
 from lrq_vllm.served_rank import check_rank
@@ -100,6 +101,7 @@ class LrqConfig(QuantizationConfig):
         # The first layer that asks is the embedding; all others are built after it.
         if current_platform.is_cpu():
             round_where_operations_do(config.compilation_config)
+            take_whole_norms(config.kernel_config)
         tell_apart(config)
         parallel = config.parallel_config
         check_ranks(self.manifest, parallel.tensor_parallel_size, expert_parallel=parallel.enable_expert_parallel)

@@ -16,11 +16,15 @@ __all__ = ["Agreement", "agreement_with_reference", "of_tokens", "reference_nois
 class Agreement:
     """Absolute differences of the prompts' log-probabilities, and the share of greedy tokens that are the reference's.
 
+    Where a server adds up as the reference path does, most differences are next to nothing. Then the median tells it from one
+    that does not, whatever a single value that was rounded the other way does to the mean.
+
     A greedy token is compared at its place: with the reference's most likely token, given what the server generated up to
     there. (Two greedy texts part for good at the first near-tie.)
     """
 
     mean_difference: float
+    median_difference: float
     max_difference: float
     greedy_agreement: float
 
@@ -38,7 +42,7 @@ def agreement_with_reference(folder: Path, prompts: Tensor, log_probabilities: T
     difference = (log_probabilities - of_prompts).abs()
     greedy = expected[:, last:-1].argmax(-1)
     same = (continuations == greedy).float().mean().item()
-    return Agreement(difference.mean().item(), difference.max().item(), same)
+    return Agreement(difference.mean().item(), difference.median().item(), difference.max().item(), same)
 
 
 @torch.inference_mode()
