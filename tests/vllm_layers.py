@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrq_offline.reference_linear import ReferenceLinear
-from lrq_offline.served_precision import _vllm_has_vectors
+from lrq_offline.served_precision import _instructions
 from lrq_vllm.checkpoint.correction import Correction
 from lrq_vllm.checkpoint.hadamard import OnlineHadamard
 from lrq_vllm.checkpoint.packing import pack
@@ -25,7 +25,7 @@ EXACT_BYTES = pytest.mark.skipif(not _multiplies_bytes_exactly(), reason="oneDNN
 ROUNDS_ONCE = torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 # The reference path adds up attention as vLLM does on this machine, and most numbers are equal but for float32's last bits.
-SAME_SUMS, EQUAL = _vllm_has_vectors(), 1e-5
+SAME_SUMS, EQUAL = _instructions(torch.bfloat16, 64) is not None, 1e-5
 
 # Between what is served on a CPU and the reference path: nats, on average; share of tokens.
 MEAN_DIFFERENCE, GREEDY_AGREEMENT = 0.02, 0.97

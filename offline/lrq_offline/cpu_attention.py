@@ -1,17 +1,20 @@
-"""vLLM's attention on x86 CPUs with AVX-512, to the bit: its order of sums, its exponential, what it rounds to bfloat16.
+"""vLLM's attention on x86 CPUs, to the bit: its order of sums, its exponential, what it rounds to bfloat16.
 
 Attention is where a server's numbers and another program's part first: both round the same sums, added up in another order,
-and one in ten thousand goes the other way. Integer layers magnify that (served_precision.py). Two kinds of CPU differ:
+and one in ten thousand goes the other way. Integer layers magnify that (served_precision.py). Three kinds of CPU differ:
 
-- With AMX (``tiles``) vLLM multiplies bfloat16 values in tiles of 32 terms, whose even and odd terms are summed up apart,
-  in float32; attention weights are rounded to bfloat16 before they meet v.
-- Without, terms are added one after the other by fused multiply-adds, and the weights stay in float32.
+- ``AMX``: bfloat16 values are multiplied in tiles of 32 terms, whose even and odd terms are summed up apart, in float32
+  (Intel's Software Developer's Manual, TDPBF16PS). Attention weights are rounded to bfloat16 before they meet v.
+- ``AVX512``: terms are added one after the other by fused multiply-adds, and the weights stay in float32.
+- ``AVX2``: the same, but products are rounded before they are added, and the exponential is the C library's. So is the tanh of
+  capped scores, which is not followed to its last bit.
 
 Equal to the bit where a token's context fits one of vLLM's tiles, whose size depends on the CPU's second-level cache; longer
-ones may be rescaled on the way. What a tile adds up first: Intel's Software Developer's Manual, TDPBF16PS.
+ones may be rescaled on the way.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,36 +22,48 @@ from torch.nn.functional import pad
 
 from lrq_offline.attention import seen_by, shared_heads
 
-__all__ = ["cpu_attention"]
+__all__ = ["AMX", "AVX2", "AVX512", "Instructions", "cpu_attention"]
 
 _TERMS = 32  # of a row of an AMX tile
-_LANES = 16  # of a vector register
+_LANES = 16  # of vLLM's vectors
 
-# exp(r) for |r| <= ln(2) / 2 in vLLM's exponential: the factors of r^5 down to r^0.
+# exp(r) for |r| <= ln(2) / 2 in vLLM's own exponential: the factors of r^5 down to r^0.
 _FACTORS: list[float] = torch.tensor([0.00828929059, 0.0418978221, 0.166676521, 0.499991506, 0.999999701, 1.0]).tolist()
 _LOG2_E, _LN_2 = 1.44269502162933349609375, 0.693147182464599609375  # as float32 has them
-_LN_SMALLEST = -87.3365478515625  # of the smallest normal float32; below, vLLM's exponential is 0
+_LN_SMALLEST = -87.3365478515625  # of the smallest normal float32; below, that exponential is 0
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What vLLM computes attention with. products: a [..., m, k] @ b [..., k, n]. lanes: the sum [..., 1] of [..., 16].
+
+    tiles: whether products are of bfloat16 values, so that scores are scaled after them, and weights rounded before.
+    """
+
+    products: Callable[[Tensor, Tensor], Tensor]
+    exp: Callable[[Tensor], Tensor]
+    tanh: Callable[[Tensor], Tensor]
+    lanes: Callable[[Tensor], Tensor]
+    tiles: bool
 
 
 def cpu_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None,
-    *, tiles: bool, exact_sums: bool = False,
+    *, instructions: Instructions, exact_sums: bool = False,
 ) -> Tensor:  # fmt: skip
     """As :func:`~lrq_offline.attention.plain_attention`, of float32 tensors that hold 16-bit values.
 
-    tiles: vLLM multiplies by AMX. exact_sums: add up the products in float64 instead, to see what the order does.
+    exact_sums: add up the products in float64 instead, to see what the order does.
     """
-    products: Callable[[Tensor, Tensor], Tensor] = (
-        _exact_products if exact_sums else _tile_products if tiles else _products_in_order
-    )
+    cpu = instructions
+    products = _exact_products if exact_sums else cpu.products
     k, v = shared_heads(q, k, v)
-    scores = products(q, k.transpose(-1, -2)) * scaling if tiles else products(q * scaling, k.transpose(-1, -2))
+    scores = products(q, k.transpose(-1, -2)) * scaling if cpu.tiles else products(q * scaling, k.transpose(-1, -2))
     if softcap is not None:
-        grown = _exp(scores * (1 / softcap))
-        scores = (grown - 1 / grown) / (grown + 1 / grown) * softcap
+        scores = cpu.tanh(scores * (1 / softcap)) * softcap
     scores = scores.masked_fill(~seen_by(q, mask), float("-inf"))
-    weights = _exp(scores - scores.amax(-1, keepdim=True))
-    output = products(weights.bfloat16().float() if tiles else weights, v) * (1 / _sum_by_lanes(weights))
+    weights = cpu.exp(scores - scores.amax(-1, keepdim=True))
+    output = products(weights.bfloat16().float() if cpu.tiles else weights, v) * (1 / cpu.lanes(_lanes_of(weights)))
     return output.transpose(1, 2).contiguous()
 
 
@@ -56,16 +71,8 @@ def _exact_products(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double()).float()
 
 
-def _products_in_order(a: Tensor, b: Tensor) -> Tensor:
-    """a [..., m, k] @ b [..., k, n], each term by a fused multiply-add: products of a 16-bit value are exact in float64."""
-    total = torch.zeros((), device=a.device)
-    for i in range(a.shape[-1]):
-        total = torch.addcmul(total.double(), a[..., i : i + 1].double(), b[..., i : i + 1, :].double()).float()
-    return total
-
-
-def _tile_products(a: Tensor, b: Tensor) -> Tensor:
-    """a [..., m, k] @ b [..., k, n] of bfloat16 values, whose products are exact in float32."""
+def _products_on_tiles(a: Tensor, b: Tensor) -> Tensor:
+    """Of bfloat16 values, whose products are exact in float32."""
     rest = -a.shape[-1] % _TERMS
     a, b = pad(a, (0, rest)), pad(b, (0, 0, 0, rest))
     total = torch.zeros((), device=a.device)
@@ -78,8 +85,22 @@ def _tile_products(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _exp(x: Tensor) -> Tensor:
-    """As vLLM's vectors have it: 2^n of a polynomial of the rest, each step a fused multiply-add in float32."""
+def _products_fused(a: Tensor, b: Tensor) -> Tensor:
+    total = torch.zeros((), device=a.device)
+    for i in range(a.shape[-1]):
+        total = _fused(a[..., i : i + 1], b[..., i : i + 1, :], total)
+    return total
+
+
+def _products_rounded(a: Tensor, b: Tensor) -> Tensor:
+    total = torch.zeros((), device=a.device)
+    for i in range(a.shape[-1]):
+        total = total + a[..., i : i + 1] * b[..., i : i + 1, :]
+    return total
+
+
+def _vectors_exp(x: Tensor) -> Tensor:
+    """2^n of a polynomial of the rest, each step a fused multiply-add."""
     within = x.clamp(min=_LN_SMALLEST)
     n = _fused(within, _LOG2_E, 0.5).floor()
     rest = _fused(n, -_LN_2, within)
@@ -87,6 +108,19 @@ def _exp(x: Tensor) -> Tensor:
     for factor in _FACTORS[1:]:
         result = _fused(rest, result, factor)
     return torch.where(x < _LN_SMALLEST, 0, torch.ldexp(result, n.int()))
+
+
+def _vectors_tanh(x: Tensor) -> Tensor:
+    grown = _vectors_exp(x)
+    return (grown - 1 / grown) / (grown + 1 / grown)
+
+
+def _library_exp(x: Tensor) -> Tensor:
+    return x.double().exp().float()
+
+
+def _library_tanh(x: Tensor) -> Tensor:
+    return x.double().tanh().float()
 
 
 def _fused(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
@@ -98,12 +132,33 @@ def _double(x: Tensor | float) -> Tensor:
     return torch.as_tensor(x, dtype=torch.float64)
 
 
-def _sum_by_lanes(x: Tensor) -> Tensor:
-    """[..., n] to [..., 1]: the sums of every 16th term, which are then added up by halves."""
+def _lanes_of(x: Tensor) -> Tensor:
+    """[..., n] to [..., 16]: the sums of every 16th term."""
     lanes = pad(x, (0, -x.shape[-1] % _LANES)).unflatten(-1, (-1, _LANES))
-    total = lanes[..., 0, :]
-    for i in range(1, lanes.shape[-2]):
-        total = total + lanes[..., i, :]
-    while total.shape[-1] > 1:
-        total = sum(total.chunk(2, dim=-1))
+    return _in_turn(lanes.transpose(-1, -2)).squeeze(-1)
+
+
+def _in_turn(x: Tensor) -> Tensor:
+    """The sum [..., 1] of [..., n], one after the other."""
+    total = x[..., :1]
+    for i in range(1, x.shape[-1]):
+        total = total + x[..., i : i + 1]
     return total
+
+
+def _by_halves(lanes: Tensor) -> Tensor:
+    while lanes.shape[-1] > 1:
+        first, second = lanes.chunk(2, dim=-1)
+        lanes = first + second
+    return lanes
+
+
+def _by_registers(lanes: Tensor) -> Tensor:
+    """Two registers of 8 lanes, each in turn."""
+    first, second = lanes.chunk(2, dim=-1)
+    return _in_turn(first) + _in_turn(second)
+
+
+AMX = Instructions(_products_on_tiles, _vectors_exp, _vectors_tanh, _by_halves, tiles=True)
+AVX512 = Instructions(_products_fused, _vectors_exp, _vectors_tanh, _by_halves, tiles=False)
+AVX2 = Instructions(_products_rounded, _library_exp, _library_tanh, _by_registers, tiles=False)

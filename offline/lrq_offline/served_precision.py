@@ -5,7 +5,7 @@ every linear layer, norm, activation function and attention, after each step of 
 stream. The one place that needs care is
 the residual addition: vLLM's fused add-and-normalize rounds the sum for the residual stream, and normalizes the sum as it
 was before. Where no norm reads the residual stream, all that reads it reads the rounded sum. Attention weights stay in
-float32, but on CPUs with AMX (cpu_attention.py, which also adds up in vLLM's order).
+float32, but on CPUs with AMX (cpu_attention.py, which also adds up in vLLM's order on x86 CPUs).
 
 Integer layers depend on it: where rounding noise flips one 8-bit activation in a thousand, the difference grows block by
 block until it is as large as the quantization error itself.
@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from lrq_offline.attention import plain_attention, use_attention
-from lrq_offline.cpu_attention import cpu_attention
+from lrq_offline.cpu_attention import AMX, AVX2, AVX512, Instructions, cpu_attention
 from lrq_offline.decoder_blocks import Family, blocks_of
 from lrq_offline.experts import Experts
 from lrq_offline.fused_norms import epsilon_of
@@ -61,9 +61,9 @@ def round_like_a_server(model: PreTrainedModel, family: Family, dtype: torch.dty
     ) -> tuple[Tensor, None]:  # fmt: skip
         # q and k come from the rotary embedding. v comes from its linear layer: rounded there, it stays as it is.
         q, k, v = rotated(q), rotated(k), written(v)
-        if _vllm_has_vectors():
-            tiles = dtype == torch.bfloat16 and _vllm_has_tiles(q.shape[-1])
-            output = cpu_attention(q, k, v, mask, scaling, softcap, tiles=tiles, exact_sums=exact_attention)
+        instructions = _instructions(dtype, q.shape[-1])
+        if instructions is not None:
+            output = cpu_attention(q, k, v, mask, scaling, softcap, instructions=instructions, exact_sums=exact_attention)
         elif exact_attention:
             output = plain_attention(q.double(), k.double(), v.double(), mask, scaling, softcap).float()
         else:
@@ -121,17 +121,17 @@ def _vllm_truncates() -> bool:
     return _on_x86() and not (torch.cpu._is_avx512_supported() and torch.cpu._is_avx512_bf16_supported())
 
 
-def _vllm_has_vectors() -> bool:
-    """Whether vLLM's attention is the one of cpu_attention.py: ``_C`` and ``_C_AVX512`` have it."""
-    return _on_x86() and torch.cpu._is_avx512_supported()
+def _instructions(dtype: torch.dtype, head_dim: int) -> Instructions | None:
+    """What vLLM's attention computes with on this machine; None if it is no x86 CPU.
 
-
-def _vllm_has_tiles(head_dim: int) -> bool:
-    """Whether vLLM's attention multiplies on this machine's AMX tiles, which take bfloat16 weights.
-
-    Asks what vLLM's ``_get_attn_isa`` asks, with blocks of its usual sizes.
+    Asks what vLLM's ``CpuPlatform.import_kernels`` asks to choose its extension, and its ``_get_attn_isa``, with blocks of its
+    usual sizes.
     """
-    return head_dim % 32 == 0 and torch.cpu._is_amx_tile_supported()
+    if not _on_x86():
+        return None
+    if dtype == torch.bfloat16 and head_dim % 32 == 0 and torch.cpu._is_amx_tile_supported():
+        return AMX
+    return AVX512 if torch.cpu._is_avx512_supported() else AVX2
 
 
 def _on_x86() -> bool:
