@@ -1,5 +1,6 @@
 """Who multiplies integers on which device. Each backend computes the scheme exactly, or says why it cannot run."""
 
+import os
 import platform
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +22,9 @@ __all__ = [
     "CpuGroupsBackend", "HopperBackend", "IntegerBackend", "LayerInput", "OneDnnBackend", "ReferenceBackend", "TritonBackend",
     "choose_integer_backend", "integer_candidates",
 ]  # fmt: skip
+
+_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+"""Limits of oneDNN's instructions, as ONEDNN_MAX_CPU_ISA has them, under which it adds up products of bytes in 16 bits."""
 
 
 class LayerInput(NamedTuple):
@@ -244,8 +248,10 @@ def _kept(layer: Any) -> IntegerWeight:
 
 
 def _multiplies_bytes_exactly() -> bool:
-    """Whether oneDNN's int8 product has instructions here that add in 32 bits."""
+    """Whether oneDNN's int8 product has instructions here that add in 32 bits, and its variables let it use them."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return True
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper() in _WITHOUT_VNNI:
+        return False
     cpu = torch.cpu.get_capabilities()
     return any(cpu.get(name, False) for name in ("avx512_vnni", "avx_vnni"))

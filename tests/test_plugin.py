@@ -88,6 +88,15 @@ def test_a_layer_computes_what_the_reference_says(scheme: str, modules: dict[str
         check_agreement(y, loaded.expected(x, loaded.layer.bias), scheme, bias)
 
 
+@pytest.mark.parametrize("limit", ["AVX2", "avx512_core"])
+def test_where_onednn_may_not_use_vnni_bytes_are_multiplied_in_halves(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    made = loaded_layer(manifest_for("w8a8", OUTPUT))
+    assert made.layer.lrq_halved
+    x = torch.randn(7, 256, dtype=torch.bfloat16) * 3
+    check_agreement(made.layer(x), made.expected(x, None), "w8a8", bias=False)
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w4a4"])
 def test_groups_of_inputs_are_served(scheme: str) -> None:
     loaded = loaded_layer(manifest_for(scheme, QKV, group_size=64))
