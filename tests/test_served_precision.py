@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lrq_offline import served_precision
+from lrq_offline.cpu_attention import AMX, AVX2, AVX512, Instructions
 
 truncates_here = served_precision._vllm_truncates  # as it is without any monkeypatch
 
@@ -36,14 +37,40 @@ def test_upper_half_rounds_towards_zero() -> None:
 def test_truncation_follows_vllms_choice_of_an_extension(
     monkeypatch: pytest.MonkeyPatch, machine: str, cuda: bool, avx512: bool, avx512_bf16: bool, truncates: bool
 ) -> None:
+    pretend(monkeypatch, machine, cuda, avx512=avx512, avx512_bf16=avx512_bf16)
+    assert truncates_here() is truncates
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, machine: str, cuda: bool, **supported: bool) -> None:
+    """Let Python and torch say that this is such a machine."""
+
     def answer(value: object) -> Callable[[], object]:
         return lambda: value
 
     monkeypatch.setattr("platform.machine", answer(machine))
     monkeypatch.setattr("torch.cuda.is_available", answer(cuda))
-    monkeypatch.setattr("torch.cpu._is_avx512_supported", answer(avx512))
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", answer(avx512_bf16))
-    assert truncates_here() is truncates
+    for name, value in supported.items():
+        monkeypatch.setattr(f"torch.cpu._is_{name}_supported", answer(value))
+
+
+@pytest.mark.parametrize(
+    ("machine", "cuda", "avx512", "amx_tile", "dtype", "head_dim", "instructions"),
+    [
+        ("x86_64", False, True, True, torch.bfloat16, 64, AMX),
+        ("x86_64", False, True, True, torch.float16, 64, AVX512),
+        ("x86_64", False, True, True, torch.bfloat16, 80, AVX512),  # vLLM's tiles have rows of 32
+        ("AMD64", False, True, False, torch.bfloat16, 64, AVX512),
+        ("x86_64", False, False, False, torch.bfloat16, 64, AVX2),
+        ("aarch64", False, False, False, torch.bfloat16, 64, None),
+        ("x86_64", True, True, True, torch.bfloat16, 64, None),
+    ],
+)
+def test_attention_follows_vllms_choice_of_instructions(
+    monkeypatch: pytest.MonkeyPatch, machine: str, cuda: bool, avx512: bool, amx_tile: bool, dtype: torch.dtype, head_dim: int,
+    instructions: Instructions | None,
+) -> None:  # fmt: skip
+    pretend(monkeypatch, machine, cuda, avx512=avx512, amx_tile=amx_tile)
+    assert served_precision._instructions(dtype, head_dim) is instructions
 
 
 @pytest.mark.vllm
