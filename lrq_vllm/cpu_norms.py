@@ -4,10 +4,11 @@ torch.compile would add the squares up in another order, and the last bit of a n
 between two integers (cpu_compilation.py).
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
 from vllm import ir
 
 __all__ = ["offer_whole_norms", "take_whole_norms"]
@@ -15,46 +16,25 @@ __all__ = ["offer_whole_norms", "take_whole_norms"]
 _PROVIDER = "lrq"
 
 
-@torch.library.custom_op("lrq::rms_norm", mutates_args=())
-def _whole(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
-    return ir.ops.rms_norm.impls["native"].impl_fn(x, weight, epsilon, variance_size)
+def _whole(name: str) -> Callable[..., Any]:
+    """vLLM's own norm ``name`` as an op that torch.compile does not look into, with its signature."""
+    native = getattr(ir.ops, name).impls["native"].impl_fn
+    op = torch.library.custom_op(f"lrq::{name}", native, mutates_args=())
+    op.register_fake(native)
+
+    @wraps(native)
+    def implementation(*inputs: Any) -> Any:
+        return op(*inputs)
+
+    return implementation
 
 
-@_whole.register_fake
-def _(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
-    return torch.empty_like(x)
-
-
-@torch.library.custom_op("lrq::fused_add_rms_norm", mutates_args=())
-def _whole_sum(
-    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    return ir.ops.fused_add_rms_norm.impls["native"].impl_fn(x, x_residual, weight, epsilon, variance_size)
-
-
-@_whole_sum.register_fake
-def _(
-    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x)
-
-
-def _rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
-    return _whole(x, weight, epsilon, variance_size)
-
-
-def _fused_add_rms_norm(
-    x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
-) -> tuple[Tensor, Tensor]:
-    return _whole_sum(x, x_residual, weight, epsilon, variance_size)
-
-
-_IMPLEMENTATIONS = {"rms_norm": _rms_norm, "fused_add_rms_norm": _fused_add_rms_norm}
+_NORMS = {name: _whole(name) for name in ("rms_norm", "fused_add_rms_norm")}
 
 
 def offer_whole_norms() -> None:
     """Make these ops known to vLLM in this process, before it decides on its norms. May be called repeatedly."""
-    for name, implementation in _IMPLEMENTATIONS.items():
+    for name, implementation in _NORMS.items():
         operation = getattr(ir.ops, name)
         if _PROVIDER not in operation.impls:
             operation.register_impl(_PROVIDER)(implementation)
@@ -63,7 +43,8 @@ def offer_whole_norms() -> None:
 def take_whole_norms(kernel_config: Any) -> None:
     """Change vLLM's KernelConfig in place, and with it what this process computes norms by; what the user has chosen stays."""
     priority = kernel_config.ir_op_priority
-    for name in _IMPLEMENTATIONS:
-        if getattr(priority, name) == ["native"]:  # vLLM's default on a CPU
-            getattr(priority, name)[:] = [_PROVIDER]
-    priority.set_default()
+    unchosen = [name for name in _NORMS if getattr(priority, name) == ["native"]]  # vLLM's default on a CPU
+    for name in unchosen:
+        getattr(priority, name)[:] = [_PROVIDER]
+    if unchosen:
+        priority.set_default()

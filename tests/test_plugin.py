@@ -1,9 +1,6 @@
 """The plugin inside vLLM's own layers, without an engine: loading, sharding rules, arithmetic, torch.compile."""
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -195,56 +192,6 @@ def test_a_skipped_layer_stays_unquantized() -> None:
     assert isinstance(empty_layer(skipping).quant_method, UnquantizedLinearMethod)
 
 
-def test_registering_twice_changes_nothing() -> None:
-    from vllm.model_executor.layers.quantization import get_quantization_config
-
-    import lrq_vllm
-    from lrq_vllm.quant_config import LrqConfig
-
-    lrq_vllm.register()
-    assert get_quantization_config("lrq") is LrqConfig
-
-
-def test_under_ray_the_plugin_s_variables_are_copied_besides_those_that_the_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm.ray.ray_env import get_env_vars_to_copy
-
-    import lrq_vllm
-
-    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "MY_,")
-    for name in ("LRQ_CORRECTION_RANK", "MY_NAME", "YOUR_NAME"):
-        monkeypatch.setenv(name, "1")
-    for _ in range(2):
-        lrq_vllm.register()
-    assert os.environ["VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"] == "MY_,LRQ_"
-    assert {"LRQ_CORRECTION_RANK", "MY_NAME"} <= get_env_vars_to_copy() - {"YOUR_NAME"} == get_env_vars_to_copy()
-
-
-@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="needs a CPU with AMX")
-def test_a_process_of_vllm_may_use_the_tiles_of_amx_before_its_first_product() -> None:
-    # arch_prctl(ARCH_GET_XCOMP_PERM), whose bit 18 is the tiles' data.
-    program = (
-        "import ctypes, lrq_vllm; lrq_vllm.register(); allowed = ctypes.c_uint64();"
-        "ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(allowed)); print('tiles', allowed.value >> 18 & 1)"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True)
-    assert ended.stdout.splitlines()[-1:] == ["tiles 1"], ended.stderr
-
-
-def test_on_a_cpu_vllms_processes_do_not_wait_by_giving_up_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """lrq_vllm/cpu_waiting.py says what that does to everybody else."""
-    from vllm.distributed.device_communicators import shm_broadcast
-    from vllm.distributed.utils import sched_yield
-
-    import lrq_vllm
-
-    lrq_vllm.register()
-    assert shm_broadcast.sched_yield is sched_yield
-    given_up: list[None] = []
-    monkeypatch.setattr(os, "sched_yield", lambda: given_up.append(None))
-    shm_broadcast.sched_yield()
-    assert not given_up
-
-
 def test_a_folder_without_weights_is_left_to_vllm(tmp_path: Path) -> None:
     from lrq_vllm.quant_config import LrqConfig
 
@@ -278,17 +225,6 @@ def test_a_vllm_that_is_not_known_is_refused_with_the_versions_that_are(
     else:
         with pytest.raises(SettingsError, match=rf"vLLM 0\.25 to 0\.33; this is {version}"):
             LrqConfig.from_config(config)
-
-
-def test_in_a_vllm_that_lacks_what_the_plugin_imports_other_models_still_start(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import lrq_vllm
-
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    monkeypatch.setitem(sys.modules, "lrq_vllm.quant_config", None)  # importing it fails
-    lrq_vllm.register()
-    assert "it works with vLLM 0.25 to 0.33" in caplog.text
 
 
 @pytest.mark.parametrize(("ranks", "nearest"), [(4, "2 or 8"), (16, "8")])

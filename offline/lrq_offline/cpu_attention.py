@@ -85,18 +85,16 @@ def _products_on_tiles(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _products_fused(a: Tensor, b: Tensor) -> Tensor:
-    total = torch.zeros((), device=a.device)
-    for i in range(a.shape[-1]):
-        total = _fused(a[..., i : i + 1], b[..., i : i + 1, :], total)
-    return total
+def _products_in_turn(add: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """One term after the other. add: two factors and a sum to the next sum."""
 
+    def products(a: Tensor, b: Tensor) -> Tensor:
+        total = torch.zeros((), device=a.device)
+        for i in range(a.shape[-1]):
+            total = add(a[..., i : i + 1], b[..., i : i + 1, :], total)
+        return total
 
-def _products_rounded(a: Tensor, b: Tensor) -> Tensor:
-    total = torch.zeros((), device=a.device)
-    for i in range(a.shape[-1]):
-        total = total + a[..., i : i + 1] * b[..., i : i + 1, :]
-    return total
+    return products
 
 
 def _vectors_exp(x: Tensor) -> Tensor:
@@ -126,6 +124,11 @@ def _library_tanh(x: Tensor) -> Tensor:
 def _fused(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
     """a * b + c of float32 values, rounded once: float64 has their product whole."""
     return torch.addcmul(_double(c), a.double(), _double(b)).float()
+
+
+def _apart(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c, the product rounded first."""
+    return a * b + c
 
 
 def _double(x: Tensor | float) -> Tensor:
@@ -160,5 +163,5 @@ def _by_registers(lanes: Tensor) -> Tensor:
 
 
 AMX = Instructions(_products_on_tiles, _vectors_exp, _vectors_tanh, _by_halves, tiles=True)
-AVX512 = Instructions(_products_fused, _vectors_exp, _vectors_tanh, _by_halves, tiles=False)
-AVX2 = Instructions(_products_rounded, _library_exp, _library_tanh, _by_registers, tiles=False)
+AVX512 = Instructions(_products_in_turn(_fused), _vectors_exp, _vectors_tanh, _by_halves, tiles=False)
+AVX2 = Instructions(_products_in_turn(_apart), _library_exp, _library_tanh, _by_registers, tiles=False)
