@@ -3,6 +3,7 @@
 
     python bench/learning_speed.py --out bench/results/learning-speed-h200.json         # one Llama-3-8B-shaped block, on a GPU
     python bench/learning_speed.py --gpus 2 --schemes w4a16 --presets paper                     # one block on two GPUs
+    python bench/learning_speed.py --shape qwen3-30b-a3b --schemes w4a16 --presets fast         # one with 128 experts
     python bench/learning_speed.py --small                                              # the same code on a small block
 
 Weights are random, hidden states are random with outlier channels, and errors are weighed at random where the tool weighs them;
@@ -21,19 +22,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
-from lrq_offline.block_learning import run_block
+from lrq_offline.block_learning import run_block, windows_at_once
 from lrq_offline.block_quantizer import BlockQuantizer
 from lrq_offline.compute import choose_device, device_name, product_dtype
 from lrq_offline.config import LOSSES, PRESETS, QuantizeSettings
-from lrq_offline.decoder_blocks import FAMILIES, empty_model
+from lrq_offline.decoder_blocks import block_family, empty_model
 from lrq_offline.hidden_states import HiddenStates, HiddenStatesStore
 from lrq_offline.output_metric import PLAIN, fisher_metric
 from lrq_offline.rank_processes import started_ranks
 from lrq_offline.ranks import Ranks
 
-BLOCKS_OF_8B = 32
+# By what is called so, the config of one block and how many blocks the model has.
+SHAPES: dict[str, tuple[PreTrainedConfig, int]] = {
+    "llama-3-8b": (
+        LlamaConfig(
+            hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1,
+            vocab_size=64, dtype="bfloat16",
+        ),
+        32,
+    ),
+    "qwen3-30b-a3b": (
+        Qwen3MoeConfig(
+            hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+            num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_hidden_layers=1, vocab_size=64, dtype="bfloat16",
+        ),
+        48,
+    ),
+}  # fmt: skip
+# Of the same kinds, that a laptop can learn.
+SMALL: dict[str, tuple[PreTrainedConfig, int]] = {
+    "llama-3-8b": (
+        LlamaConfig(
+            hidden_size=256, intermediate_size=896, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
+            vocab_size=64, dtype="bfloat16",
+        ),
+        32,
+    ),
+    "qwen3-30b-a3b": (
+        Qwen3MoeConfig(
+            hidden_size=128, moe_intermediate_size=96, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=1, vocab_size=64, dtype="bfloat16",
+        ),
+        48,
+    ),
+}  # fmt: skip
 TIMED_ITERS = 500  # enough that the waits at the checks, one in TIMED_ITERS / 10, do not count
 
 
@@ -42,14 +76,16 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["w4a16", "w3a16", "w4a8", "w8a8"])
     parser.add_argument("--presets", nargs="+", default=["fast", "paper"])
     parser.add_argument("--loss", choices=LOSSES, help="default: the scheme's")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b", help="whose block")
+    parser.add_argument("--timed-iters", type=int, default=TIMED_ITERS, metavar="N", help="at most so many are taken")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--max-gpu-gb", type=float, default=12.0, help="for cached hidden states")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = choose_device("auto")
-    config = block_config(small=arguments.small)
-    work = partial(all_rows, config, device, arguments)
+    config, blocks = (SMALL if arguments.small else SHAPES)[arguments.shape]
+    work = partial(all_rows, config, blocks, device, arguments)
     with started_ranks(arguments.gpus, device, work) as ranks:
         rows = work(ranks)
     result = {
@@ -58,47 +94,34 @@ def main() -> None:
         "gpus": arguments.gpus,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "block": {
-            "hidden": config.hidden_size, "intermediate": config.intermediate_size,
-            "heads": [config.num_attention_heads, config.num_key_value_heads],
+            "of": f"{arguments.shape}, small" if arguments.small else arguments.shape, "blocks": blocks,
+            "hidden": config.hidden_size, "heads": [config.num_attention_heads, config.num_key_value_heads],
         },
         "rows": rows,
     }  # fmt: skip
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{'scheme':<8}{'preset':<9}{'ms/iter':>9}{'peak GB':>9}{'fixed s':>9}{'8B minutes':>12}")
+    print(f"{'scheme':<8}{'preset':<9}{'ms/iter':>9}{'peak GB':>9}{'fixed s':>9}{'minutes':>9}  for {blocks} blocks")
     for row in rows:
         print(
             f"{row['scheme']:<8}{row['preset']:<9}{row['ms_per_iteration']:>9.2f}{row['peak_gb']:>9.1f}"
-            f"{row['fixed_seconds']:>9.2f}{row['minutes_for_32_blocks']:>12.1f}"
+            f"{row['fixed_seconds']:>9.2f}{row['minutes_for_all_blocks']:>9.1f}"
         )
 
 
-def block_config(*, small: bool) -> LlamaConfig:
-    """Llama-3-8B's block, or one that a laptop can learn."""
-    if small:
-        return LlamaConfig(
-            hidden_size=256, intermediate_size=896, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
-            vocab_size=64, dtype="bfloat16",
-        )  # fmt: skip
-    return LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1,
-        vocab_size=64, dtype="bfloat16",
-    )  # fmt: skip
-
-
-def all_rows(config: LlamaConfig, device: torch.device, arguments: Any, ranks: Ranks) -> list[dict[str, Any]]:
+def all_rows(config: PreTrainedConfig, blocks: int, device: torch.device, arguments: Any, ranks: Ranks) -> list[dict[str, Any]]:
     choose_device("auto")  # in every process: it also asks for deterministic algorithms
     rows = []
     for scheme in arguments.schemes:
         for name in arguments.presets if scheme == arguments.schemes[0] else arguments.presets[-1:]:
-            rows.append(measured(config, scheme, name, device, arguments, ranks))
+            rows.append(measured(config, blocks, scheme, name, device, arguments, ranks))
             if ranks.rank == 0:
                 print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
 def measured(
-    config: LlamaConfig, scheme: str, preset: str, device: torch.device, arguments: Any, ranks: Ranks
+    config: PreTrainedConfig, blocks: int, scheme: str, preset: str, device: torch.device, arguments: Any, ranks: Ranks
 ) -> dict[str, Any]:
     """Quantize one block as the tool does, with fewer iterations; the rest is extrapolated from the time of one."""
     gc.collect()
@@ -108,7 +131,7 @@ def measured(
     wanted = PRESETS[preset]
     if arguments.small:
         wanted = replace(wanted, samples=8, seq_len=64)
-    iters = 20 if arguments.small else min(wanted.iters, TIMED_ITERS)
+    iters = 20 if arguments.small else min(wanted.iters, arguments.timed_iters)
     settings = QuantizeSettings(
         scheme=scheme, iters=iters, samples=wanted.samples, seq_len=wanted.seq_len,
         batch_size=wanted.batch_size, renew=QuantizeSettings(scheme, iters=wanted.iters).renews,
@@ -116,7 +139,7 @@ def measured(
     )  # fmt: skip
     dtype = product_dtype(device)
     torch.manual_seed(0)
-    family = FAMILIES["llama"]
+    family = block_family(config, 0)
     model = empty_model(config)
     block = model.get_submodule(f"{family.blocks}.0").to_empty(device=device).to(torch.float32 if settings.smooths else dtype)
     for name, parameter in block.named_parameters():
@@ -136,10 +159,10 @@ def measured(
         gradients = torch.randn(4 * config.hidden_size, config.hidden_size, device=device)
         metric = fisher_metric(gradients.T @ gradients, dtype)
     started = time.monotonic()
-    run_block(block, inputs, targets, call, 4, dtype)
+    run_block(block, inputs, targets, call, windows_at_once(block), dtype)
     quantizer = BlockQuantizer(settings, family, config, dtype, ranks)
     result = quantizer.quantize(block, inputs, targets, call, torch.Generator().manual_seed(0), metric=metric)
-    run_block(block, inputs, inputs, call, 4, dtype)
+    run_block(block, inputs, inputs, call, windows_at_once(block), dtype)
     synchronize(device)
     seconds = time.monotonic() - started
     per_iteration = result.learning.seconds_per_step
@@ -156,7 +179,7 @@ def measured(
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0,
         "hidden_states_in": store.places,
         "iterations": wanted.iters,
-        "minutes_for_32_blocks": BLOCKS_OF_8B * (fixed + wanted.iters * per_iteration) / 60,
+        "minutes_for_all_blocks": blocks * (fixed + wanted.iters * per_iteration) / 60,
         "error_before": result.learning.error_before,
         "error_after": result.learning.error_after,
     }

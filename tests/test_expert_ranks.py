@@ -23,17 +23,15 @@ from lrq_offline.experts import Experts, experts_of
 from lrq_offline.gptq import HessianSum
 from lrq_offline.hidden_states import BatchFeeder, HiddenStates
 from lrq_offline.layer_inputs import sample_inputs, watch_inputs
+from lrq_offline.learned_experts import ExpertLayers, LearnedExperts
 from lrq_offline.learned_scales import FlexRoundScale, LearnedRounding, LrqScale
 from lrq_offline.learning_step import LearningStep, ParameterGroup
 from lrq_offline.pipeline import quantize_model
-from lrq_offline.quantized_block import FakeQuantizedLinear
 from lrq_offline.rank_processes import started_ranks
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.reference_model import load_model
-from lrq_offline.sharded_rounding import ShardedRounding
 from lrq_offline.source_model import load_tokenizer
 from lrq_offline.step_search import search_steps
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 from lrq_vllm.checkpoint.packing import unpack
 from lrq_vllm.checkpoint.store import TensorFolder, read_manifest
 from tests.checkpoints import write_random_model
@@ -52,8 +50,9 @@ class Mixture(nn.Module):
         names = FAMILIES["mixtral"].experts
         assert names is not None
         shapes = SimpleNamespace(down_proj=torch.empty(0), hidden_dim=8, intermediate_dim=12, num_experts=4, act_fn=nn.SiLU())
-        self.experts = Experts(shapes, names)
-        self.experts.ranks = ranks
+        apart = Experts(shapes, names)
+        apart.ranks = ranks
+        self.experts: nn.Module = apart
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)
@@ -78,15 +77,18 @@ def gradients(kind: type[LearnedRounding], ranks: Ranks) -> dict[str, Tensor | N
     """Of every parameter of four experts, by a step whose batch is both windows."""
     torch.manual_seed(0)
     block = Mixture(ranks)
-    for name in [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
-        weight, left = 0.3 * torch.randn_like(block.get_submodule(name).weight), 0.1 * torch.randn(12, 2)
-        rows, steps = ranks.own_rows(weight), StepAndZeroPoint(*map(ranks.own_rows, search_steps(weight, 3)))
-        own: LearnedRounding = FlexRoundScale(rows, steps, 3)
+
+    def layers(name: str, out_features: int, in_features: int) -> ExpertLayers:
+        weight = 0.3 * torch.randn(4 * out_features, in_features)
+        learned: LearnedRounding = FlexRoundScale(weight, search_steps(weight, 3), 3)
         if kind is LrqScale:
-            own = LrqScale(rows, steps, 3, 2, torch.Generator().manual_seed(0), ranks=ranks)
-            own.left.data.copy_(ranks.own_rows(left[: len(weight)]))
-        rounding = own if ranks.size == 1 else ShardedRounding(own, ranks)
-        block.set_submodule(name, FakeQuantizedLinear(rounding, None, None))
+            learned = LrqScale(weight, search_steps(weight, 3), 3, 2, torch.Generator().manual_seed(0), weights=4)
+            learned.left.data.normal_(std=0.1)
+        return ExpertLayers([f"{expert}.{name}" for expert in range(4)], learned, [], None)
+
+    assert isinstance(block.experts, Experts)
+    shapes = {"w1": (12, 8), "w3": (12, 8), "w2": (8, 12)}
+    block.experts = LearnedExperts(block.experts, range(4), *(layers(name, *shape) for name, shape in shapes.items()))
     inputs, targets = (states(ranks.share(tensor)) for tensor in (windows(), torch.randn(2, 7, 8)))
     feeder = BatchFeeder(inputs, targets, torch.arange(len(inputs)).unsqueeze(0))
     step = LearningStep(
@@ -94,12 +96,12 @@ def gradients(kind: type[LearnedRounding], ranks: Ranks) -> dict[str, Tensor | N
         steps=1, scale=0.001, dtype=torch.float32, ranks=ranks,
     )  # fmt: skip
     step.run(0)
-    return {name.replace(".own.", "."): parameter.grad for name, parameter in block.named_parameters()}
+    return {name: parameter.grad for name, parameter in block.named_parameters()}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one process. gradients: by kind of scale, of its rows. sampled: of what expert 1 receives, tokens, low, high and the
+    """Of one process. gradients: by kind of scale. sampled: of what expert 1 receives, tokens, low, high and the
     number seen. next_draw: of the generator that sampled.
     """
 
@@ -147,17 +149,12 @@ def test_an_expert_that_one_process_alone_meets_has_the_gradients_of_one_process
     kind: type[LearnedRounding], of_both: list[Outcome]
 ) -> None:
     expected = gradients(kind, ONE_RANK)
-    for rank, outcome in enumerate(of_both):
-        assert set(outcome.gradients[kind]) == set(expected)
-        for name, gradient in expected.items():
-            found = outcome.gradients[kind][name]
-            if gradient is None or found is None:
-                # By an expert that nobody meets an optimizer has to pass.
-                assert found is gradient is None and name.startswith("experts.3."), name
-            else:
-                whole = name.endswith(".column")
-                own = gradient if whole else Ranks(rank, 2).own_rows(gradient)
-                torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    for outcome in of_both:
+        torch.testing.assert_close(outcome.gradients[kind], expected, rtol=1e-4, atol=1e-4)
+    for gradient in expected.values():
+        assert gradient is not None
+        *met, unmet = gradient.chunk(4)
+        assert all(of_expert.any() for of_expert in met) and not unmet.any()
     assert all(gradient is None for name, gradient in expected.items() if name.startswith("experts.3."))
 
 

@@ -92,6 +92,22 @@ def test_the_kernels_gradients_are_its_twins(
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 12, 33, 64])
+def test_weights_above_each_other_are_scaled_as_each_alone(rows: int, device: torch.device) -> None:
+    above = [arguments((rows, 96), 4, 32, PARTS, device) for _ in range(3)]
+    weight, step, zero_point = (torch.cat(parts) for parts in zip(*(one[:3] for one in above), strict=True))
+    scale = LogScale(*(torch.cat(parts) for parts in zip(*(one[3] for one in above), strict=True)))
+    upstream = torch.randn(weight.shape, device=device)
+    for module in (kernel, twin):
+        found = module.backward(upstream, weight, step, zero_point, scale, 4)
+        made = module.forward(weight, step, zero_point, scale, 4, torch.float32)
+        for place, one in enumerate(above):
+            alone = module.backward(upstream.chunk(3)[place], *one, 4)
+            assert torch.equal(made.chunk(3)[place], module.forward(*one, 4, torch.float32))
+            for got, want in zip(found, alone, strict=True):
+                torch.testing.assert_close(got.chunk(3)[place], want)
+
+
 def test_a_half_precision_matrix_gets_a_half_precision_gradient(device: torch.device) -> None:
     weight, step, zero_point, scale = arguments((33, 96), 4, None, ["matrix"], device)
     assert scale.matrix is not None

@@ -64,7 +64,7 @@ def gradients(ranks: Ranks) -> dict[str, Tensor]:
         own.left.copy_(ranks.own_rows(size))
     rounding = own if ranks.size == 1 else ShardedRounding(own, ranks)
     (rounding() * ranks.share(parts).sum(dim=0)).sum().backward()
-    finish_backward(rounding)
+    finish_backward(rounding, ranks)
     return {name: parameter.grad for name, parameter in own.named_parameters() if parameter.grad is not None}
 
 
@@ -86,7 +86,7 @@ def correction_gradients(ranks: Ranks) -> dict[str, Tensor]:
     layer.correct(torch.randn(8, 2).bfloat16(), torch.randn(16, 2).bfloat16(), torch.float32)
     layer.learn_correction()
     layer(ranks.share(windows)).square().sum().backward()
-    finish_backward(layer)
+    finish_backward(layer, ranks)
     assert layer.correction is not None
     return {name: parameter.grad for name, parameter in layer.correction.named_parameters() if parameter.grad is not None}
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrq_offline import stage_rounding
+from lrq_offline.config import QuantizeSettings
 from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, dequantize, quantize, step_and_zero_point
 
@@ -101,3 +103,18 @@ def test_the_search_leaves_the_weight_as_it_was() -> None:
     before = weight.clone()
     search_steps(weight, 4)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("at_once", [1, 3000, 2**24])
+def test_weights_that_are_searched_together_have_the_steps_that_each_has_alone(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_rounding, "_SEARCHED_TOGETHER", at_once)
+    settings = QuantizeSettings("w4a16", group_size=32)
+    shapes = [(12, 96), (20, 96), (8, 64), (12, 96), (96, 12 * 32)]
+    weights = {f"layer {place}": torch.randn(shape) for place, shape in enumerate(shapes)}
+    found = stage_rounding.steps_of_all(weights, settings)
+    assert set(found) == set(weights)
+    for name, weight in weights.items():
+        alone = stage_rounding.steps_of(weight, settings)
+        assert torch.equal(found[name].step, alone.step) and torch.equal(found[name].zero_point, alone.zero_point)

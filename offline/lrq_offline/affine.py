@@ -26,8 +26,9 @@ class FakeQuantized(NamedTuple):
 
 
 def fake_quantize(x: Tensor, quantizer: StepAndZeroPoint, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x_hat in ``dtype`` for x [..., in] of any float dtype; the step and the zero-point have one element each."""
-    assert quantizer.step.numel() == quantizer.zero_point.numel() == 1, "one step for the tensor"
+    """x_hat in ``dtype`` for x [..., in] of any float dtype; step and zero-point have one element each, or one for each row."""
+    rows = x.numel() // x.shape[-1]
+    assert quantizer.step.numel() == quantizer.zero_point.numel() in (1, rows), "one step for the tensor or for each row"
     return _fake_quantize(x, quantizer, bits, dtype)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lrq_offline.compute import block_output
 from lrq_offline.config import QuantizeSettings
+from lrq_offline.experts import experts_of
 from lrq_offline.hidden_states import BatchFeeder, HiddenStates
 from lrq_offline.learned_scales import LearnedRounding, LrqScale
 from lrq_offline.learning_step import LearningStep, ParameterGroup
@@ -25,12 +26,22 @@ from lrq_offline.output_metric import PLAIN, OutputMetric
 from lrq_offline.quantized_block import held_weights
 from lrq_offline.ranks import ONE_RANK, Ranks
 
-__all__ = ["LearningCurve", "LearningResult", "LearningWindows", "learn_block", "relative_error", "run_block"]
+__all__ = [
+    "LearningCurve",
+    "LearningResult",
+    "LearningWindows",
+    "learn_block",
+    "relative_error",
+    "run_block",
+    "windows_at_once",
+]
 
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 6
 _HELD_OUT_SHARE = 16
+# In passes in which nothing is learned. Experts apart take many launches, however many tokens they have.
+_WINDOWS_AT_ONCE, _WINDOWS_OF_EXPERTS = 4, 16
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,11 @@ class LearningWindows:
         """Of as many windows."""
         order, held_out = torch.randperm(samples, generator=generator), samples // _HELD_OUT_SHARE
         return cls(order[held_out:], order[:held_out])
+
+
+def windows_at_once(block: nn.Module) -> int:
+    """How many a pass over all of them gives ``block`` at a time, if nothing is learned."""
+    return _WINDOWS_OF_EXPERTS if experts_of(block) else _WINDOWS_AT_ONCE
 
 
 @torch.no_grad()

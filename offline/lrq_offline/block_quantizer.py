@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lrq_offline.activation_ranges import best_clip, best_range
-from lrq_offline.block_learning import LearningResult, LearningWindows, learn_block
+from lrq_offline.block_learning import LearningResult, LearningWindows, learn_block, windows_at_once
 from lrq_offline.compute import served_in
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import Family
 from lrq_offline.expert_tokens import TOO_FEW, lend_samples, short_of_tokens
-from lrq_offline.experts import experts_of
+from lrq_offline.experts import Experts, experts_of
 from lrq_offline.fused_norms import fuse_norms
 from lrq_offline.hidden_states import HiddenStates
 from lrq_offline.input_rotation import InputRotation
 from lrq_offline.layer_inputs import InputSample, sample_inputs, watch_inputs
+from lrq_offline.learned_experts import ExpertLayers, LearnedExperts
 from lrq_offline.learned_scales import FlexRoundScale, LearnedRounding, LrqScale, Rounding
 from lrq_offline.low_rank_correction import MomentSums, by_energy
 from lrq_offline.output_metric import PLAIN, OutputMetric
@@ -33,7 +34,7 @@ from lrq_offline.quantized_block import (
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.sharded_rounding import ShardedRounding
 from lrq_offline.smoothquant import SharedHeads, divide_output, multiply_input, smoothing_scale
-from lrq_offline.stage_rounding import RoundedLayer, StageRounding, nearest, steps_of
+from lrq_offline.stage_rounding import RoundedLayer, StageRounding, nearest, steps_of_all
 from lrq_offline.weight_transfers import transfers_between
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 
@@ -114,7 +115,7 @@ class BlockQuantizer:
             moments = rounding.moments(block, quantizers, float_inputs, arguments, batches)
         linears = {name: _linear(block, name) for name in self.family.linears}
         weights = {name: linear.weight.detach() for name, linear in linears.items()}
-        steps = {name: steps_of(weight, self.settings) for name, weight in weights.items()}
+        steps = steps_of_all(weights, self.settings)
         bits = self.settings.bits.weight_bits
         rounded = {name: nearest(weights[name], steps[name], bits, self.dtype) for name in weights}
         replace_linears(block, rounded, activations)
@@ -130,7 +131,7 @@ class BlockQuantizer:
             fallbacks |= {name: layer.fallback for name, layer in in_stages.items()}
         if usable and self.settings.learns:
             learned = {name: weight for name, weight in weights.items() if name not in short}
-            self._begin_learning(block, learned, steps, in_stages, generator)
+            self._begin_learning(block, learned, steps, ranges, in_stages, generator)
             fuse_norms(block, self.family)
         learning = learn_block(
             block,
@@ -166,9 +167,10 @@ class BlockQuantizer:
     ) -> dict[str, InputSample]:
         """By the first layer of each group, of the input that the group reads."""
         places = {group[0]: self.family.seen_at(group) for group in self.family.linear_groups}
+        at_once = windows_at_once(block) if experts_of(block) else self._batch_size
         samples = sample_inputs(
             block, inputs, arguments, list(places.values()), _SAMPLED_TOKENS,
-            generator, self._batch_size, self.dtype, self.ranks,
+            generator, at_once, self.dtype, self.ranks,
         )  # fmt: skip
         return {first: samples[place] for first, place in places.items()}
 
@@ -235,10 +237,13 @@ class BlockQuantizer:
         block: nn.Module,
         weights: Mapping[str, Tensor],
         steps: Mapping[str, StepAndZeroPoint],
+        ranges: Mapping[str, StepAndZeroPoint],
         in_stages: Mapping[str, RoundedLayer],
         generator: torch.Generator,
     ) -> None:
         """Make these layers learn; one with a correction learns that too, and to round what was rounded beside it."""
+        in_experts = self._learn_experts_together(block, weights, steps, ranges, generator)
+        weights = {name: weight for name, weight in weights.items() if name not in in_experts}
         targets = {name: layer.target for name, layer in in_stages.items() if layer.target is not None}
         steps_of_targets = {name: quantized_linear(block, name).rounding.quantized()[1] for name in targets}
         roundings = self._learned_roundings({**weights, **targets}, {**steps, **steps_of_targets}, generator)
@@ -246,6 +251,42 @@ class BlockQuantizer:
             quantized_linear(block, name).rounding = rounding
         for name in targets:
             quantized_linear(block, name).learn_correction()
+
+    def _learn_experts_together(
+        self,
+        block: nn.Module,
+        weights: Mapping[str, Tensor],
+        steps: Mapping[str, StepAndZeroPoint],
+        ranges: Mapping[str, StepAndZeroPoint],
+        generator: torch.Generator,
+    ) -> frozenset[str]:
+        """Put one module in the place of a block's experts, in which those with ``weights`` learn. Returns their layers."""
+        names, experts = self.family.experts, range(self.family.expert_count)
+        learning = [] if names is None else [expert for expert in experts if names.output_of(expert) in weights]
+        if names is None or not learning:
+            return frozenset()
+        order = [*learning, *(expert for expert in experts if expert not in learning)]
+
+        def layers(of_experts: list[str]) -> ExpertLayers:
+            learned, decided = of_experts[: len(learning)], of_experts[len(learning) :]
+            above_each_other = torch.cat([weights[name] for name in learned])
+            their_steps = StepAndZeroPoint(
+                *(torch.cat(parts) for parts in zip(*(steps[name] for name in learned), strict=True))
+            )
+            return ExpertLayers(
+                of_experts,
+                self._learned_rounding(above_each_other, their_steps, generator, weights=len(learned)),
+                [quantized_linear(block, name).rounding for name in decided],
+                self.settings.bits.activation,
+                [ranges[name] for name in of_experts if name in ranges],
+            )
+
+        gate, up = (layers([names.inputs_of(expert)[place] for expert in order]) for place in range(2))
+        down = layers([names.output_of(expert) for expert in order])
+        apart = block.get_submodule(names.module)
+        assert isinstance(apart, Experts)
+        block.set_submodule(names.module, LearnedExperts(apart, order, gate, up, down))
+        return frozenset(name for kind in (gate, up, down) for name in kind.names)
 
     def _learned_roundings(
         self, weights: Mapping[str, Tensor], steps: Mapping[str, StepAndZeroPoint], generator: torch.Generator
@@ -255,15 +296,27 @@ class BlockQuantizer:
         return {name: self._learned(weight, steps[name], generator) for name, weight in weights.items()}
 
     def _learned(self, weight: Tensor, steps: StepAndZeroPoint, generator: torch.Generator) -> Rounding:
-        rank, bits = self.settings.matrix_rank(self.config.hidden_size), self.settings.bits.weight_bits
         own, own_steps = self.ranks.own_rows(weight), StepAndZeroPoint(*map(self.ranks.own_rows, steps))
-        learned: LearnedRounding
-        if rank is None:
-            learned = FlexRoundScale(own, own_steps, bits, self.dtype)
-        else:
-            rank, renews = min(rank, *weight.shape), self.settings.renews
-            learned = LrqScale(own, own_steps, bits, rank, generator, self.dtype, renews=renews, ranks=self.ranks)
+        learned = self._learned_rounding(own, own_steps, generator, ranks=self.ranks)
         return learned if self.ranks.size == 1 else ShardedRounding(learned, self.ranks)
+
+    def _learned_rounding(
+        self,
+        weight: Tensor,
+        steps: StepAndZeroPoint,
+        generator: torch.Generator,
+        *,
+        weights: int = 1,
+        ranks: Ranks = ONE_RANK,
+    ) -> LearnedRounding:
+        """Of these rows, which are those of one weight that ``ranks`` have, or of several ``weights`` above each other."""
+        rank, bits = self.settings.matrix_rank(self.config.hidden_size), self.settings.bits.weight_bits
+        if rank is None:
+            return FlexRoundScale(weight, steps, bits, self.dtype)
+        rank = min(rank, ranks.size * len(weight) // weights, weight.shape[1])
+        return LrqScale(
+            weight, steps, bits, rank, generator, self.dtype, weights=weights, renews=self.settings.renews, ranks=ranks
+        )
 
     def _fix_corrections(self, block: nn.Module, inputs: HiddenStates, arguments: dict[str, Any]) -> None:
         """What learned corrections have become, in the order of what their columns add to outputs, and in 16 bits."""

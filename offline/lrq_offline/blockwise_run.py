@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lrq_offline.block_learning import run_block
+from lrq_offline.block_learning import run_block, windows_at_once
 from lrq_offline.block_quantizer import BlockQuantizer, QuantizedBlock
 from lrq_offline.calibration import first_block_inputs
 from lrq_offline.compute import Machine, choose_device, product_dtype
@@ -36,7 +36,6 @@ __all__ = ["BlockwiseRun", "FinishedBlock"]
 logger = logging.getLogger(__name__)
 
 # Windows per pass where nothing is learned.
-_WINDOWS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,8 @@ class BlockwiseRun:
         block, rotation = self._float_block(model, index, float_hidden.device)
         for cache in kept:
             cache.copy(float_hidden)
-        run_block(block, float_hidden, float_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
+        at_once = windows_at_once(block)
+        run_block(block, float_hidden, float_hidden, arguments, at_once, dtype)
         if self.settings.kv_bits is not None:
             quantize_kv_cache(block, self.settings.kv_bits)
         result = None
@@ -134,7 +134,7 @@ class BlockwiseRun:
             result = quantizer.quantize(
                 block, quantized_hidden, float_hidden, arguments, generator, float_inputs, rotation, metric
             )
-        run_block(block, quantized_hidden, quantized_hidden, arguments, _WINDOWS_AT_ONCE, dtype)
+        run_block(block, quantized_hidden, quantized_hidden, arguments, at_once, dtype)
         return FinishedBlock(index, name, block, result, time.monotonic() - started)
 
     def _float_block(self, model: nn.Module, index: int, device: torch.device) -> tuple[nn.Module, InputRotation | None]:

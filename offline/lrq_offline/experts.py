@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from lrq_offline.ranks import ONE_RANK, Ranks
 
-__all__ = ["DenseBlocks", "ExpertNames", "Experts", "experts_of", "forget_idle"]
+__all__ = ["DenseBlocks", "ExpertNames", "Experts", "experts_of"]
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,11 @@ class ExpertNames:
 class Experts(nn.ModuleList):
     """In place of transformers' fused experts, with weights yet to be filled.
 
-    ranks: the processes that look at these experts or learn them together. With several, an expert that no token of this one
-    has chosen computes as well, with none: what its layers tell the others is then told in all processes, and in one order.
+    ranks: the processes that look at what these experts receive. With several, an expert that no token of this one has chosen
+    computes as well, with none: whoever watches its layers is called in all processes.
     """
 
     ranks: Ranks = ONE_RANK
-    _met: Tensor
 
     def __init__(self, fused: Any, names: ExpertNames) -> None:
         weight = fused.down_proj
@@ -87,34 +86,19 @@ class Experts(nn.ModuleList):
 
         chosen: int64 [tokens, choices]. shares: by which factor each choice counts, [tokens, choices].
         """
-        self._met = chosen.flatten().bincount(minlength=len(self))
+        met = chosen.flatten().bincount(minlength=len(self))
         by_expert = chosen.flatten().argsort(stable=True)
         token = by_expert // chosen.shape[1]
         # How many tokens each expert has is the one thing that the host has to know.
-        parts = zip(self, x[token].split(self._met.tolist()), strict=True)
+        parts = zip(self, x[token].split(met.tolist()), strict=True)
         made = [expert(tokens).float() for expert, tokens in parts if len(tokens) or self.ranks.size > 1]
         counted = torch.cat(made) * shares.flatten()[by_expert].float().unsqueeze(1)
         return torch.zeros(x.shape, dtype=torch.float32, device=x.device).index_add(0, token, counted).to(x.dtype)
-
-    def idle(self) -> list[nn.Module]:
-        """The experts that no token of any process has chosen in the last call. All processes have to ask."""
-        met = self.ranks.sum(self._met.clone()).tolist()
-        return [expert for expert, tokens in zip(self, met, strict=True) if not tokens]
 
 
 def experts_of(block: nn.Module) -> list[Experts]:
     """The mixtures of experts in ``block``."""
     return [module for module in block.modules() if isinstance(module, Experts)]
-
-
-def forget_idle(block: nn.Module) -> None:
-    """After a backward pass: no gradients for idle experts, as one process alone has none. With zeros an optimizer would still
-    move what it has in motion.
-    """
-    for experts in experts_of(block):
-        if experts.ranks.size > 1:
-            for expert in experts.idle():
-                expert.zero_grad(set_to_none=True)
 
 
 class _Expert(nn.Module):

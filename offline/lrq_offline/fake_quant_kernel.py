@@ -27,9 +27,10 @@ def _launch_forward(
 ) -> Tensor:
     rows, columns = weight.shape
     tile = _columns_per_tile(columns // step.shape[1], columns)
-    _forward_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(columns, tile))](
-        weight, step, zero_point, *scale, out, rows, columns, columns // step.shape[1], step.shape[1],
-        LEVELS=2**bits - 1, REAL=real, ROWS=_ROWS, COLUMNS=tile, enable_fp_fusion=False,
+    own_rows, row_tile = _rows_per_weight(weight, scale), _rows_per_tile(weight, scale)
+    _forward_kernel[(triton.cdiv(rows, row_tile), triton.cdiv(columns, tile))](
+        weight, step, zero_point, *scale, out, rows, columns, columns // step.shape[1], step.shape[1], own_rows,
+        LEVELS=2**bits - 1, REAL=real, ROWS=row_tile, COLUMNS=tile, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -39,7 +40,8 @@ def backward(gradient: Tensor, weight: Tensor, step: Tensor, zero_point: Tensor,
     rows, columns = weight.shape
     group_size = columns // step.shape[1]
     tile = _columns_per_tile(group_size, columns)
-    row_tiles, column_tiles = triton.cdiv(rows, _ROWS), triton.cdiv(columns, tile)
+    own_rows, row_tile = _rows_per_weight(weight, scale), _rows_per_tile(weight, scale)
+    row_tiles, column_tiles = triton.cdiv(rows, row_tile), triton.cdiv(columns, tile)
     gradient = gradient.contiguous()
 
     def partial(wanted: bool, *shape: int) -> Tensor | None:
@@ -51,15 +53,26 @@ def backward(gradient: Tensor, weight: Tensor, step: Tensor, zero_point: Tensor,
     of_column = partial(scale.column is not None, row_tiles, columns)
     _backward_kernel[(row_tiles, column_tiles)](
         gradient, weight, step, zero_point, *scale, of_step, of_matrix, of_row, of_column,
-        rows, columns, group_size, step.shape[1], column_tiles,
-        LEVELS=2**bits - 1, ROWS=_ROWS, COLUMNS=tile, enable_fp_fusion=False,
+        rows, columns, group_size, step.shape[1], own_rows, column_tiles,
+        LEVELS=2**bits - 1, ROWS=row_tile, COLUMNS=tile, enable_fp_fusion=False,
     )  # fmt: skip
     return Gradients(
         of_step.unflatten(1, (step.shape[1], -1)).sum(dim=2),
         of_matrix,
         None if of_row is None else of_row.sum(dim=1, keepdim=True),
-        None if of_column is None else of_column.sum(dim=0, keepdim=True),
+        None if of_column is None or scale.column is None else of_column.unflatten(0, (len(scale.column), -1)).sum(dim=1),
     )
+
+
+def _rows_per_weight(weight: Tensor, scale: LogScale) -> int:
+    """Of each of the weights that stand above each other."""
+    return len(weight) if scale.column is None else len(weight) // len(scale.column)
+
+
+def _rows_per_tile(weight: Tensor, scale: LogScale) -> int:
+    """A power of two, such that no tile spans two weights; the last tile of a single one may be cut short."""
+    own_rows = _rows_per_weight(weight, scale)
+    return _ROWS if own_rows == len(weight) else min(_ROWS, own_rows & -own_rows)
 
 
 def _columns_per_tile(group_size: int, columns: int) -> int:
@@ -71,7 +84,7 @@ def _columns_per_tile(group_size: int, columns: int) -> int:
 
 @triton.jit
 def _tile(
-    weight_ptr, step_ptr, zero_ptr, matrix_ptr, row_ptr, column_ptr, rows, columns, group_size, groups,
+    weight_ptr, step_ptr, zero_ptr, matrix_ptr, row_ptr, column_ptr, rows, columns, group_size, groups, own_rows,
     LEVELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Of one tile: places, mask, u, round(u) + z before clamping, step [ROWS, 1] and z [ROWS, 1]."""
@@ -89,7 +102,8 @@ def _tile(
     if row_ptr is not None:
         log_scale += tl.load(row_ptr + row, mask=row < rows, other=0.0)[:, None]
     if column_ptr is not None:
-        log_scale += tl.load(column_ptr + column, mask=column < columns, other=0.0)[None, :]
+        above = (tl.program_id(0) * ROWS) // own_rows
+        log_scale += tl.load(column_ptr + above * columns + column, mask=column < columns, other=0.0)[None, :]
     u = tl.div_rn(scaled * tl.exp(-log_scale), step + tl.zeros_like(scaled))
     # Beyond these bounds every value is clamped anyway; within them the rounding trick below is exact.
     bounded = tl.minimum(tl.maximum(u, -4.0 * LEVELS - 4.0), 4.0 * LEVELS + 4.0)
@@ -101,11 +115,11 @@ def _tile(
 @triton.jit
 def _forward_kernel(
     weight_ptr, step_ptr, zero_ptr, matrix_ptr, row_ptr, column_ptr, out_ptr, rows, columns, group_size, groups,
-    LEVELS: tl.constexpr, REAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    own_rows, LEVELS: tl.constexpr, REAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     _row, _column, mask, place, _u, unclamped, step, zero = _tile(
         weight_ptr, step_ptr, zero_ptr, matrix_ptr, row_ptr, column_ptr, rows, columns, group_size, groups,
-        LEVELS, ROWS, COLUMNS,
+        own_rows, LEVELS, ROWS, COLUMNS,
     )  # fmt: skip
     q = tl.minimum(tl.maximum(unclamped, 0.0), LEVELS)
     if REAL:
@@ -116,12 +130,12 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     gradient_ptr, weight_ptr, step_ptr, zero_ptr, matrix_ptr, row_ptr, column_ptr,
-    of_step_ptr, of_matrix_ptr, of_row_ptr, of_column_ptr, rows, columns, group_size, groups, column_tiles,
+    of_step_ptr, of_matrix_ptr, of_row_ptr, of_column_ptr, rows, columns, group_size, groups, own_rows, column_tiles,
     LEVELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, column, mask, place, u, unclamped, step, zero = _tile(
         weight_ptr, step_ptr, zero_ptr, matrix_ptr, row_ptr, column_ptr, rows, columns, group_size, groups,
-        LEVELS, ROWS, COLUMNS,
+        own_rows, LEVELS, ROWS, COLUMNS,
     )  # fmt: skip
     gradient = tl.load(gradient_ptr + place, mask=mask, other=0.0).to(tl.float32)
     inside = (unclamped >= 0.0) & (unclamped <= LEVELS)

@@ -20,7 +20,9 @@ __all__ = ["Gradients", "LogScale", "backward", "fake_quant_weight", "forward", 
 
 
 class LogScale(NamedTuple):
-    """The parts of S2, any of them None: matrix [out, in] (any float dtype), row [out, 1], column [1, in]."""
+    """The parts of S2, any of them None: matrix [out, in] (any float dtype), row [out, 1], column [1, in], or, where several
+    weights of one shape stand above each other, [weights, in].
+    """
 
     matrix: Tensor | None = None
     row: Tensor | None = None
@@ -110,16 +112,18 @@ def backward(gradient: Tensor, weight: Tensor, step: Tensor, zero_point: Tensor,
         of_step,
         None if scale.matrix is None else of_scale.to(scale.matrix.dtype),
         None if scale.row is None else of_scale.sum(dim=1, keepdim=True),
-        None if scale.column is None else of_scale.sum(dim=0, keepdim=True),
+        None if scale.column is None else of_scale.unflatten(0, (len(scale.column), -1)).sum(dim=1),
     )
 
 
 def _scaled(weight: Tensor, step: Tensor, scale: LogScale) -> Tensor:
     """u, float32 [out, groups, in / groups], in memory of its own."""
     u = torch.zeros_like(weight, dtype=torch.float32)
-    for part in scale:
+    for part in (scale.matrix, scale.row):
         if part is not None:
             u.sub_(part)
+    if scale.column is not None:
+        u.unflatten(0, (len(scale.column), -1)).sub_(scale.column.unsqueeze(1))
     if any(part is not None for part in scale):
         u.exp_().mul_(weight)
     else:

@@ -121,8 +121,9 @@ class FlexRoundScale(LearnedRounding):
 class LrqScale(LearnedRounding):
     """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5).
 
-    renews: whether :meth:`renew` will be called. Then ``weight`` is a copy, W / exp(M) in W's dtype, which is all that the
-    arithmetic needs of W and M. ranks: the processes that learn W together; each has its rows of W, L and r, and its rows of U.
+    weights: how many of one shape stand above each other in ``weight``, each with L, U, r and c of its own. renews: whether
+    :meth:`renew` will be called. Then ``weight`` is a copy, W / exp(M) in W's dtype, which is all that the arithmetic needs of
+    W and M. ranks: the processes that learn one W together; each has its rows of W, L and r, and its rows of U.
     """
 
     def __init__(
@@ -134,30 +135,32 @@ class LrqScale(LearnedRounding):
         generator: torch.Generator,
         dtype: torch.dtype = torch.float32,
         *,
+        weights: int = 1,
         renews: bool = False,
         ranks: Ranks = ONE_RANK,
     ) -> None:
         super().__init__(weight.clone() if renews else weight, initial, bits, dtype)
         self.renews = renews
         self.ranks = ranks
+        self._weights = weights
         out_features, in_features = weight.shape
         self.left = self._zeros(out_features, rank)
         self.right = nn.Parameter(self._first_right(generator))
         self.row = self._zeros(out_features, 1)
-        self.column = self._zeros(1, in_features)
+        self.column = self._zeros(weights, in_features)
 
     def log_scale(self) -> LogScale:
         """L U + r + c, relative to ``weight``."""
         right = self.whole_factor
         if right is None:
             right = self.ranks.all_rows(self.right.to(self.dtype))
-        return LogScale(self.left.to(self.dtype) @ right, self.row, self.column)
+        return LogScale(self._product(self.left.to(self.dtype), right), self.row, self.column)
 
     @torch.no_grad()
     def renew(self, generator: torch.Generator) -> None:
         """Add L U to M and begin with new factors: S2 stays what it is (up to rounding), its rank can go on to grow."""
         assert self.renews
-        self.weight.copy_(self.weight * torch.exp(-(self.left @ self.ranks.all_rows(self.right))))
+        self.weight.copy_(self.weight * torch.exp(-self._product(self.left, self.ranks.all_rows(self.right))))
         self.left.zero_()
         self.right.copy_(self._first_right(generator))
 
@@ -173,11 +176,17 @@ class LrqScale(LearnedRounding):
         """c."""
         return [self.column]
 
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        """L U [out, in] from all rows of both."""
+        if self._weights == 1:
+            return left @ right
+        return torch.bmm(*(factor.unflatten(0, (self._weights, -1)) for factor in (left, right))).flatten(0, 1)
+
     def _first_right(self, generator: torch.Generator) -> Tensor:
         """This process's rows of a new U. ``generator`` is on the CPU; on a GPU it gives the seed of one there."""
         device = self.weight.device
         if device != generator.device:
             seed = torch.randint(2**62, (), generator=generator).item()
             generator = torch.Generator(device).manual_seed(int(seed))
-        right = torch.empty((self.left.shape[1], self.weight.shape[1]), device=device)
+        right = torch.empty((self._weights * self.left.shape[1], self.weight.shape[1]), device=device)
         return self.ranks.own_rows(nn.init.kaiming_uniform_(right, a=math.sqrt(5), generator=generator))

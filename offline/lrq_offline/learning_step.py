@@ -1,5 +1,5 @@
 """One step of learning a block: forward, backward, AdamW; on a GPU replayed as one CUDA graph, with no host in the loop,
-unless the block has experts."""
+unless experts ask it how many tokens they have."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lrq_offline.compute import block_output
-from lrq_offline.experts import experts_of, forget_idle
+from lrq_offline.experts import experts_of
 from lrq_offline.hidden_states import BatchFeeder
+from lrq_offline.learned_experts import learned_experts_of
 from lrq_offline.output_metric import PLAIN, OutputMetric
 from lrq_offline.ranks import ONE_RANK, Ranks
 from lrq_offline.sharded_rounding import finish_backward, start_weights
@@ -77,8 +78,7 @@ class LearningStep:
         self._optimizer = torch.optim.AdamW(options, fused=True, capturable=device.type == "cuda")
         self.losses = torch.zeros(steps, dtype=torch.float32, device=device)
         self._loss = torch.zeros((), device=device)
-        # How many tokens an expert gets, the host has to know.
-        self._graph = self._captured() if device.type == "cuda" and not experts_of(block) else None
+        self._graph = self._captured() if device.type == "cuda" and not _asks_host(block) else None
 
     def run(self, step: int) -> None:
         """Take one step. Its loss (this rank's part, relative to ``scale``) lands in ``losses[step]``, on the device."""
@@ -107,8 +107,7 @@ class LearningStep:
         batch = self._feeder.inputs, self._feeder.targets
         loss = block_loss(self._block, *batch, self._arguments, self._dtype, self._metric) / self._scale
         loss.backward()
-        finish_backward(self._block)
-        forget_idle(self._block)
+        finish_backward(self._block, self._ranks)
         self._optimizer.step()
         self._loss.copy_(loss.detach())
 
@@ -132,3 +131,8 @@ class LearningStep:
                 parameter.copy_(value)
         self.forget(self._parameters)
         return graph
+
+
+def _asks_host(block: nn.Module) -> bool:
+    """Whether the host has to know how many tokens an expert gets."""
+    return bool(experts_of(block)) or any(experts.asks_host for experts in learned_experts_of(block))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lrq_offline.affine import fake_quantize, fake_quantize_clipped, fake_quantize_per_token
 from lrq_offline.learned_correction import LearnedCorrection
+from lrq_offline.learned_experts import ExpertLayers, LearnedExperts
 from lrq_offline.learned_scales import FixedRounding, Rounding
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 from lrq_vllm.checkpoint.schema import ActivationFormat
@@ -74,7 +75,7 @@ class FakeQuantizedLinear(nn.Module):
             assert self.low_rank_u is not None and self.low_rank_v is not None
             self.correction = LearnedCorrection(self.low_rank_u, self.low_rank_v, self._factors[0].dtype)
 
-    def hold_weight(self, held: bool) -> None:
+    def hold_weights(self, held: bool) -> None:
         """Compute W_hat once, without gradients, and use it until it is let go."""
         with torch.no_grad():
             self._held = self.rounding() if held else None
@@ -98,18 +99,24 @@ class FakeQuantizedLinear(nn.Module):
 @contextmanager
 def held_weights(block: nn.Module) -> Iterator[None]:
     """For passes in which nothing is learned: every quantized layer computes its W_hat once instead of for each batch."""
-    layers = [module for module in block.modules() if isinstance(module, FakeQuantizedLinear)]
+    layers = [module for module in block.modules() if isinstance(module, FakeQuantizedLinear | ExpertLayers)]
     for layer in layers:
-        layer.hold_weight(True)
+        layer.hold_weights(True)
     try:
         yield
     finally:
         for layer in layers:
-            layer.hold_weight(False)
+            layer.hold_weights(False)
 
 
 def fix_weights(block: nn.Module, dtype: torch.dtype) -> None:
-    """Replace what each quantized layer of a block has learned by the integers that came of it."""
+    """Replace what each quantized layer of a block has learned by the integers that came of it; experts are apart again."""
+    for name, module in list(block.named_modules()):
+        if isinstance(module, LearnedExperts):
+            block.set_submodule(name, module.apart)
+            for layers in module.layers:
+                for layer, integers in layers.quantized().items():
+                    quantized_linear(block, layer).rounding = FixedRounding(*integers, dtype)
     for module in block.modules():
         if isinstance(module, FakeQuantizedLinear) and not isinstance(module.rounding, FixedRounding):
             module.rounding = FixedRounding(*module.rounding.quantized(), dtype)

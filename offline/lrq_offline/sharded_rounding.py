@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lrq_offline.learned_correction import LearnedCorrection
+from lrq_offline.learned_experts import learned_experts_of
 from lrq_offline.learned_scales import LearnedRounding, Rounding
 from lrq_offline.ranks import Ranks
 from lrq_offline.weight_transfers import transfers_between
@@ -120,24 +121,22 @@ def start_weights(block: nn.Module) -> None:
         rounding.start()
 
 
-def finish_backward(block: nn.Module) -> None:
-    """After the backward pass of ``block``: from each sharded weight to its parameters, and wait for the processes' sums.
-
-    Where no weight is sharded there is nothing to do.
-    """
+def finish_backward(block: nn.Module, ranks: Ranks) -> None:
+    """After the backward pass of ``block``: from each sharded weight to its parameters, and wait for the processes' sums."""
+    if ranks.size == 1:
+        return
     roundings = _sharded(block)
     for rounding in reversed(roundings):
         rounding.finish_backward()
     for rounding in reversed(roundings):
         rounding.take_factor_gradient()
-    if not roundings:
-        return
     shared = [parameter.grad for rounding in roundings for parameter in rounding.own.shared_parameters()]
     corrections = [module for module in block.modules() if isinstance(module, LearnedCorrection)]
-    shared += [parameter.grad for correction in corrections for parameter in correction.parameters()]
+    for module in (*corrections, *learned_experts_of(block)):
+        shared += [parameter.grad for parameter in module.parameters()]
     gradients = [gradient for gradient in shared if gradient is not None]
     if gradients:
-        total = roundings[0].ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        total = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients]))
         parts = total.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)])
 

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.activation_ranges import OutputError
+from lrq_offline.activation_ranges import OutputError, least
 from lrq_offline.layer_inputs import InputSample
 from lrq_vllm.checkpoint.affine import dequantize, quantize, step_and_zero_point
 
@@ -58,28 +58,28 @@ def smoothing_scale(sample: InputSample, weight: Tensor, heads: SharedHeads, wei
     largest_weight = heads.largest(weight.abs().amax(dim=0))
     cost = OutputError(sample.tokens, weight)
 
-    def error(scale: Tensor) -> float:
+    def error(scale: Tensor) -> Tensor:
         smoothed, scaled = sample.tokens / scale, weight * scale
         steps = step_and_zero_point(*scaled.aminmax(dim=1, keepdim=True), weight_bits)
         rounded = dequantize(quantize(scaled, *steps, weight_bits), *steps)
         low, high = (sample.low / scale).min(), (sample.high / scale).max()
 
-        def clipped(share: float) -> float:
+        def clipped(share: float) -> Tensor:
             step, zero_point = step_and_zero_point(low * share, high * share, activation_bits)
             x = dequantize(quantize(smoothed, step, zero_point, activation_bits), step, zero_point)
             return cost.of(x, rounded)
 
-        return min(clipped(share) for share in _CLIPPING)
+        return torch.stack([clipped(share) for share in _CLIPPING]).min()
 
     def scale_at(alpha: float) -> Tensor:
         return _scale(largest_input, largest_weight, alpha)
 
     @cache
-    def error_at(alpha: float) -> float:
+    def error_at(alpha: float) -> Tensor:
         return error(scale_at(alpha))
 
-    coarse = min(_COARSE, key=error_at)
-    fine = min((coarse + offset for offset in _FINE if 0 <= coarse + offset <= 1), key=error_at)
+    coarse = least(_COARSE, error_at)
+    fine = least([coarse + offset for offset in _FINE if 0 <= coarse + offset <= 1], error_at)
     unsmoothed = torch.ones_like(largest_input)
     return scale_at(fine) if error_at(fine) < error(unsmoothed) else unsmoothed
 

@@ -23,12 +23,13 @@ from lrq_offline.ranks import Ranks
 from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, quantize
 
-__all__ = ["RoundedLayer", "StageRounding", "in_cell", "nearest", "steps_of"]
+__all__ = ["RoundedLayer", "StageRounding", "in_cell", "nearest", "steps_of", "steps_of_all"]
 
 logger = logging.getLogger(__name__)
 
 # Of a step. Half of one would leave the weights that GPTQ moved at the edge of their cells, where any change undoes it.
 _HALF_CELL = 0.25
+_SEARCHED_TOGETHER = 2**24  # elements
 _NOT_INVERTED = "its inputs' Hessian could not be inverted"
 
 
@@ -142,6 +143,27 @@ def in_cell(weight: Tensor, rounding: FixedRounding) -> Tensor:
 def steps_of(weight: Tensor, settings: QuantizeSettings) -> StepAndZeroPoint:
     """The first steps of a weight [out, in], as the settings say."""
     return search_steps(weight, settings.bits.weight_bits, settings.group_size, symmetric=settings.symmetric)
+
+
+def steps_of_all(weights: Mapping[str, Tensor], settings: QuantizeSettings) -> dict[str, StepAndZeroPoint]:
+    """As :func:`steps_of` each of them. Small weights that are equally wide are searched together: experts are many."""
+    steps: dict[str, StepAndZeroPoint] = {}
+    waiting: dict[int, list[str]] = {}
+
+    def search(names: list[str]) -> None:
+        rows = [len(weights[name]) for name in names]
+        found = steps_of(torch.cat([weights[name] for name in names]), settings)
+        steps.update(zip(names, map(StepAndZeroPoint, *(part.split(rows) for part in found)), strict=True))
+
+    for name, weight in weights.items():
+        together = waiting.setdefault(weight.shape[1], [])
+        if together and sum(weights[other].numel() for other in together) + weight.numel() > _SEARCHED_TOGETHER:
+            search(together)
+            together.clear()
+        together.append(name)
+    for together in waiting.values():
+        search(together)
+    return steps
 
 
 def nearest(weight: Tensor, steps: StepAndZeroPoint, bits: int, dtype: torch.dtype = torch.float32) -> FixedRounding:
