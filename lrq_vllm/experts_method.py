@@ -14,7 +14,7 @@ from lrq_vllm.exact_ops import counted_once, input_ranks
 from lrq_vllm.expert_backends import ExpertLinear, choose_expert_backend, reference_linear
 from lrq_vllm.expert_stack import ExpertStack, Routing
 from lrq_vllm.expert_weights import ExpertShape, ExpertWeights
-from lrq_vllm.kernel_choice import REFERENCE
+from lrq_vllm.kernel_choice import REFERENCE, why_not_reference
 from lrq_vllm.layer_self_test import check_layer
 
 __all__ = ["LrqExpertsMethod"]
@@ -51,6 +51,8 @@ class LrqExpertsMethod(FusedMoEMethodBase):
                 f"{self._name}: vLLM builds experts with activation {activation}, or that weigh their input; lrq serves "
                 "experts that multiply silu(gate) by up and weigh what comes out. Serve the float model instead."
             )
+        if self.moe.dp_size > 1 and why_not_reference() is None:
+            raise SettingsError(f"{self._name}: LRQ_KERNEL=reference adds up over tensor-parallel ranks only. Unset it.")
         shape = ExpertShape(num_experts, hidden_size, intermediate_size_per_partition, self.moe.tp_rank, self.moe.tp_size)
         self._weights.create(layer, shape, layer._map_global_expert_id_to_local_expert_id)
         layer.lrq_dtype = params_dtype
@@ -70,8 +72,6 @@ class LrqExpertsMethod(FusedMoEMethodBase):
                 partial(self._reference, stack), stack.q, stack.in_features, dtype,
             )  # fmt: skip
         if backend.name == REFERENCE:
-            if self.moe.dp_size > 1:
-                raise SettingsError(f"{self._name}: LRQ_KERNEL=reference adds up over tensor-parallel ranks only. Unset it.")
             self._whole_in_every_rank = True
             self._outer = backend.linear(stacks[1]._replace(shared=self.moe.tp_size > 1), dtype, integers=integers)
 

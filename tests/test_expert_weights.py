@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
-from lrq_vllm.errors import CheckpointError
+from lrq_vllm.errors import CheckpointError, SettingsError
 from lrq_vllm.expert_stack import Routing
 from lrq_vllm.kernels.exact import ONE_RANK
 from tests.vllm_layers import Tensors, manifest_for, random_tensors
@@ -210,3 +211,15 @@ def test_experts_that_the_checkpoint_does_not_list_are_refused() -> None:
     manifest = manifest_for("w4a16", {"model.layers.0.mlp.down_proj": (HIDDEN, INNER)})
     with pytest.raises(CheckpointError, match="does not list their gate, up and down projections"):
         ExpertWeights(manifest, PREFIX)
+
+
+def test_the_reference_for_experts_of_several_engines_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from lrq_vllm.experts_method import LrqExpertsMethod
+
+    monkeypatch.setenv("LRQ_KERNEL", "reference")
+    method = LrqExpertsMethod(checkpoint("w4a8", None)[0], PREFIX, SimpleNamespace(dp_size=2, tp_rank=0, tp_size=1))
+    layer = SimpleNamespace(activation="silu", apply_router_weight_on_input=False)
+    with pytest.raises(SettingsError, match="adds up over tensor-parallel ranks only"):
+        method.create_weights(layer, EXPERTS, HIDDEN, INNER, torch.bfloat16)
