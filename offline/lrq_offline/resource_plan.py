@@ -107,15 +107,17 @@ def step_memory(
     """
     elements = sum(rows * columns for rows, columns in shapes)
     # W, W rounded to nearest and its integers.
-    total = elements * ((4 if settings.changes_weights else dtype.itemsize) + dtype.itemsize + 1)
+    of_weight = 4 if settings.changes_weights else dtype.itemsize
+    total = elements * (of_weight + dtype.itemsize + 1)
     if settings.learns:
         rank = settings.matrix_rank(config.hidden_size)
         learned = elements if rank is None else sum(min(rank, *shape) * sum(shape) for shape in shapes)
         # Parameters with their gradients, Adam's two moments, best values, and a copy for products.
         total += learned * (5 * 4 + dtype.itemsize)
-        # W_hat, S2's matrix and the gradients of both; the weight under earlier factors, and its best values.
+        # W_hat, S2's matrix and the gradients of both; the weight under earlier factors, and its best values, or the weights of
+        # experts above each other.
         total += elements * 2 * (dtype.itemsize + (4 if rank is None else dtype.itemsize))
-        total += elements * 2 * dtype.itemsize if settings.renews else 0
+        total += elements * of_weight * (2 if settings.renews else 1 if family.experts is not None else 0)
     if settings.weighs_errors:
         total += config.hidden_size**2 * dtype.itemsize
     if settings.learns and settings.corrects:
