@@ -101,8 +101,8 @@ def gradients(kind: type[LearnedRounding], ranks: Ranks) -> dict[str, Tensor | N
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one process. gradients: by kind of scale. sampled: of what expert 1 receives, tokens, low, high and the
-    number seen. next_draw: of the generator that sampled.
+    """Of one process. gradients: by kind of scale. sampled: of what expert 1 receives, tokens, low, high and the number
+    seen. next_draw: of the generator that sampled.
     """
 
     gradients: dict[type[LearnedRounding], dict[str, Tensor | None]]
@@ -155,7 +155,6 @@ def test_an_expert_that_one_process_alone_meets_has_the_gradients_of_one_process
         assert gradient is not None
         *met, unmet = gradient.chunk(4)
         assert all(of_expert.any() for of_expert in met) and not unmet.any()
-    assert all(gradient is None for name, gradient in expected.items() if name.startswith("experts.3."))
 
 
 def test_rows_of_which_one_process_has_none_are_joined(of_both: list[Outcome]) -> None:

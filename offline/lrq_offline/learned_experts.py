@@ -2,7 +2,8 @@
 
 Each expert's layers by themselves would take some hundred launches a step, and the host would have to know how many tokens each
 expert has. Here the weights of a kind of layer are one tensor, which is scaled and rounded at once, and their products are
-grouped ones, which find the tokens of each expert on the device.
+grouped ones, which find the tokens of each expert on the device. An expert that no token of a step meets has gradients of zero:
+AdamW decays it and goes on with what it has in motion.
 """
 
 from collections.abc import Mapping, Sequence
@@ -141,7 +142,7 @@ def learned_experts_of(block: nn.Module) -> list[LearnedExperts]:
 
 
 def _on_device(tensor: Tensor) -> bool:
-    known = hasattr(nn.functional, "grouped_mm")  # to torch 2.10 and later
+    known = hasattr(nn.functional, "grouped_mm")  # older versions of torch have none
     return known and tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) == _GROUPED_ON
 
 
