@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lrq_offline import affine as twin
 from lrq_offline import fake_quant_activation_kernel as kernel
-from lrq_offline.affine import fake_quantize, fake_quantize_clipped, fake_quantize_per_token
+from lrq_offline.affine import activation_quantizer, fake_quantize, fake_quantize_clipped, fake_quantize_per_token
 from lrq_offline.learned_scales import FixedRounding
-from lrq_offline.quantized_block import FakeQuantizedLinear, activation_quantizer
+from lrq_offline.quantized_block import FakeQuantizedLinear
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, clipped_token_step_and_zero_point, token_step_and_zero_point
 from lrq_vllm.checkpoint.schema import ActivationFormat
 from tests.formulas import straight_through_round

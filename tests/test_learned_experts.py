@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lrq_offline.affine import activation_quantizer
 from lrq_offline.decoder_blocks import FAMILIES
 from lrq_offline.experts import Experts
 from lrq_offline.learned_experts import ExpertLayers, LearnedExperts
 from lrq_offline.learned_scales import FixedRounding, FlexRoundScale, LearnedRounding, LrqScale, Rounding
-from lrq_offline.quantized_block import FakeQuantizedLinear, activation_quantizer, fix_weights, held_weights
+from lrq_offline.quantized_block import FakeQuantizedLinear, fix_weights, held_weights
 from lrq_offline.stage_rounding import nearest
 from lrq_offline.step_search import search_steps
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.affine import fake_quantize, fake_quantize_per_token
+from lrq_offline.affine import activation_quantizer, fake_quantize, fake_quantize_per_token
 from lrq_offline.learned_scales import FixedRounding, LrqScale, Rounding
 from lrq_offline.quantized_block import (
     FakeQuantizedLinear,
-    activation_quantizer,
     fix_weights,
     held_weights,
     replace_linears,

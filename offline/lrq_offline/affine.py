@@ -14,8 +14,22 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint, clipped_token_step_and_zero_point, token_step_and_zero_point
+from lrq_vllm.checkpoint.schema import ActivationFormat
 
-__all__ = ["FakeQuantized", "backward", "fake_quantize", "fake_quantize_clipped", "fake_quantize_per_token", "forward"]
+__all__ = [
+    "ActivationQuantizer",
+    "FakeQuantized",
+    "activation_quantizer",
+    "backward",
+    "fake_quantize",
+    "fake_quantize_clipped",
+    "fake_quantize_per_token",
+    "forward",
+]
+
+
+# x and a dtype to x_hat in that dtype.
+ActivationQuantizer = Callable[[Tensor, torch.dtype], Tensor]
 
 
 class FakeQuantized(NamedTuple):
@@ -23,6 +37,22 @@ class FakeQuantized(NamedTuple):
 
     x_hat: Tensor
     inside: Tensor | None
+
+
+def activation_quantizer(
+    rule: ActivationFormat | None, static: StepAndZeroPoint | None, clip: Tensor | None = None
+) -> ActivationQuantizer | None:
+    """What a scheme does to a layer's input: nothing, one fixed step (``static``), or a step for each token.
+
+    clip: the ratio [1] of symmetric schemes.
+    """
+    if rule is None:
+        return None
+    if clip is not None:
+        return lambda x, dtype: fake_quantize_clipped(x, clip, rule.bits, dtype)
+    if static is None:
+        return lambda x, dtype: fake_quantize_per_token(x, rule.bits, dtype)
+    return lambda x, dtype: fake_quantize(x, static, rule.bits, dtype)
 
 
 def fake_quantize(x: Tensor, quantizer: StepAndZeroPoint, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:

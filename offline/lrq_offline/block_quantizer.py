@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from lrq_offline.activation_ranges import best_clip, best_range
+from lrq_offline.affine import ActivationQuantizer, activation_quantizer
 from lrq_offline.block_learning import LearningResult, LearningWindows, learn_block, windows_at_once
 from lrq_offline.compute import served_in
 from lrq_offline.config import QuantizeSettings
@@ -25,8 +26,6 @@ from lrq_offline.learned_scales import FlexRoundScale, LearnedRounding, LrqScale
 from lrq_offline.low_rank_correction import MomentSums, by_energy
 from lrq_offline.output_metric import PLAIN, OutputMetric
 from lrq_offline.quantized_block import (
-    ActivationQuantizer,
-    activation_quantizer,
     fix_weights,
     quantized_linear,
     replace_linears,

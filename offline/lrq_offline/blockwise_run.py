@@ -35,8 +35,6 @@ __all__ = ["BlockwiseRun", "FinishedBlock"]
 
 logger = logging.getLogger(__name__)
 
-# Windows per pass where nothing is learned.
-
 
 @dataclass(frozen=True)
 class FinishedBlock:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.affine import fake_quantize, fake_quantize_per_token
+from lrq_offline.affine import activation_quantizer
 from lrq_offline.experts import Experts
 from lrq_offline.learned_scales import LearnedRounding, Rounding
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
@@ -61,12 +61,11 @@ class ExpertLayers(nn.Module):
 
     def quantized_input(self, x: Tensor, expert: Tensor, dtype: torch.dtype) -> Tensor:
         """Q(x) in ``dtype`` for x [rows, in], each row that of one ``expert`` [rows]."""
-        if self._activation is None:
-            return x.to(dtype)
-        if self._static is None:
-            return fake_quantize_per_token(x, self._activation.bits, dtype)
-        of_rows = StepAndZeroPoint(*(part.view(-1, 1)[expert] for part in self._static))
-        return fake_quantize(x, of_rows, self._activation.bits, dtype)
+        of_rows = None
+        if self._static is not None:
+            of_rows = StepAndZeroPoint(*(part.view(-1, 1)[expert] for part in self._static))
+        quantizer = activation_quantizer(self._activation, of_rows)
+        return x.to(dtype) if quantizer is None else quantizer(x, dtype)
 
     def forward(self) -> Tensor:
         """W_hat [experts, out, in], with gradients."""

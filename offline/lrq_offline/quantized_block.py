@@ -1,46 +1,23 @@
 """A decoder block whose linear layers compute with quantized weights and, where the scheme asks, quantized activations."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lrq_offline.affine import fake_quantize, fake_quantize_clipped, fake_quantize_per_token
+from lrq_offline.affine import ActivationQuantizer
 from lrq_offline.learned_correction import LearnedCorrection
 from lrq_offline.learned_experts import ExpertLayers, LearnedExperts
 from lrq_offline.learned_scales import FixedRounding, Rounding
-from lrq_vllm.checkpoint.affine import StepAndZeroPoint
-from lrq_vllm.checkpoint.schema import ActivationFormat
 
 __all__ = [
-    "ActivationQuantizer",
     "FakeQuantizedLinear",
-    "activation_quantizer",
     "fix_weights",
     "held_weights",
     "quantized_linear",
     "replace_linears",
 ]
-
-# x and a dtype to x_hat in that dtype.
-ActivationQuantizer = Callable[[Tensor, torch.dtype], Tensor]
-
-
-def activation_quantizer(
-    rule: ActivationFormat | None, static: StepAndZeroPoint | None, clip: Tensor | None = None
-) -> ActivationQuantizer | None:
-    """What a scheme does to a layer's input: nothing, one fixed step (``static``), or a step for each token.
-
-    clip: the ratio [1] of symmetric schemes.
-    """
-    if rule is None:
-        return None
-    if clip is not None:
-        return lambda x, dtype: fake_quantize_clipped(x, clip, rule.bits, dtype)
-    if static is None:
-        return lambda x, dtype: fake_quantize_per_token(x, rule.bits, dtype)
-    return lambda x, dtype: fake_quantize(x, static, rule.bits, dtype)
 
 
 class FakeQuantizedLinear(nn.Module):

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from lrq_offline.affine import activation_quantizer
 from lrq_offline.input_rotation import InputRotation
 from lrq_offline.learned_scales import FixedRounding
-from lrq_offline.quantized_block import FakeQuantizedLinear, activation_quantizer, quantized_linear, replace_linears
+from lrq_offline.quantized_block import FakeQuantizedLinear, quantized_linear, replace_linears
 from lrq_vllm.checkpoint.affine import StepAndZeroPoint
 from lrq_vllm.checkpoint.correction import LOW_RANK_SUFFIXES
 from lrq_vllm.checkpoint.packing import pack, unpack
