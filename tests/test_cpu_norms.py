@@ -11,6 +11,7 @@ from vllm import ir
 from vllm.config.kernel import IrOpPriorityConfig, KernelConfig
 
 from lrq_vllm.cpu_norms import offer_whole_norms, take_whole_norms
+from tests.vllm_layers import whole_graph
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's norms are vLLM's own kernels")]
 NORMS = {"rms_norm": 1, "fused_add_rms_norm": 2}
@@ -48,7 +49,7 @@ def test_compiled_they_put_out_the_bits_of_vllms_norms_uncompiled(name: str) -> 
     tokens = [torch.randn(500, 256).bfloat16() for _ in range(NORMS[name])]
     gain = (torch.rand(256) + 0.5).bfloat16()
     outputs = [
-        function(*tokens, gain, 1e-6) for function in (norm.impls["native"].impl_fn, torch.compile(norm.impls["lrq"].impl_fn))
+        function(*tokens, gain, 1e-6) for function in (norm.impls["native"].impl_fn, whole_graph(norm.impls["lrq"].impl_fn))
     ]
     uncompiled, compiled = (output if isinstance(output, tuple) else (output,) for output in outputs)
     assert len(compiled) == NORMS[name]

@@ -15,7 +15,17 @@ from lrq_vllm.checkpoint.correction import Correction
 from lrq_vllm.checkpoint.hadamard import OnlineHadamard
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError, SettingsError
-from tests.vllm_layers import INTEGERS, Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
+from tests.vllm_layers import (
+    INTEGERS,
+    Tensors,
+    load,
+    lrq_config,
+    manifest_for,
+    plugin_world,
+    random_tensors,
+    reference_outputs,
+    whole_graph,
+)
 
 pytestmark = [
     pytest.mark.vllm,
@@ -100,7 +110,7 @@ def test_groups_of_inputs_are_served(scheme: str) -> None:
     x = torch.randn(5, 256, dtype=torch.bfloat16)
     expected = loaded.expected(x, None)
     check_agreement(loaded.layer(x), expected, scheme, False)
-    compiled = torch.compile(loaded.layer, fullgraph=True, dynamic=True)
+    compiled = whole_graph(loaded.layer)
     assert (compiled(x).float() - expected.float()).norm() <= 4e-3 * expected.float().norm()
 
 
@@ -114,7 +124,7 @@ def test_a_strided_input_is_taken_as_it_is(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_layer_compiles_whole_and_for_any_number_of_tokens(scheme: str) -> None:
     loaded = loaded_layer(manifest_for(scheme, OUTPUT))
-    compiled = torch.compile(loaded.layer, fullgraph=True, dynamic=True)
+    compiled = whole_graph(loaded.layer)
     for tokens in (3, 8):
         x = torch.randn(tokens, 256, dtype=torch.bfloat16)
         expected = loaded.expected(x, None).float()
@@ -280,7 +290,7 @@ def test_a_corrected_and_rotated_layer_compiles_whole_and_for_any_number_of_toke
     name = f"{PREFIX}.o_proj"
     correction, hadamard = Correction(torch.bfloat16, {name: 32}), OnlineHadamard((name,), 128, 4)
     loaded = loaded_layer(manifest_for("w4a4", OUTPUT, correction=correction, hadamard=hadamard))
-    compiled = torch.compile(loaded.layer, fullgraph=True, dynamic=True)
+    compiled = whole_graph(loaded.layer)
     for tokens in (3, 8):
         x = torch.randn(tokens, 256, dtype=torch.bfloat16)
         expected = loaded.expected(x, None).float()
@@ -305,7 +315,7 @@ def test_what_static_quantization_clips_is_counted_when_asked_for(monkeypatch: p
     model = torch.nn.Sequential(loaded_layer(manifest).layer)
     x = torch.zeros(3, 256, dtype=torch.bfloat16)
     x[0, :5], x[1] = 1000, 1000  # a sample: the first token of each step
-    for run in (model, torch.compile(model, fullgraph=True, dynamic=True)):
+    for run in (model, whole_graph(model)):
         run(x)
     assert saturation.clipped_counts(model) == {"0": (10, 512)}
 

@@ -1,6 +1,7 @@
 """vLLM's own layers without an engine: the world that they need around them, random checkpoint tensors, loading."""
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ INTEGERS = [name for name, scheme in SCHEMES.items() if scheme.activation is not
 
 Tensors = dict[str, dict[str, Tensor]]
 """By module of the checkpoint, its tensors by suffix."""
+
+
+def whole_graph(of: Callable[..., Any]) -> Any:
+    """What torch.compile makes of ``of`` in one graph for any number of tokens. What earlier tests left is freed first: vLLM
+    frees a oneDNN product by reading a tensor, which fails while torch traces.
+    """
+    gc.collect()
+    return torch.compile(of, fullgraph=True, dynamic=True)
 
 
 @contextmanager
