@@ -14,6 +14,7 @@ first:
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def main() -> None:
     result = {
         **measured_on("torch", "vllm", "transformers"),
         "positions": f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} greedy tokens each, bfloat16",
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("LRQ_")},
         "rows": rows,
         "failed": failed,
     }

@@ -7,12 +7,12 @@ know of: a model compiled with other kernels, counters or ranks would be taken f
 import os
 from typing import Any
 
-from lrq_vllm import saturation, served_rank
+from lrq_vllm import saturation, served_rank, tp_invariance
 from lrq_vllm.kernel_choice import VARIABLE as KERNEL
 
 __all__ = ["tell_apart"]
 
-_VARIABLES = (KERNEL, saturation.VARIABLE, served_rank.VARIABLE)
+_VARIABLES = (KERNEL, saturation.VARIABLE, served_rank.VARIABLE, tp_invariance.VARIABLE)
 
 
 def tell_apart(config: Any) -> None:

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 
 import torch
 
-from lrq_vllm import kernel_choice, layer_self_test, saturation, served_rank
+from lrq_vllm import kernel_choice, layer_self_test, saturation, served_rank, tp_invariance
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.checkpoint.seal import HASH_VARIABLE
@@ -23,11 +23,11 @@ from lrq_vllm.vllm_versions import SUPPORTED, supports
 
 __all__ = ["Finding", "diagnose", "kernel_candidates", "quiet", "vllm_findings"]
 
-_INSTALL = "pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU"
+_INSTALL = "pip install '.[cuda]' in a clone of lrq, or '.[cpu]' without a GPU"
 _SIDE = 512  # of the layer that kernels are asked about
 _VARIABLES = (
-    kernel_choice.VARIABLE, layer_self_test.VARIABLE, saturation.VARIABLE, served_rank.VARIABLE, HASH_VARIABLE, "VLLM_PLUGINS",
-    "CUDA_VISIBLE_DEVICES",
+    kernel_choice.VARIABLE, layer_self_test.VARIABLE, saturation.VARIABLE, served_rank.VARIABLE, tp_invariance.VARIABLE,
+    HASH_VARIABLE, "VLLM_PLUGINS", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 
 

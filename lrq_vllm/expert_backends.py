@@ -6,12 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lrq_vllm.exact_ops import input_ranks
 from lrq_vllm.expert_stack import ExpertStack, Routing
 from lrq_vllm.integer_backends import LayerInput, choose_integer_backend
 from lrq_vllm.kernel_choice import REFERENCE, TRITON, first_that_can, why_not_reference
-from lrq_vllm.kernels import reference, reference_experts
-from lrq_vllm.kernels.exact import ExactArithmetic
+from lrq_vllm.kernels import exact, reference, reference_experts
 from lrq_vllm.kernels.reference import PER_TOKEN, IntegerWeight, QuantizedTokens, integer_weight, static_grid
 from lrq_vllm.weight_only_backends import PackedWeight, choose_weight_only_backend
 
@@ -56,7 +54,7 @@ def expert_candidates(stack: ExpertStack, dtype: torch.dtype, *, integers: bool)
 
 def reference_linear(stack: ExpertStack, *, integers: bool) -> ExpertLinear:
     """The definition: plain torch."""
-    return _composed(stack, reference, integers=integers)
+    return _composed(stack, reference.weight_only_linear, integers=integers)
 
 
 class GroupedBackend:
@@ -113,7 +111,7 @@ class OneByOneBackend:
 
 
 class ReferenceBackend:
-    """Any device: kernels/exact.py, which gives the same however many tensor-parallel ranks share the experts."""
+    """Any device: the definition itself, with sums in float64 (kernels/exact.py)."""
 
     name = REFERENCE
 
@@ -123,20 +121,20 @@ class ReferenceBackend:
 
     def linear(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> ExpertLinear:
         """Keeps the checkpoint's words."""
-        return _composed(stack, ExactArithmetic(input_ranks(stack.shared), stack.grouped), integers=integers)
+        return _composed(stack, exact.weight_only_linear, integers=integers)
 
 
-def _composed(stack: ExpertStack, arithmetic: Any, *, integers: bool) -> ExpertLinear:
-    """Expert by expert. arithmetic: kernels/reference.py, or what has its functions."""
+def _composed(stack: ExpertStack, weight_only_linear: Callable[..., Tensor], *, integers: bool) -> ExpertLinear:
+    """Expert by expert."""
     if not integers:
         weights = stack.q, stack.step, stack.zero_point, stack.bits
         return lambda x, slots_per_row, routing: reference_experts.experts_weight_only_linear(
-            x, slots_per_row, routing.expert_of, *weights, arithmetic.weight_only_linear
+            x, slots_per_row, routing.expert_of, *weights, weight_only_linear
         )
     return _in_integers(
-        stack, arithmetic,
+        stack, reference,
         lambda tokens, slots_per_row, routing, weight, dtype: reference_experts.experts_integer_linear(
-            tokens, slots_per_row, routing.expert_of, weight, dtype, arithmetic.integer_linear
+            tokens, slots_per_row, routing.expert_of, weight, dtype
         ),
     )  # fmt: skip
 

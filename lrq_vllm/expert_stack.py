@@ -14,8 +14,7 @@ class ExpertStack(NamedTuple):
     """One layer of all experts of this rank, as the checkpoint stores it.
 
     q [experts, out, words], step and zero_point [experts, out, groups]; static: the calibrated step and zero-point of each
-    expert's input, float32 and uint8 [experts, 1], or None. shared: whether what multiplies adds up over the tensor-parallel
-    ranks, which have some of the inputs each. grouped: whether steps are those of groups of inputs.
+    expert's input, float32 and uint8 [experts, 1], or None.
     """
 
     q: Tensor
@@ -24,8 +23,6 @@ class ExpertStack(NamedTuple):
     static: tuple[Tensor, Tensor] | None
     bits: int
     in_features: int
-    grouped: bool
-    shared: bool = False
 
 
 class Routing:

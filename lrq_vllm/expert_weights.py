@@ -1,8 +1,8 @@
 """The parameters of vLLM's layer of experts, and the loader that lets nothing wrong or missing slip through.
 
 vLLM keeps the gate and up projection of all experts in one stack (w13: of each expert first the gate's rows, then up's) and
-the down projections in another (w2). Under tensor parallelism a rank has some of the gate's and up's rows and down's inputs;
-under expert parallelism it has whole experts.
+the down projections in another (w2). Under tensor parallelism a rank has some of the gate's and up's rows and down's inputs,
+or down's rows (tp_invariance.py); under expert parallelism it has whole experts.
 """
 
 from collections.abc import Callable
@@ -27,13 +27,24 @@ _NAMES = ({"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}, {name: name f
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Of this rank: how many experts, their inputs and inner width, its place among the ranks that share each expert."""
+    """Of this rank: how many experts, their inputs and inner width, its place among the ranks that share each expert.
+
+    by_outputs: whether they share down's outputs, not its inputs.
+    """
 
     experts: int
     hidden: int
     inner: int
     rank: int
     ranks: int
+    by_outputs: bool = False
+
+    @property
+    def down(self) -> tuple[int, int]:
+        """Outputs and inputs of this rank's part of the down projection."""
+        if self.by_outputs:
+            return self.hidden // self.ranks, self.inner * self.ranks
+        return self.hidden, self.inner
 
 
 class ExpertWeights:
@@ -45,7 +56,7 @@ class ExpertWeights:
         self._prefix = prefix
         self._arrived: set[str] = set()
         self._here: list[str] = []
-        self._inner = 0
+        self._down_inputs = 0
         self._nothing_will_arrive = False
 
     def create(self, layer: Any, shape: ExpertShape, local_index: Callable[[int], int]) -> None:
@@ -61,11 +72,11 @@ class ExpertWeights:
                 f"{self._prefix}: vLLM builds experts of {shape.hidden} inputs and {full_inner} inside, the checkpoint's have "
                 f"{expected[0]} and {expected[1]}. Serve it without the option that pads them (an all-to-all backend)."
             )
-        check_cut(manifest, f"{self._prefix}.0.{self._names['w2']}", shape.inner, full_inner)
-        self._inner = shape.inner
+        down_rows, self._down_inputs = shape.down
+        check_cut(manifest, f"{self._prefix}.0.{self._names['w2']}", self._down_inputs, full_inner)
         self._here = [name for name in manifest.quantized if self._is_expert(name) and local_index(self._expert(name)) >= 0]
         self._nothing_will_arrive = get_current_vllm_config().load_config.load_format == "dummy"
-        for stack, rows, inputs in (("w13", 2 * shape.inner, shape.hidden), ("w2", shape.hidden, shape.inner)):
+        for stack, rows, inputs in (("w13", 2 * shape.inner, shape.hidden), ("w2", down_rows, self._down_inputs)):
             part = "w1" if stack == "w13" else "w2"
             for suffix, spec in manifest.tensors_of(f"{self._prefix}.0.{self._names[part]}").items():
                 if suffix.startswith("input_"):
@@ -104,7 +115,7 @@ class ExpertWeights:
         hidden = self._manifest.quantized[f"{self._prefix}.0.{self._names['w1']}"][1]
         return ExpertStack(
             values["qweight"], values["weight_step"], values["weight_zero_point"], static,
-            self._manifest.weight.bits, hidden if name == "w13" else self._inner, self._manifest.weight.group_size is not None,
+            self._manifest.weight.bits, hidden if name == "w13" else self._down_inputs,
         )  # fmt: skip
 
     def _is_expert(self, module: str) -> bool:
@@ -126,6 +137,8 @@ class ExpertWeights:
             place = param.data[local]
             if suffix.startswith("input_"):
                 place[1 if shard_id == "w3" else 0].copy_(loaded_weight[0])
+            elif shard_id == "w2" and shape.by_outputs:
+                place.copy_(loaded_weight.chunk(shape.ranks)[shape.rank])
             elif shard_id == "w2":
                 columns = place.shape[1]
                 place.copy_(loaded_weight.narrow(1, 0 if loaded_weight.shape[1] == columns else shape.rank * columns, columns))

@@ -10,12 +10,11 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import SettingsError
-from lrq_vllm.exact_ops import counted_once, input_ranks
 from lrq_vllm.expert_backends import ExpertLinear, choose_expert_backend, reference_linear
 from lrq_vllm.expert_stack import ExpertStack, Routing
 from lrq_vllm.expert_weights import ExpertShape, ExpertWeights
-from lrq_vllm.kernel_choice import REFERENCE, why_not_reference
 from lrq_vllm.layer_self_test import check_layer
+from lrq_vllm.tp_invariance import VARIABLE, counted_once, from_all_ranks, invariant, own_outputs, sum_of_all_ranks
 
 __all__ = ["LrqExpertsMethod"]
 
@@ -38,7 +37,7 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         self._experts = 0
         self._inner: ExpertLinear | None = None
         self._outer: ExpertLinear | None = None
-        self._whole_in_every_rank = False
+        self._invariant = invariant() and (moe.tp_size > 1 or moe.ep_size > 1)
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
@@ -51,9 +50,14 @@ class LrqExpertsMethod(FusedMoEMethodBase):
                 f"{self._name}: vLLM builds experts with activation {activation}, or that weigh their input; lrq serves "
                 "experts that multiply silu(gate) by up and weigh what comes out. Serve the float model instead."
             )
-        if self.moe.dp_size > 1 and why_not_reference() is None:
-            raise SettingsError(f"{self._name}: LRQ_KERNEL=reference adds up over tensor-parallel ranks only. Unset it.")
-        shape = ExpertShape(num_experts, hidden_size, intermediate_size_per_partition, self.moe.tp_rank, self.moe.tp_size)
+        ranks, by_outputs = self.moe.tp_size, self._invariant and self.moe.tp_size > 1
+        if self._invariant and self.moe.dp_size > 1:
+            raise SettingsError(f"{self._name}: {VARIABLE}=1 is for one engine, not for data-parallel ones. Unset it.")
+        if by_outputs:
+            own_outputs(hidden_size, ranks, self._name)
+        shape = ExpertShape(
+            num_experts, hidden_size, intermediate_size_per_partition, self.moe.tp_rank, ranks, by_outputs=by_outputs
+        )
         self._weights.create(layer, shape, layer._map_global_expert_id_to_local_expert_id)
         layer.lrq_dtype = params_dtype
 
@@ -71,9 +75,6 @@ class LrqExpertsMethod(FusedMoEMethodBase):
                 f"{self._name} on {backend.name}", partial(self._each_in_turn, linear),
                 partial(self._reference, stack), stack.q, stack.in_features, dtype,
             )  # fmt: skip
-        if backend.name == REFERENCE:
-            self._whole_in_every_rank = True
-            self._outer = backend.linear(stacks[1]._replace(shared=self.moe.tp_size > 1), dtype, integers=integers)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: no kernel of vLLM's multiplies here."""
@@ -87,11 +88,13 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         assert self._inner is not None and self._outer is not None
         ids = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()].long()
         routing = Routing(ids.flatten(), self._experts)
-        y = self._outer(_silu_and_mul(self._inner(x, ids.shape[1], routing)), 1, routing)
-        if self._whole_in_every_rank:
-            y = input_ranks(shared=self.moe.ep_size > 1).total(y)  # each slot is one rank's
-        total = (y.view(*ids.shape, -1).float() * topk_weights.float().unsqueeze(2)).sum(dim=1).to(x.dtype)
-        return counted_once(total) if self._whole_in_every_rank else total
+        between = _silu_and_mul(self._inner(x, ids.shape[1], routing))
+        if self._invariant and self.moe.tp_size > 1:
+            total = from_all_ranks(_weighed(self._outer(from_all_ranks(between), 1, routing), topk_weights))
+        else:
+            y = self._outer(between, 1, routing)
+            total = _weighed(sum_of_all_ranks(y) if self._invariant else y, topk_weights)  # each slot is one rank's
+        return counted_once(total) if self._invariant else total
 
     def _each_in_turn(self, linear: ExpertLinear, x: Tensor) -> Tensor:
         """Token after token goes to one expert after the other."""
@@ -99,6 +102,11 @@ class LrqExpertsMethod(FusedMoEMethodBase):
 
     def _reference(self, stack: ExpertStack, x: Tensor) -> Tensor:
         return self._each_in_turn(reference_linear(stack, integers=self._manifest.activation is not None), x)
+
+
+def _weighed(y: Tensor, shares: Tensor) -> Tensor:
+    """[tokens, out]: the sum of each token's slots in y [tokens * choices, out], each times its share [tokens, choices]."""
+    return (y.view(*shares.shape, -1).float() * shares.float().unsqueeze(2)).sum(dim=1).to(y.dtype)
 
 
 def _silu_and_mul(x: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ class CpuGroupsBackend:
 
 
 class ReferenceBackend:
-    """Any device: kernels/exact.py, which gives the same however many tensor-parallel ranks share the layer."""
+    """Any device: the definition itself."""
 
     name = REFERENCE
 
@@ -228,10 +228,8 @@ class ReferenceBackend:
         _keep(layer, weight)
 
     def linear(self, layer: Any, x: Tensor, grid: InputGrid, bias: Tensor | None) -> Tensor:
-        """Exact sums of all ranks."""
-        return exact_ops.integer_linear(
-            x, grid.kind, list(grid.calibrated), *_kept(layer), bias, layer.lrq_shared, layer.lrq_grouped
-        )
+        """Exact sums."""
+        return exact_ops.integer_linear(x, grid.kind, list(grid.calibrated), *_kept(layer), bias)
 
 
 def _keep(layer: Any, weight: IntegerWeight) -> None:

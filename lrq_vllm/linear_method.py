@@ -15,12 +15,12 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from lrq_vllm.checkpoint.hadamard import rotate
 from lrq_vllm.checkpoint.schema import Manifest
-from lrq_vllm.exact_ops import take_over_sum
-from lrq_vllm.kernel_choice import HOPPER, REFERENCE
+from lrq_vllm.kernel_choice import HOPPER
 from lrq_vllm.kernels import ops, reference
 from lrq_vllm.layer_self_test import check_layer
 from lrq_vllm.layer_weights import LayerWeights
 from lrq_vllm.low_rank import LowRank, choose_low_rank
+from lrq_vllm.tp_invariance import from_all_ranks, invariant, load_own_outputs, own_outputs, shares_inputs
 
 __all__ = ["LrqLinearMethod", "Product"]
 
@@ -35,7 +35,6 @@ class LrqLinearMethod(LinearMethodBase, ABC):
 
     def __init__(self, manifest: Manifest, modules: Sequence[str]) -> None:
         self._bits = manifest.weight.bits
-        self._grouped = manifest.weight.group_size is not None
         self._module = modules[0]
         self._name = f"{manifest.scheme} {self._module}"
         self._weights = LayerWeights(manifest, modules)
@@ -49,13 +48,17 @@ class LrqLinearMethod(LinearMethodBase, ABC):
         output_size: int, params_dtype: torch.dtype, **extra: Any,
     ) -> None:  # fmt: skip
         """Register the parameters that the loader fills."""
-        layer.lrq_in_features, layer.lrq_dtype = input_size_per_partition, params_dtype
-        self._weights.create(layer, input_size_per_partition, output_partition_sizes, input_size, extra["weight_loader"])
+        inputs, outputs, load = input_size_per_partition, output_partition_sizes, extra["weight_loader"]
+        layer.lrq_by_outputs = invariant() and shares_inputs(layer)
+        if layer.lrq_by_outputs:
+            inputs, outputs = input_size, [own_outputs(output_size, layer.tp_size, self._name)]
+            load = load_own_outputs
+        layer.lrq_in_features, layer.lrq_dtype = inputs, params_dtype
+        self._weights.create(layer, inputs, outputs, input_size, load)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything came, and bring it into the layout of the kernels that will run."""
         packed, pairs = self._weights.take(layer)
-        layer.lrq_shared, layer.lrq_grouped = False, self._grouped
         layer.lrq_kernel, product = self._prepare(layer, packed)
         self._on_hopper = layer.lrq_kernel == HOPPER  # the rotation and the correction too
         device, dtype = packed[0].device, layer.lrq_dtype
@@ -76,22 +79,35 @@ class LrqLinearMethod(LinearMethodBase, ABC):
             return reference.add_low_rank(product(x), x, pairs)
 
         check_layer(
-            f"{self._name} on {layer.lrq_kernel}", partial(self.apply, layer), wanted, packed[0], layer.lrq_in_features, dtype
+            f"{self._name} on {layer.lrq_kernel}",
+            partial(self._outputs, layer),
+            wanted,
+            packed[0],
+            layer.lrq_in_features,
+            dtype,
         )
-        if layer.lrq_kernel == REFERENCE:
-            layer.lrq_shared = take_over_sum(layer)
+        if layer.lrq_by_outputs:
+            layer.reduce_results = False  # what apply returns is whole
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., in] to [..., out], in x's dtype."""
-        if layer.lrq_shared and not layer.skip_bias_add:
-            bias = layer.bias  # vLLM gives it to one rank only
         rows = x.reshape(-1, x.shape[-1])
+        if layer.lrq_by_outputs:
+            if layer.bias is not None and not layer.skip_bias_add:  # vLLM gives it to one rank only
+                bias = layer.bias.chunk(layer.tp_size)[layer.tp_rank]
+            y = from_all_ranks(self._outputs(layer, from_all_ranks(rows), bias))
+        else:
+            y = self._outputs(layer, rows, bias)
+        return y.view(*x.shape[:-1], -1)
+
+    def _outputs(self, layer: Any, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Those [tokens, out] that this rank has, of rows [tokens, in]."""
         if self._hadamard is not None:
             rows = ops.rotate(rows, self._hadamard.block, self._hadamard.order, self._on_hopper)
         y = self._multiply(layer, rows, bias)
         if self._low_rank is not None:
             y = self._low_rank.add(layer, y, rows)
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @abstractmethod
     def _prepare(self, layer: Any, packed: tuple[Tensor, Tensor, Tensor]) -> tuple[str, Product]:

@@ -82,8 +82,8 @@ class Exact:
         _keep(layer, [(u.to(dtype), v.to(dtype)) for u, v in pairs])
 
     def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
-        """V^T x is the sum of all ranks."""
-        return exact_ops.add_low_rank(y, x, *_kept(layer), layer.lrq_shared)
+        """Sums in float64."""
+        return exact_ops.add_low_rank(y, x, *_kept(layer))
 
 
 def _keep(layer: Any, pairs: Sequence[Pair]) -> None:

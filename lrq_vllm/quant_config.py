@@ -17,6 +17,7 @@ from lrq_vllm.errors import CheckpointError
 from lrq_vllm.kv_cache import check_cache_dtype
 from lrq_vllm.served_rank import check_rank
 from lrq_vllm.tensor_parallel import check_ranks
+from lrq_vllm.tp_invariance import check_sum
 from lrq_vllm.vllm_versions import check_version
 
 __all__ = ["LrqConfig"]
@@ -120,6 +121,7 @@ class LrqConfig(QuantizationConfig):
                     f"vLLM builds a layer {prefix}, but the checkpoint lists {unknown[0]} neither as quantized nor as skipped. "
                     "It was made for another architecture: quantize this model again with this version of lrq."
                 )
+            check_sum(layer, prefix)
             return UnquantizedLinearMethod()
         if len(quantized) != len(modules):
             raise CheckpointError(

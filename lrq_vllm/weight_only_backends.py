@@ -131,7 +131,7 @@ class ExpandedBackend:
 
 
 class ReferenceBackend:
-    """Any device: kernels/exact.py, which gives the same however many tensor-parallel ranks share the layer."""
+    """Any device: the definition itself, with sums in float64 (kernels/exact.py)."""
 
     name = REFERENCE
 
@@ -145,8 +145,7 @@ class ReferenceBackend:
 
     def linear(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """Unpacked as a whole, each time."""
-        weight = layer.lrq_q, layer.lrq_step, layer.lrq_zero_point, layer.lrq_bits
-        return exact_ops.weight_only_linear(x, *weight, bias, layer.lrq_shared)
+        return exact_ops.weight_only_linear(x, layer.lrq_q, layer.lrq_step, layer.lrq_zero_point, layer.lrq_bits, bias)
 
 
 def _keep(layer: Any, weight: PackedWeight) -> None:

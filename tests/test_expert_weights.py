@@ -1,8 +1,6 @@
 """vLLM's stacks of experts: what each rank takes of the checkpoint, and what it computes, for every scheme."""
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +11,6 @@ from torch import Tensor
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.errors import CheckpointError, SettingsError
 from lrq_vllm.expert_stack import Routing
-from lrq_vllm.kernels.exact import ONE_RANK
 from tests.vllm_layers import Tensors, manifest_for, random_tensors
 
 pytestmark = [
@@ -50,13 +47,15 @@ def checkpoint(scheme: str, group: int | None) -> tuple[Manifest, Tensors]:
     return manifest, tensors
 
 
-def loaded(manifest: Manifest, tensors: Tensors, rank: int, ranks: int, local: Callable[[int], int] = int) -> Any:
+def loaded(
+    manifest: Manifest, tensors: Tensors, rank: int, ranks: int, local: Callable[[int], int] = int, *, by_outputs: bool = False
+) -> Any:
     """w13 and w2 of one rank, loaded tensor by tensor as vLLM does."""
     from lrq_vllm.expert_weights import ExpertShape, ExpertWeights
 
     layer, weights = torch.nn.Module(), ExpertWeights(manifest, PREFIX)
     here = sum(local(expert) >= 0 for expert in range(EXPERTS))
-    weights.create(layer, ExpertShape(here, HIDDEN, INNER // ranks, rank, ranks), local)
+    weights.create(layer, ExpertShape(here, HIDDEN, INNER // ranks, rank, ranks, by_outputs=by_outputs), local)
     for module, by_suffix in tensors.items():
         expert, name = module.removeprefix(f"{PREFIX}.").split(".")
         shard = next(shard for shard, own in SHARDS.items() if own == name)
@@ -67,18 +66,24 @@ def loaded(manifest: Manifest, tensors: Tensors, rank: int, ranks: int, local: C
     return weights.take(layer)
 
 
-def products(stacks: Any, x: Tensor, expert_of: Tensor, *, integers: bool) -> tuple[Tensor, Tensor]:
-    """What comes out of gate and up, and of down."""
+def product(stack: Any, x: Tensor, slots_per_row: int, expert_of: Tensor, *, integers: bool) -> Tensor:
+    """Of one layer of all experts."""
     from lrq_vllm.expert_backends import choose_expert_backend
 
-    inner, outer = (
-        choose_expert_backend(stack, torch.bfloat16, integers=integers).linear(stack, torch.bfloat16, integers=integers)
-        for stack in stacks
-    )
-    routing = Routing(expert_of, len(stacks[0].q))
-    between = inner(x, CHOICES, routing)
+    backend = choose_expert_backend(stack, torch.bfloat16, integers=integers)
+    linear = backend.linear(stack, torch.bfloat16, integers=integers)
+    return linear(x, slots_per_row, Routing(expert_of, len(stack.q)))
+
+
+def products(stacks: Any, x: Tensor, expert_of: Tensor, *, integers: bool) -> tuple[Tensor, Tensor]:
+    """What comes out of gate and up, and of down."""
+    between = product(stacks[0], x, CHOICES, expert_of, integers=integers)
+    return between, product(stacks[1], activated(between), 1, expert_of, integers=integers)
+
+
+def activated(between: Tensor) -> Tensor:
     gate, up = between.chunk(2, dim=1)
-    return between, outer(torch.nn.functional.silu(gate) * up, 1, routing)
+    return torch.nn.functional.silu(gate) * up
 
 
 def case(scheme: str, group: int | None) -> tuple[Manifest, Tensors, Tensor, Tensor]:
@@ -118,53 +123,20 @@ def test_two_tensor_parallel_ranks_together_compute_what_one_computes(scheme: st
     assert (total - y.float()).norm() <= 0.02 * y.float().norm()
 
 
-class ThreadRanks:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, size: int) -> None:
-        self._rank, self._parts, self._barrier = threading.local(), [torch.empty(0)] * size, threading.Barrier(size, timeout=60)
-
-    def run(self, work: Callable[[int], Tensor]) -> list[Tensor]:
-        def as_rank(rank: int) -> Tensor:
-            self._rank.value = rank
-            return work(rank)
-
-        with ThreadPoolExecutor(len(self._parts)) as pool:
-            return list(pool.map(as_rank, range(len(self._parts))))
-
-    def total(self, values: Tensor) -> Tensor:
-        return self._all(values).sum(dim=0)
-
-    def largest(self, values: Tensor) -> Tensor:
-        return self._all(values).amax(dim=0)
-
-    def _all(self, values: Tensor) -> Tensor:
-        self._parts[self._rank.value] = values
-        self._barrier.wait()
-        together = torch.stack(self._parts)
-        self._barrier.wait()
-        return together
-
-
+@pytest.mark.parametrize("kernel", ["", "reference"])
 @pytest.mark.parametrize(("scheme", "group"), FORMATS)
-def test_ranks_that_compute_as_the_reference_have_one_ranks_result_to_the_bit(
-    scheme: str, group: int | None, monkeypatch: pytest.MonkeyPatch
+def test_ranks_that_share_outputs_alone_have_one_ranks_result_to_the_bit(
+    scheme: str, group: int | None, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lrq_vllm import expert_backends
-
+    monkeypatch.setenv("LRQ_KERNEL", kernel)
     manifest, tensors, x, expert_of = case(scheme, group)
     integers = manifest.activation is not None
-    monkeypatch.setenv("LRQ_KERNEL", "reference")
     _, whole = products(loaded(manifest, tensors, 0, 1), x, expert_of, integers=integers)
-    threads = ThreadRanks(2)
-    monkeypatch.setattr(expert_backends, "input_ranks", lambda shared: threads if shared else ONE_RANK)
-    stacks = [loaded(manifest, tensors, rank, 2) for rank in range(2)]
-
-    def of_rank(rank: int) -> Tensor:
-        inner, outer = stacks[rank]
-        return products((inner, outer._replace(shared=True)), x, expert_of, integers=integers)[1]
-
-    assert all(torch.equal(y, whole) for y in threads.run(of_rank))
+    inner, outer = zip(*(loaded(manifest, tensors, rank, 2, by_outputs=True) for rank in range(2)), strict=True)
+    between = [activated(product(stack, x, CHOICES, expert_of, integers=integers)) for stack in inner]
+    y = [product(stack, torch.cat(between, dim=1), 1, expert_of, integers=integers) for stack in outer]
+    assert [part.shape[1] for part in y] == [HIDDEN // 2] * 2
+    assert torch.equal(torch.cat(y, dim=1), whole)
 
 
 def test_an_expert_parallel_rank_has_its_experts_whole_and_gives_zero_for_others() -> None:
@@ -213,13 +185,13 @@ def test_experts_that_the_checkpoint_does_not_list_are_refused() -> None:
         ExpertWeights(manifest, PREFIX)
 
 
-def test_the_reference_for_experts_of_several_engines_is_refused_before_anything_is_loaded(
+def test_several_engines_whose_number_is_to_change_nothing_are_refused_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from lrq_vllm.experts_method import LrqExpertsMethod
 
-    monkeypatch.setenv("LRQ_KERNEL", "reference")
-    method = LrqExpertsMethod(checkpoint("w4a8", None)[0], PREFIX, SimpleNamespace(dp_size=2, tp_rank=0, tp_size=1))
+    monkeypatch.setenv("LRQ_TP_INVARIANT", "1")
+    method = LrqExpertsMethod(checkpoint("w4a8", None)[0], PREFIX, SimpleNamespace(dp_size=2, tp_rank=0, tp_size=1, ep_size=2))
     layer = SimpleNamespace(activation="silu", apply_router_weight_on_input=False)
-    with pytest.raises(SettingsError, match="adds up over tensor-parallel ranks only"):
+    with pytest.raises(SettingsError, match="is for one engine, not for data-parallel ones"):
         method.create_weights(layer, EXPERTS, HIDDEN, INNER, torch.bfloat16)

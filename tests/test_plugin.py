@@ -345,7 +345,7 @@ def test_a_rank_that_cannot_be_served_is_refused(given: str, said: str, monkeypa
         empty_layer(manifest_for("w4a16", OUTPUT))
 
 
-@pytest.mark.parametrize("name", ["LRQ_KERNEL", "LRQ_SATURATION", "LRQ_CORRECTION_RANK"])
+@pytest.mark.parametrize("name", ["LRQ_KERNEL", "LRQ_SATURATION", "LRQ_CORRECTION_RANK", "LRQ_TP_INVARIANT"])
 def test_models_compiled_with_other_layers_are_told_apart(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.config import VllmConfig
 

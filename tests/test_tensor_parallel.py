@@ -13,7 +13,7 @@ from torch.multiprocessing import spawn
 
 from lrq_vllm.checkpoint.correction import Correction
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
-from lrq_vllm.errors import CheckpointError
+from lrq_vllm.errors import CheckpointError, SettingsError
 from tests.vllm_layers import INTEGERS, Tensors, load, lrq_config, manifest_for, plugin_world, random_tensors, reference_outputs
 
 pytestmark = [
@@ -96,6 +96,9 @@ def case(kind: str, scheme: str, group: int | None) -> tuple[Manifest, Tensors, 
     return manifest, tensors, torch.randn(7, inputs, dtype=torch.float32).mul(3).bfloat16()
 
 
+KERNELS = {"chosen": "", "reference": "reference"}
+"""What LRQ_KERNEL is."""
+
 Outputs = dict[tuple[str, str, int | None], Tensor]
 """By case."""
 
@@ -113,12 +116,14 @@ def layer_outputs(rank: int, ranks: int) -> Outputs:
 
 
 def run_rank(rank: int, folder: Path) -> None:
-    """Compute on the kernels that are chosen, and as the reference does."""
+    """Compute with layers cut as vLLM cuts them, and so that the number of ranks changes nothing."""
     with plugin_world(rank, RANKS, folder / "store"):
         torch.save(layer_outputs(rank, RANKS), folder / f"{rank}.pt")
-        os.environ["LRQ_KERNEL"] = "reference"
+        os.environ["LRQ_TP_INVARIANT"] = "1"
         KINDS["down"] = KINDS["down"]._replace(make=_down_with_bias)
-        torch.save(layer_outputs(rank, RANKS), folder / f"exact-{rank}.pt")
+        for kernel in KERNELS:
+            os.environ["LRQ_KERNEL"] = KERNELS[kernel]
+            torch.save(layer_outputs(rank, RANKS), folder / f"{kernel}-{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +142,14 @@ def outputs(ran: Path) -> list[Outputs]:
     return [torch.load(ran / f"{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.fixture(scope="module")
-def exact_outputs(ran: Path) -> list[Outputs]:
-    """By rank, as the reference computes; in the end, those of one rank that has everything."""
+@pytest.fixture(scope="module", params=KERNELS)
+def invariant_outputs(ran: Path, request: pytest.FixtureRequest) -> list[Outputs]:
+    """By rank, cut so that their number changes nothing; in the end, those of one rank that has everything."""
     with pytest.MonkeyPatch.context() as patch, plugin_world():
-        patch.setenv("LRQ_KERNEL", "reference")
+        patch.setenv("LRQ_KERNEL", KERNELS[request.param])
         patch.setitem(KINDS, "down", KINDS["down"]._replace(make=_down_with_bias))
         whole = layer_outputs(0, 1)
-    return [*(torch.load(ran / f"exact-{rank}.pt") for rank in range(RANKS)), whole]
+    return [*(torch.load(ran / f"{request.param}-{rank}.pt") for rank in range(RANKS)), whole]
 
 
 @pytest.mark.parametrize(("kind", "scheme", "group"), CASES)
@@ -180,10 +185,10 @@ def row_part(manifest: Manifest, tensors: Tensors, x: Tensor, rank: int) -> Tens
 
 
 @pytest.mark.parametrize(("kind", "scheme", "group"), CASES)
-def test_ranks_that_compute_as_the_reference_give_the_whole_layers_result_to_the_bit(
-    kind: str, scheme: str, group: int | None, exact_outputs: list[Outputs]
+def test_ranks_that_share_outputs_alone_give_the_whole_layers_result_to_the_bit(
+    kind: str, scheme: str, group: int | None, invariant_outputs: list[Outputs]
 ) -> None:
-    *own, whole = (found[kind, scheme, group] for found in exact_outputs)
+    *own, whole = (found[kind, scheme, group] for found in invariant_outputs)
     for rank, y in enumerate(own):
         assert torch.equal(y, whole if KINDS[kind].by_rows else of_rank(whole, rank, kind))
     manifest, tensors, x = case(kind, scheme, group)
@@ -211,3 +216,16 @@ def test_a_cut_through_packed_words_is_refused_with_the_numbers() -> None:
     manifest = manifest_for("w4a16", _projections(MLP, down=(256, 384)), 128)
     with set_current_vllm_config(VllmConfig()), pytest.raises(CheckpointError, match="384 inputs on 2 GPUs give 192 each"):
         LayerWeights(manifest, list(manifest.quantized)).create(torch.nn.Module(), 192, [256], 384, lambda *_: None)
+
+
+def test_outputs_that_ranks_cannot_share_and_a_sum_that_stays_vllms_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lrq_vllm.tp_invariance import check_sum, own_outputs
+
+    with pytest.raises(SettingsError, match=r"down_proj has 250 outputs, which 4 ranks cannot share"):
+        own_outputs(250, 4, "down_proj")
+    monkeypatch.setenv("LRQ_TP_INVARIANT", "1")
+    with plugin_world():
+        layer = _down(lrq_config(replace(manifest_for("w4a16", {}), skipped=(f"{MLP}.down_proj",))))
+        layer.tp_size = RANKS
+        with pytest.raises(SettingsError, match=r"down_proj is not quantized: vLLM adds up what 2 ranks make"):
+            check_sum(layer, "down_proj")

@@ -1,7 +1,6 @@
 """The products of a mixture of experts in plain torch: the definition of correct for grouped_gemm.py.
 
-Letters as in reference.py, and E experts, S slots. A slot is one choice of one token, as in expert_routes.py. ``linear``: what
-computes one expert's layer, by reference.py's arguments.
+Letters as in reference.py, and E experts, S slots. A slot is one choice of one token, as in expert_routes.py.
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ def experts_weight_only_linear(
     """y [S, N] in x's dtype: y[s] = x[s // slots_per_row] W_hat_e^T for e = expert_of[s], 0 if that is outside 0 to E - 1.
 
     x [S / slots_per_row, K]; expert_of int [S]. The checkpoint's tensors of each expert, stacked: qweight [E, N, width], step
-    float32 [E, N, G], zero_point uint8 [E, N, G].
+    float32 [E, N, G], zero_point uint8 [E, N, G]. linear: what computes one expert's layer.
     """
 
     def product(expert: int, rows: Tensor) -> Tensor:
@@ -31,9 +30,8 @@ def experts_weight_only_linear(
 
 
 def experts_integer_linear(
-    x: QuantizedTokens, slots_per_row: int, expert_of: Tensor, weight: IntegerWeight, out_dtype: torch.dtype,
-    linear: Callable[..., Tensor] = integer_linear,
-) -> Tensor:  # fmt: skip
+    x: QuantizedTokens, slots_per_row: int, expert_of: Tensor, weight: IntegerWeight, out_dtype: torch.dtype
+) -> Tensor:
     """y [S, N] in ``out_dtype``, as :func:`experts_weight_only_linear`.
 
     x.q [S / slots_per_row, K]. The weight's tensors have one more dimension in front, the experts.
@@ -43,7 +41,7 @@ def experts_integer_linear(
     def product(expert: int, rows: Tensor) -> Tensor:
         tokens = QuantizedTokens(*(tensor[rows] for tensor in x))
         one = IntegerWeight(q[expert], step[expert], zero_point[expert], total[expert], bits)
-        return linear(tokens, one, None, out_dtype)
+        return integer_linear(tokens, one, None, out_dtype)
 
     return _by_expert(product, slots_per_row, expert_of, weight.step.shape[:2], out_dtype)
 
