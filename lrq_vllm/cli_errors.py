@@ -1,5 +1,6 @@
 """What goes wrong is one paragraph on stderr and an exit code, not a traceback: under our command lines and under vLLM's."""
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from types import TracebackType
 from lrq_vllm.errors import LrqError
 
 __all__ = ["exit_code_of", "show_lrq_errors_plainly"]
+
+_NO_ROOM_OR_RIGHT = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 _installed = False
 
@@ -19,8 +22,9 @@ def exit_code_of(work: Callable[[], int], program: str, interrupted: str = "inte
     except LrqError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # a full disk, a folder without permission
-        print(f"{program}: {error}. Check the disk's free space and the folder's permissions.", file=sys.stderr)
+    except OSError as error:
+        cure = " Check the disk's free space and the folder's permissions." if error.errno in _NO_ROOM_OR_RIGHT else ""
+        print(f"{program}: {error}.{cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: {interrupted}", file=sys.stderr)

@@ -67,6 +67,7 @@ def test_prompts_are_read_from_either_key(tmp_path: Path) -> None:
         ('{"prompt": 3}\n', "line 1: no prompt"),
         ('["a"]\n', "line 1: no prompt"),
         ("plain text\n", "line 1: not a JSON object"),
+        ("[" * 100_000 + "\n", "line 1: not a JSON object"),
     ],
 )
 def test_prompts_that_cannot_be_used_are_refused_by_line(tmp_path: Path, content: str, said: str) -> None:
@@ -151,9 +152,19 @@ def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == ["Bearer secret"] * 2
 
 
+@pytest.mark.parametrize("key", ["secret\n", "a secret", "schlüssel"])
+def test_a_key_that_no_request_can_carry_is_refused_and_not_repeated(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(SettingsError, match="Set it to the key alone") as refused:
+        find_endpoint("http://127.0.0.1:9", None)
+    assert key.strip() not in str(refused.value)
+
+
 def test_what_is_no_url_is_refused() -> None:
     with pytest.raises(SettingsError, match="Write it like http"):
         find_endpoint("127.0.0.1:8000", None)
+    with pytest.raises(LrqError, match="correct the URL"):
+        find_endpoint("http://a..b", None)
 
 
 def test_a_load_longer_than_the_server_takes_is_refused_before_it_is_sent() -> None:
@@ -295,9 +306,12 @@ def test_a_folder_that_holds_something_else_is_never_replaced(tmp_path: Path) ->
     (tmp_path / "new" / "bench.json").write_text("{}")
     with pytest.raises(SettingsError, match="pass --overwrite"):
         bench_folder(tmp_path / "new").check(overwrite=False)
+    (tmp_path / "new" / "server-model.log").write_text("")
+    (tmp_path / "new" / ".bench.csv.partial").write_text("")  # of a bench that was killed
     bench_folder(tmp_path / "new").check(overwrite=True)
     bench_folder(tmp_path / "new").begin()
-    assert not (tmp_path / "new" / "bench.json").exists()
+    # Results are replaced by results, and not before.
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["bench.json"]
     (tmp_path / "new" / "thesis.tex").write_text("")
     with pytest.raises(SettingsError, match=r"something other than a bench: thesis\.tex"):
         bench_folder(tmp_path / "new").check(overwrite=True)

@@ -166,6 +166,7 @@ def test_shorter_answers_than_asked_for_are_told(
         (["--url", "http://a", "--floor", "fast"], "Write it like 1.3x"),
         (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
         (["--auto", "./none", str(TINY)], "The model folder ./none does not exist"),
+        (["--auto", str(TINY), str(TINY.parent)], "has no config.json"),
         (["--auto", str(TINY), str(TINY), "--baseline", "http://a"], "--baseline is for servers that are running"),
         (["--auto", str(TINY), str(TINY), "--", "--port", "80"], "--port does not go with --auto"),
     ],
@@ -183,6 +184,18 @@ def test_what_cannot_be_measured_is_one_paragraph(
     error = capsys.readouterr().err
     assert said in error and error.startswith("lrq-server: ") and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bench_that_fails_leaves_the_results_of_the_one_before(
+    generator: Any, running: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", *SERVERS, *QUICKLY, "--out", str(tmp_path / "out"), "--overwrite"]
+    generator()
+    assert main(arguments) == 0
+    before = (tmp_path / "out" / "bench.json").read_bytes()
+    generator(RECORDED_FAILURE)
+    assert main(arguments) == 2
+    assert (tmp_path / "out" / "bench.json").read_bytes() == before
 
 
 def test_a_server_is_not_compared_with_itself(

@@ -205,7 +205,7 @@ def test_what_cannot_be_evaluated_is_one_paragraph(
     [
         (["--url", "http://a"], "Nothing to evaluate on"),
         (["--url", "http://a", "--texts", "t.jsonl", "--min-recovery", "0.9"], "--min-recovery needs a baseline"),
-        (["--url", "http://a", "--tasks", "arc_easy"], "pip install 'lrq[eval]'"),
+        (["--url", "http://a", "--tasks", "arc_easy"], "pip install '.[eval]'"),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_asked(

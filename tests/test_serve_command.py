@@ -142,6 +142,7 @@ def test_all_problems_are_one_message(
     (copy / GOLDEN_NAME).unlink()
     monkeypatch.setenv("LRQ_SELFTEST", "1")
     monkeypatch.setenv("LRQ_KERNEL", "abacus")
+    monkeypatch.setenv("LRQ_TP_INVARIANT", "yes")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "0.0001")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -152,7 +153,7 @@ def test_all_problems_are_one_message(
     said = capsys.readouterr().err.strip()
     wanted = [
         f"tensor {changed} has other content", f"has no {GOLDEN_NAME}", "Use 2 or 4.", "--headless does not go with",
-        f"Port {port} of 127.0.0.1 cannot be had", "LRQ_KERNEL is 'abacus'",
+        f"Port {port} of 127.0.0.1 cannot be had", "LRQ_KERNEL is 'abacus'", "LRQ_TP_INVARIANT is 'yes'",
     ]  # fmt: skip
     if not torch.cuda.is_available():
         wanted.append("VLLM_CPU_KVCACHE_SPACE gives 0.0 GiB")
@@ -167,6 +168,43 @@ def test_options_of_other_servers_are_refused(
 ) -> None:
     assert main(["serve", str(checkpoint), *ANY_PORT, *options]) == 2
     assert f"{options[0]} does not go with `lrq-server serve`" in capsys.readouterr().err
+    assert not served
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--max-model-length", "10"], "unrecognized arguments: --max-model-length 10"),
+        (["--max-model-len", "many"], "argument --max-model-len"),
+        (["--logging-config.pylogging_config_file", "{folder}/text"], "vLLM does not take these options"),
+        (["--port", "70000"], "There is no port 70000"),
+        (["-tp", "0"], "--tensor-parallel-size 0 cannot serve"),
+        (["--pipeline-parallel-size", "0"], "--pipeline-parallel-size is 0"),
+        (["--max-request-mb", "inf"], "--max-request-mb is inf"),
+        (["--ssl-certfile", "{folder}/none"], "none is no file"),
+        (["--ssl-keyfile", "{folder}/text"], "without --ssl-certfile"),
+        (["--ssl-certfile", "{folder}/text", "--ssl-keyfile", "{folder}/text"], "cannot be used"),
+    ],
+)
+def test_options_that_cannot_be_are_one_paragraph_before_anything_is_loaded(
+    options: list[str], said: str, checkpoint: Path, tmp_path: Path, served: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("neither JSON nor PEM")
+    options = [option.format(folder=tmp_path) for option in options]
+    assert main(["serve", str(checkpoint), *([] if "--port" in options else ANY_PORT), *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not served
+
+
+def test_a_config_without_what_memory_is_reckoned_from_is_named_by_its_seal(
+    copy: Path, served: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    del config["num_attention_heads"]
+    (copy / "config.json").write_text(json.dumps(config))
+    assert main(["serve", str(copy), *ANY_PORT]) == 2
+    assert "num_attention_heads" in capsys.readouterr().err
     assert not served
 
 

@@ -99,7 +99,7 @@ def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
     check_load_generator()
     bench_folder(parsed.out).check(overwrite=parsed.overwrite)
     # Into a file or a pipe the table goes without broken lines.
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 120)
     measured = (_measure_own if parsed.auto else _measure_running)(parsed, settings, prompts, vllm_options, console)
     result = BenchResult(
         settings=settings,

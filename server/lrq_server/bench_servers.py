@@ -38,7 +38,10 @@ def check_options(options: Sequence[str]) -> None:
 
 
 def command_for(model: str, options: Sequence[str]) -> list[str]:
-    """``lrq-server serve`` for an LRQ checkpoint, ``vllm serve`` for everything else."""
+    """``lrq-server serve`` for an LRQ checkpoint, ``vllm serve`` for everything else.
+
+    Raises ModelFolderError for a folder whose config.json cannot be read, SettingsError without vLLM.
+    """
     if Path(model).is_dir():
         quantization = read_config(Path(model)).get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:

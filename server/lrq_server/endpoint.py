@@ -1,6 +1,7 @@
 """An OpenAI-compatible server that is to be measured: which model it serves, and what its prompts are made with."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ class Endpoint:
 def find_endpoint(url: str, model: str | None, model_option: str = "--model") -> Endpoint:
     """Ask a server what it serves. model: one of its models; None if it has only one. model_option: what sets it, for messages.
 
-    The environment's OPENAI_API_KEY is sent, if there is one. Raises SettingsError for a URL that is none, a server without
-    this model or with several to choose from, LrqError for one that does not answer as such a server does.
+    The environment's OPENAI_API_KEY is sent, if there is one. Raises SettingsError for a key or URL that is none, a server
+    without this model or with several to choose from, LrqError for one that does not answer as such a server does.
     """
     base = url.rstrip("/").removesuffix("/v1")
     if not base.startswith(("http://", "https://")):
@@ -87,7 +88,7 @@ def _served_models(base: str) -> list[dict[str, Any]]:
     address = f"{base}/v1/models"
     try:
         answer = httpx.get(address, headers=request_headers(), timeout=_TIMEOUT_S)
-    except (httpx.TransportError, httpx.InvalidURL) as error:
+    except (httpx.TransportError, httpx.InvalidURL, UnicodeError) as error:
         raise LrqError(f"{base} does not answer ({error}). Start a server there, or correct the URL.") from error
     if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
         raise LrqError(f"{address} asks for a key (HTTP {answer.status_code}). Set OPENAI_API_KEY in the environment.")
@@ -114,6 +115,13 @@ def _server_version(base: str) -> str | None:
 
 
 def request_headers() -> dict[str, str]:
-    """With the key that the environment's OPENAI_API_KEY gives, if there is one."""
+    """With the key that the environment's OPENAI_API_KEY gives, if there is one. Raises SettingsError for one that is none."""
     key = os.environ.get("OPENAI_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    if not key:
+        return {}
+    if not re.fullmatch("[!-~]+", key):
+        raise SettingsError(
+            "OPENAI_API_KEY holds a line break, a blank or a letter beyond ASCII (often a line break at its end, from a file): "
+            "no request can carry it. Set it to the key alone."
+        )
+    return {"Authorization": f"Bearer {key}"}

@@ -46,17 +46,27 @@ _PATIENCE_S = 2  # of a metric that the engine has to be asked for
 
 
 def parsed_options(arguments: Sequence[str]) -> Namespace:
-    """MODEL and vLLM's options, by vLLM's own parser, which ends the process (exit code 2) if it does not know one."""
+    """MODEL and vLLM's options, by vLLM's own parser. Raises SettingsError for what it does not take."""
     import vllm.logger
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     cli = _first_of(_CLI_MODULES)
-    parsed: Namespace = cli.make_arg_parser(FlexibleArgumentParser(prog="lrq-server serve")).parse_args(list(arguments))
+    parser = cli.make_arg_parser(FlexibleArgumentParser(prog="lrq-server serve"))
+    parser.error = _refuse
+    parsed: Namespace = parser.parse_args(list(arguments))
     parsed.model = parsed.model_tag or parsed.model
-    cli.validate_parsed_serve_args(parsed)
-    if hasattr(vllm.logger, "configure_logging_from_args"):  # from 0.32 on
-        vllm.logger.configure_logging_from_args(parsed)
+    try:
+        cli.validate_parsed_serve_args(parsed)
+        if hasattr(vllm.logger, "configure_logging_from_args"):  # from 0.32 on
+            vllm.logger.configure_logging_from_args(parsed)
+    except (TypeError, ValueError, OSError) as error:
+        raise SettingsError(f"vLLM does not take these options: {error}. See `vllm serve --help=all`.") from error
     return parsed
+
+
+def _refuse(message: str) -> None:
+    """In place of 300 lines of usage."""
+    raise SettingsError(f"{message}. See `lrq-server serve --help`, and `vllm serve --help=all` for vLLM's options.")
 
 
 def refused_options(parsed: Namespace) -> list[str]:

@@ -67,7 +67,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     command.add_argument(
         "--min-recovery", type=float, metavar="0.99", help="exit with 1 if the recovery (see below) is smaller"
     )
-    command.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks of lm-eval, which must be installed ('lrq[eval]')")
+    command.add_argument("--tasks", nargs="+", metavar="NAME", help="tasks of lm-eval, which must be installed (extra eval)")
     command.add_argument("--tasks-folder", type=Path, metavar="DIR", help="with tasks of your own, in lm-eval's YAML")
     command.add_argument("--tasks-limit", type=int, metavar="N", help="documents of each task (default: all)")
     command.add_argument("--fewshot", type=int, metavar="N", help="examples in each prompt (default: as the task says)")
@@ -85,7 +85,7 @@ def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
     folder = ResultFolder(parsed.out, "an evaluation", (_JSON,), _TASKS)
     folder.check(overwrite=parsed.overwrite)
     # Into a file or a pipe the table goes without broken lines.
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = Console(highlight=False, soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 120)
     evaluation = Evaluation(texts, settings, tasks, parsed.tokenizer, folder.path / _TASKS, console)
     if parsed.auto:
         folder.begin()

@@ -29,7 +29,7 @@ def read_texts(path: Path, what: str, instead: str) -> list[str]:
 def _text(line: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{where}: not a JSON object ({error}). {_RECORD}") from error
     text = record.get("prompt", record.get("text")) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():

@@ -45,7 +45,9 @@ class TaskScore:
 def check_installed() -> None:
     """Raises SettingsError if there is no lm-eval."""
     if find_spec("lm_eval") is None:
-        raise SettingsError("--tasks are run by lm-eval, which is not installed here: pip install 'lrq[eval]'.")
+        raise SettingsError(
+            "--tasks are run by lm-eval, which is not installed here. In a clone of lrq: pip install '.[eval]'."
+        )
 
 
 def tasks_command(endpoint: Endpoint, tokenizer: str, settings: TaskSettings, output: Path) -> list[str]:

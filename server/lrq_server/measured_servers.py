@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from lrq_server.bench_servers import check_model, check_options, served
+from lrq_server.bench_servers import check_model, check_options, command_for, served
 from lrq_server.endpoint import Endpoint, find_endpoint
 from lrq_vllm.errors import SettingsError
 
@@ -32,7 +32,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def check_combinations(parsed: argparse.Namespace, vllm_options: Sequence[str]) -> None:
-    """Raises SettingsError for options of :func:`add_options` that do not go together."""
+    """Raises SettingsError for options of :func:`add_options` that do not go together, ModelFolderError for a folder without a
+    model.
+    """
     if parsed.auto:
         for option in ("baseline", "model", "baseline_model"):
             if getattr(parsed, option) is not None:
@@ -40,6 +42,7 @@ def check_combinations(parsed: argparse.Namespace, vllm_options: Sequence[str]) 
                 raise SettingsError(f"--{name} is for servers that are running. --auto starts its own: leave --{name} out.")
         for model in parsed.auto:
             check_model(model)
+            command_for(model, vllm_options)
         check_options(vllm_options)
         return
     if vllm_options:

@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import socket
+import ssl
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from lrq_vllm.errors import LrqError, SettingsError
 from lrq_vllm.kernel_choice import first_that_can
 from lrq_vllm.kv_cache import check_cache_dtype
 from lrq_vllm.tensor_parallel import check_ranks
+from lrq_vllm.tp_invariance import invariant
 
 __all__ = [
     "Gpu", "Progress", "cpu_memory_problems", "environment_problems", "file_problems", "gpu_memory_problems", "raise_all",
@@ -62,12 +64,16 @@ def start_problems(folder: Path, manifest: Manifest, parsed: Namespace) -> list[
     checks: list[Callable[[], object]] = [
         lambda: check_ranks(manifest, parsed.tensor_parallel_size, expert_parallel=parsed.enable_expert_parallel),
         lambda: check_cache_dtype(parsed.kv_cache_dtype, manifest, on_cpu=not torch.cuda.is_available()),
+        invariant,
     ]
-    return [*_problems_of(checks), *_listening_problems(parsed), *_device_problems(folder, manifest, parsed)]
-
-
-def _device_problems(folder: Path, manifest: Manifest, parsed: Namespace) -> list[str]:
+    problems = [*_problems_of(checks), *_listening_problems(parsed), *_tls_problems(parsed)]
+    if parsed.pipeline_parallel_size < 1:
+        problems.append(f"--pipeline-parallel-size is {parsed.pipeline_parallel_size}: give 1 or more.")
     ranks = parsed.tensor_parallel_size * parsed.pipeline_parallel_size
+    return problems + _device_problems(folder, manifest, parsed, ranks) if ranks > 0 else problems
+
+
+def _device_problems(folder: Path, manifest: Manifest, parsed: Namespace, ranks: int) -> list[str]:
     if not torch.cuda.is_available():
         problems = _kernel_problems(manifest.scheme)
         need = _need(folder, manifest, parsed, ranks, on_cpu=True)
@@ -82,14 +88,13 @@ def _device_problems(folder: Path, manifest: Manifest, parsed: Namespace) -> lis
 
 
 def _need(folder: Path, manifest: Manifest, parsed: Namespace, ranks: int, *, on_cpu: bool) -> MemoryNeed | None:
-    """None if the files cannot be read."""
-    try:
-        tensors, config = TensorFolder(folder), read_config(folder)
-    except LrqError:
-        return None
+    """None if the files cannot be read, or config.json lacks what it takes: their own checks say so."""
     kv_bits = 8 if "8" in parsed.kv_cache_dtype else 16
     tokens = parsed.max_model_len if (parsed.max_model_len or 0) > 0 else None
-    return memory_need(tensors, manifest, config, ranks, tokens, kv_bits, on_cpu=on_cpu)
+    try:
+        return memory_need(TensorFolder(folder), manifest, read_config(folder), ranks, tokens, kv_bits, on_cpu=on_cpu)
+    except (LrqError, KeyError, TypeError, ValueError):
+        return None
 
 
 def raise_all(folder: Path, problems: list[str]) -> None:
@@ -157,9 +162,30 @@ def _listening_problems(parsed: Namespace) -> Iterator[str]:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((parsed.host or "", parsed.port))
+        except OverflowError:
+            yield f"There is no port {parsed.port}: choose a --port from 1 to 65535, or 0 for any that is free."
         except OSError as error:
             where = f"Port {parsed.port} of {parsed.host or 'this machine'}"
             yield f"{where} cannot be had ({error.strerror}): stop what uses it, or choose another --port."
+
+
+def _tls_problems(parsed: Namespace) -> Iterator[str]:
+    for option in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
+        path = getattr(parsed, option)
+        if path and not Path(path).is_file():
+            yield f"--{option.replace('_', '-')} {path} is no file: correct the path, or leave it out."
+            return
+    if parsed.ssl_keyfile and not parsed.ssl_certfile:
+        yield "--ssl-keyfile is given without --ssl-certfile: give both, or neither."
+    elif parsed.ssl_certfile:
+        try:
+            # A key with a password would ask for it at the terminal.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(parsed.ssl_certfile, parsed.ssl_keyfile, lambda: "")
+        except (OSError, ValueError) as error:
+            yield (
+                f"--ssl-certfile {parsed.ssl_certfile} cannot be used ({error}): give a certificate and its own key in "
+                "PEM format, without a password."
+            )
 
 
 def _kernel_problems(scheme: str) -> list[str]:

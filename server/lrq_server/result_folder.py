@@ -40,17 +40,20 @@ class ResultFolder:
             )
 
     def begin(self) -> None:
-        """Make the folder, without what a measurement before left in it. Only after :meth:`check`."""
+        """Make the folder, without what other programs have left in it. Results stay until :meth:`write` has new ones.
+
+        Only after :meth:`check`.
+        """
         for path in self.path.iterdir() if self.path.exists() else ():
             if path.is_dir():
                 shutil.rmtree(path)
-            else:
+            elif path.name not in self.files:
                 path.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
 
     def write(self, writers: Mapping[str, Callable[[Path], None]]) -> list[Path]:
         """The results, which are complete before the first of them is there. writers: by file name."""
-        partial = {name: self.path / f".{name}.partial" for name in writers}
+        partial = {name: self.path / _partial(name) for name in writers}
         try:
             for name, write in writers.items():
                 write(partial[name])
@@ -62,4 +65,10 @@ class ResultFolder:
         return [self.path / name for name in writers]
 
     def _is_ours(self, path: Path) -> bool:
-        return path.name in (self.work, *self.files) or path.match("server-*.log")
+        names = (self.work, *self.files, *map(_partial, self.files))
+        return path.name in names or path.match("server-*.log")
+
+
+def _partial(name: str) -> str:
+    """What a result is called until it is complete."""
+    return f".{name}.partial"

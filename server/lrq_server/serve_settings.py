@@ -26,8 +26,8 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.max_request_mb > 0:
-            problems.append(f"--max-request-mb is {self.max_request_mb:g}, which lets no request in")
+        if not 0 < self.max_request_mb < float("inf"):
+            problems.append(f"--max-request-mb is {self.max_request_mb:g}, not a size that lets requests in")
         if self.max_concurrent_requests < 1:
             problems.append(f"--max-concurrent-requests is {self.max_concurrent_requests}, which lets no request in")
         if not 0 <= self.drain_seconds <= 86400:

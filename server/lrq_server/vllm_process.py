@@ -17,7 +17,7 @@ from lrq_vllm.vllm_environment import serving_environment, vllm_executable
 
 __all__ = ["NO_VLLM", "VllmServer", "log_end", "start_server", "start_vllm", "vllm_command"]
 
-NO_VLLM = "vLLM is not installed here. Install it beside lrq: pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU."
+NO_VLLM = "vLLM is not installed here. In a clone of lrq: pip install '.[cuda]', or '.[cpu]' without a GPU."
 """To whoever asked for something that takes it."""
 
 
