@@ -139,6 +139,56 @@ def test_the_current_folder_can_be_filled_when_it_is_empty(tmp_path: Path, monke
     assert files_of(tmp_path / "out") == ["a"]
 
 
+def test_two_runs_never_write_the_same_output(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("the first's")
+        for restart in (False, True):
+            with (
+                pytest.raises(SettingsError, match=r"Another run is writing .*out"),
+                new_folder(tmp_path / "out", restart=restart),
+            ):
+                pass
+    assert files_of(tmp_path) == ["out"] and (tmp_path / "out" / "a").read_text() == "the first's"
+
+
+def test_what_appeared_at_the_output_meanwhile_is_not_replaced_and_the_work_stays(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def work() -> None:
+        with new_folder(output, check=lambda: check_output(output, model, overwrite=False)) as folder:
+            progress = Progress(folder, RUN)
+            if not progress.finished:
+                progress.record({"block": 1})
+                output.mkdir()
+                (output / "thesis.tex").touch()
+
+    with pytest.raises(SettingsError, match="out exists and is not empty"):
+        work()
+    assert files_of(output) == ["thesis.tex"]
+    (output / "thesis.tex").unlink()
+    work()
+    assert files_of(output) == []  # the result, whose notes are gone
+
+
+def test_a_result_that_cannot_be_moved_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(path: Path, target: Path) -> None:
+        raise OSError("Device or resource busy")
+
+    with (
+        pytest.raises(SettingsError, match=r"resource busy\). It is whole in .*\.out\.partial"),
+        new_folder(tmp_path / "out") as folder,
+    ):
+        Progress(folder, RUN).record({"block": 1})
+        (folder / "shard").touch()
+        monkeypatch.setattr(Path, "rename", busy)
+    assert files_of(tmp_path / ".out.partial") == ["shard"]
+
+
+def test_a_disk_that_is_mounted_is_no_output(model: Path) -> None:
+    with pytest.raises(SettingsError, match="is where a disk is mounted"):
+        check_output(Path("/proc"), model, overwrite=False)
+
+
 def test_a_file_missing_elsewhere_is_not_blamed_on_the_output(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"source\.json"), new_folder(tmp_path / "out"):
         (tmp_path / "source.json").read_text()
@@ -166,7 +216,6 @@ def test_finished_blocks_are_there_again_the_next_time(tmp_path: Path) -> None:
         progress = Progress(folder, RUN)
         assert progress.finished == [{"block": 1}, {"block": 2}]
         assert {"shard-0", "shard-1"} <= set(files_of(folder))
-        progress.clear()
     assert files_of(tmp_path) == ["out"] and files_of(tmp_path / "out") == ["shard-0", "shard-1"]
 
 
@@ -186,7 +235,7 @@ def test_an_unfinished_run_and_the_old_result_stand_side_by_side(tmp_path: Path)
     stop_after_blocks(output, 1)
     assert files_of(output) == ["config.json"]
     with new_folder(output) as folder:
-        Progress(folder, RUN).clear()
+        Progress(folder, RUN)
     assert files_of(tmp_path) == ["out"] and files_of(output) == ["shard-0"]
 
 

@@ -64,6 +64,18 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path: Path, settings
     assert files_of(output) == files_of(tmp_path / "whole")
 
 
+def test_what_a_killed_run_left_half_written_is_not_in_the_result(tmp_path: Path) -> None:
+    quantize_model(TINY, tmp_path / "whole", SETTINGS)
+    output, partial = tmp_path / "out", tmp_path / ".out.partial"
+    with pytest.raises(_StoppedError):
+        quantize_model(TINY, output, SETTINGS, on_block=stop_after(2))
+    (partial / "tokenizer.json").write_text("{")
+    (partial / ".tmpABC123").write_text("half of a shard")
+    (partial / "original").mkdir()
+    quantize_model(TINY, output, SETTINGS)
+    assert files_of(output) == files_of(tmp_path / "whole")
+
+
 def test_a_finished_block_is_not_learned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(_StoppedError):
         quantize_model(TINY, tmp_path / "out", SETTINGS, on_block=stop_after(4))

@@ -1,10 +1,13 @@
 """The settings of a run: what is refused, and what follows from those that are accepted."""
 
+import argparse
 from typing import Any
 
 import pytest
 
+from lrq_offline.compute import Machine
 from lrq_offline.config import METHODS, PRESETS, QuantizeSettings, default_method
+from lrq_offline.settings_options import add_settings, settings_of
 from lrq_vllm.checkpoint.schema import SCHEMES, WeightFormat
 from lrq_vllm.errors import SettingsError
 
@@ -188,3 +191,35 @@ def test_smoothing_comes_first_where_activations_are_static_or_it_is_asked_for()
     smoothed = {(scheme, method) for scheme, method in WORKING if QuantizeSettings(scheme, method).smooths}
     static = {("w8a8", method) for method in METHODS if method != "rtn"}
     assert smoothed == static | {(scheme, "smoothquant-rtn") for scheme in SCHEMES}
+
+
+@pytest.mark.parametrize(("changes", "said"), [({"seed": 2**40}, "must be below 2"), ({"correction_rank": "inf%"}, "like 10%")])
+def test_a_number_that_overflows_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        QuantizeSettings(scheme="w4a16", **changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--method rtn --rank 8", "--rank is for method lrq, not for rtn"),
+        ("--method flexround --rank 8", "--rank is for method lrq, not for flexround"),
+        ("--method flexround --renew", "--renew is for method lrq"),
+        ("--method gptq --loss fisher", "--loss is for methods that learn, lrq and flexround, not for gptq"),
+        ("--method rtn --lr 0.1", "--lr is for methods that learn"),
+        ("--method rtn --weight-decay 1", "--weight-decay is for methods that learn"),
+        ("--correction-rounds 3", "--correction-rounds is for a correction"),
+        ("--correction-statistics float", "--correction-statistics is for a correction"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(options: str, said: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    with pytest.raises(SettingsError, match=said):
+        settings_of(parser.parse_args(["model", "--scheme", "w4a16", *options.split()]))
+
+
+@pytest.mark.parametrize("amount", [-1.0, float("nan"), float("inf")])
+def test_an_amount_of_memory_that_is_none_is_refused(amount: float) -> None:
+    with pytest.raises(SettingsError, match="no amount of memory"):
+        Machine(max_gpu_gb=amount)

@@ -29,6 +29,13 @@ def test_a_folder_gives_back_what_was_written(tmp_path: Path) -> None:
         assert torch.equal(tensors.get(name), expected)
 
 
+def test_a_model_that_lies_there_twice_is_read_by_its_index(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, golden_tensors())
+    assert (folder / INDEX).is_file()
+    save_file({"layers.0.attention.wq.weight": torch.zeros(2, 2)}, folder / "consolidated.safetensors")
+    assert sorted(TensorFolder(folder)) == sorted(golden_tensors())
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match="nowhere is not a folder"):
         read_config(tmp_path / "nowhere")

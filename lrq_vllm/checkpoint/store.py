@@ -40,6 +40,11 @@ _WEIGHT_SUFFIXES = (
     ".gguf",
     ".h5",
     ".msgpack",
+    ".onnx",
+    ".onnx_data",
+    ".ot",
+    ".ckpt",
+    ".tflite",
     ".safetensors.index.json",
     ".bin.index.json",
 )
@@ -86,7 +91,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 class TensorFolder:
-    """The safetensors files of one folder as a read-only mapping from tensor name to tensor, opened lazily.
+    """The safetensors files of one folder as a read-only mapping from tensor name to tensor, opened lazily: those that the
+    index names, if there is one (a model may lie there a second time, as consolidated.safetensors), else all.
 
     Raises ModelFolderError when there are no safetensors (a pickle-only folder is said so), when a file is truncated
     or when the index names a file or a tensor that is not there.
@@ -96,9 +102,10 @@ class TensorFolder:
         self.folder = folder
         self._file_of: dict[str, Path] = {}
         self._specs: dict[str, TensorSpec] = {}
-        for path in self._files():
+        index = self._index()
+        for path in self._files(index):
             self._read_header(path)
-        self._check_index()
+        self._check_index(index)
 
     def __contains__(self, name: object) -> bool:
         return name in self._specs
@@ -126,11 +133,25 @@ class TensorFolder:
         with safe_open(self._file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def _files(self) -> list[Path]:
+    def _index(self) -> dict[str, str]:
+        """Tensor name -> file name; empty if there is no index."""
+        path = self.folder / INDEX_NAME
+        if not path.is_file():
+            return {}
+        try:
+            weight_map: dict[str, str] = dict(json.loads(path.read_text())["weight_map"])
+            if not all(isinstance(file, str) for file in weight_map.values()):
+                raise TypeError("weight_map names something other than files")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelFolderError(f"{path} is damaged ({error!r}). Download the model again.") from error
+        return weight_map
+
+    def _files(self, index: Mapping[str, str]) -> list[Path]:
         check_folder(self.folder)
         files = sorted(self.folder.glob("*.safetensors"))
         if files:
-            return files
+            named = set(index.values())
+            return [path for path in files if path.name in named] if named else files
         pickles = sorted(path.name for path in self.folder.iterdir() if path.name.endswith((".bin", ".pt", ".pth")))
         if pickles:
             raise ModelFolderError(
@@ -162,19 +183,10 @@ class TensorFolder:
                 f"{path} is not a complete safetensors file ({error}). Download or copy it again; it may be truncated."
             ) from error
 
-    def _check_index(self) -> None:
-        path = self.folder / INDEX_NAME
-        if not path.is_file():
-            return
-        try:
-            weight_map: dict[str, str] = dict(json.loads(path.read_text())["weight_map"])
-            if not all(isinstance(file, str) for file in weight_map.values()):
-                raise TypeError("weight_map names something other than files")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelFolderError(f"{path} is damaged ({error!r}). Download the model again.") from error
-        missing = [name for name in weight_map if name not in self._specs]
+    def _check_index(self, index: Mapping[str, str]) -> None:
+        missing = [name for name in index if name not in self._specs]
         if missing:
-            absent = sorted({weight_map[name] for name in missing if not (self.folder / weight_map[name]).is_file()})
+            absent = sorted({index[name] for name in missing if not (self.folder / index[name]).is_file()})
             detail = f"file {absent[0]} is missing" if absent else f"tensor {missing[0]} is in no file"
             raise ModelFolderError(f"{self.folder} is incomplete: {detail}, but {INDEX_NAME} names it. Download it again.")
 

@@ -45,7 +45,9 @@ def read_texts(source: Path | str, tokenizer: PreTrainedTokenizerBase | None = N
     if not path.exists():
         records = enumerate(_dataset_records(str(source)), start=1)
         texts = [_text(record, f"{source}, record {number}", tokenizer) for number, record in records]
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() == ".json":
+        raise CalibrationDataError(f"{path} is one JSON document. Write its records into a .jsonl, a line each. {_RECORD}")
+    elif path.suffix.lower() == ".jsonl":
         texts = [_text(record, where, tokenizer) for where, record in _jsonl_records(path)]
     else:
         texts = [_content(path)]

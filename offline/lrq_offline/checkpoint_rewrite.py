@@ -64,7 +64,7 @@ def rewrite(source: OpenCheckpoint, output: Path, config: Mapping[str, Any], for
     tensors = source.tensors
     check_seal(tensors)
     files = sorted({tensors.file_of(name) for name in tensors})
-    with new_folder(output) as partial:
+    with new_folder(output, check=lambda: check_output(output, source.folder, overwrite=False)) as partial:
         writer = ShardWriter(partial, len(files))
         for number, file in enumerate(files, start=1):
             writer.write_shard(number, _shard(source, [name for name in tensors if tensors.file_of(name) == file], form))

@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace, Console], None] = parsed.command
 
     def work() -> int:
-        command(parsed, Console(highlight=False, soft_wrap=True))
+        # Names of folders may hold brackets, which are no markup.
+        command(parsed, Console(highlight=False, soft_wrap=True, markup=False))
         return 0
 
     return exit_code_of(

@@ -20,12 +20,18 @@ class Machine:
     """Where a run computes: device ``auto``, ``cpu`` or ``cuda``; the memory of a GPU that cached hidden states may take.
 
     max_gpu_gb: None for half of what the GPU has free. gpus: how many to use, each by a process of its own (with device
-    ``cpu``: processes).
+    ``cpu``: processes). Raises SettingsError for an amount that is none.
     """
 
     device: str = "auto"
     max_gpu_gb: float | None = None
     gpus: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_gpu_gb is not None and not 0 <= self.max_gpu_gb < 1e6:
+            raise SettingsError(
+                f"max-gpu-gb is {self.max_gpu_gb}, which is no amount of memory. Give gigabytes, or leave it out."
+            )
 
     def cache_bytes(self, device: torch.device) -> int:
         """The room for hidden states on ``device``, one of this machine's."""

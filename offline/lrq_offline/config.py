@@ -63,6 +63,9 @@ _LEAST_STEPS_OF_FACTORS = 30
 _GROUP_STEPS_SHARE = 0.1
 
 
+_SEEDS = 2**40  # each block and window has one of its own, a million times as large, in 64 bits
+
+
 @dataclass(frozen=True)
 class QuantizeSettings:
     """Everything that decides the result of ``lrq-offline quantize``, apart from the model and the text.
@@ -122,6 +125,8 @@ class QuantizeSettings:
             )
             if value < least
         ]
+        if self.seed >= _SEEDS:
+            problems.append(f"seed is {self.seed}, but must be below 2^40")
         if isinstance(self.rank, str) and self.rank != FULL_RANK:
             problems.append(f"rank is {self.rank!r}, but must be a number or {FULL_RANK}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
@@ -154,7 +159,7 @@ class QuantizeSettings:
             return problems
         try:
             least = self.correction_rank_of((1000, 1000))
-        except ValueError:
+        except (ValueError, OverflowError):
             least = 0
         if least < 1 or (isinstance(self.correction_rank, str) and least > 1000):
             problems.append(f"correction-rank is {self.correction_rank!r}, but must be a number from 1 up, or a share like 10%")

@@ -15,6 +15,7 @@ from lrq_offline.reference_model import load_model
 from lrq_offline.source_model import load_tokenizer
 from lrq_vllm.bootstrap import mean_interval
 from lrq_vllm.checkpoint.store import read_config, read_manifest
+from lrq_vllm.errors import SettingsError
 
 __all__ = ["Quality", "compare", "evaluate_folder"]
 
@@ -51,6 +52,16 @@ def evaluate_folder(
     windows None takes as many whole windows as the text has; they are spread evenly over it. kv_bits 8 fake-quantizes the
     model's keys and values (not the reference's), and so does a checkpoint that asks for it. Raises LrqError's children.
     """
+    if windows is not None and windows < 1:
+        raise SettingsError(f"--windows is {windows}: give 1 or more, or leave it out to take all.")
+    if seq_len < 2:
+        raise SettingsError(f"--seq-len is {seq_len}: give 2 or more, so that a token follows another.")
+    vocabularies = [read_config(path).get("vocab_size") for path in (folder, reference) if path is not None]
+    if len(set(vocabularies)) > 1:
+        raise SettingsError(
+            f"{folder} knows {vocabularies[0]} tokens and the reference {reference} {vocabularies[1]}: it is another model. "
+            "Give the one that was quantized."
+        )
     tokenizer = load_tokenizer(folder)
     tokens = token_windows(tokenizer, read_texts(text, tokenizer), windows, seq_len)
     place = choose_device(device)

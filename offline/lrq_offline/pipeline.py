@@ -27,13 +27,13 @@ from lrq_offline.rotated_source import RotatedSource
 from lrq_offline.rotation import rotation_of
 from lrq_offline.run_manifest import manifest_of
 from lrq_offline.scheme_advice import scheme_warnings
-from lrq_offline.source_model import SourceModel, load_tokenizer
+from lrq_offline.source_model import SourceModel, check_vocabulary, load_tokenizer
 from lrq_offline.stored_block import block_tensors
 from lrq_vllm.checkpoint.golden import write_golden
 from lrq_vllm.checkpoint.report import REPORT_NAME
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.checkpoint.seal import write_seal
-from lrq_vllm.checkpoint.store import ShardWriter
+from lrq_vllm.checkpoint.store import CONFIG_NAME, ShardWriter
 from lrq_vllm.errors import SettingsError, one_paragraph
 
 __all__ = ["BlockReport", "open_source", "quantize_model"]
@@ -85,33 +85,33 @@ def quantize_model(
     tokenizer = load_tokenizer(model_dir)
     texts = read_texts(settings.calibration or shipped_calibration(), tokenizer)
     windows = token_windows(tokenizer, texts, settings.samples, settings.seq_len)
+    check_vocabulary(model_dir, windows, source.config)
     unseen = read_texts(evaluation, tokenizer) if evaluation else []
     warnings = scheme_warnings(settings)
     warnings += lint_texts(texts, tokenizer, samples=settings.samples, seq_len=settings.seq_len, evaluation=unseen)
     for warning in warnings:
         on_warning(warning)
-    with new_folder(output, restart=restart) as folder:
+    with new_folder(output, restart=restart, check=lambda: check_output(output, model_dir, overwrite=overwrite)) as folder:
         run = fingerprint(source.tensors, source.raw_config, windows, settings, _place(machine, device))
         progress = Progress(folder, run)
         writer = ShardWriter(folder, len(source.block_names) + 1)
         shards = _Shards(source, manifest, writer, progress, on_block)
-        shards.start()
         finished = [shards.path(index) for index in range(len(progress.finished))]
+        progress.keep_only([writer.path(1), *finished] if finished else [])
+        shards.start()
         blockwise = BlockwiseRun(source, manifest, settings, machine, windows, finished, folder)
         with started_ranks(machine.gpus, device, blockwise) as ranks:
             blockwise(ranks, shards.take, on_gradients)
         total_bytes = writer.finish()
         report = _report(source, manifest, settings, progress.finished, warnings, total_bytes, time.monotonic() - started)
         (folder / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n")
-        carry_over(model_dir, folder)
+        carry_over(model_dir, folder, without=(CONFIG_NAME,))
         config = {**source.raw_config, "quantization_config": manifest.to_dict()}
         write_golden(folder, golden_texts(folder, config, windows, device))
         write_seal(folder, config)
         written = folder / "config.partial"
         written.write_text(json.dumps(config, indent=2) + "\n")
-        # Only a rename away from being a model: nothing that can fail comes after the notes of the finished blocks are gone.
-        progress.clear()
-        written.rename(folder / "config.json")
+        written.rename(folder / CONFIG_NAME)
     return report
 
 

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +18,7 @@ from lrq_offline.config import QuantizeSettings
 from lrq_vllm.checkpoint.store import TensorFolder, replace_durably
 from lrq_vllm.errors import SettingsError
 
-__all__ = ["Progress", "fingerprint", "has_progress"]
+__all__ = ["Progress", "clear_notes", "fingerprint", "has_progress"]
 
 _FINGERPRINT = "run.json"
 _SAMPLED_BYTES = 1 << 16
@@ -58,6 +60,13 @@ def has_progress(folder: Path) -> bool:
     return _report(folder, 1).is_file()
 
 
+def clear_notes(folder: Path) -> None:
+    """Remove the notes of a run whose result is whole. The first block's goes last but one: without it nothing else counts."""
+    for path in sorted(folder.glob("block-*.json"), reverse=True):
+        path.unlink()
+    (folder / _FINGERPRINT).unlink(missing_ok=True)
+
+
 class Progress:
     """The finished blocks of a run in ``folder``, block 1 first; each is on the disk for good once :meth:`record` returns."""
 
@@ -86,11 +95,17 @@ class Progress:
         self.finished.append(report)
         _write(_report(self._folder, len(self.finished)), report)
 
-    def clear(self) -> None:
-        """Remove the notes, when the result is whole. The first block's goes last: without it nothing else counts."""
-        for number in range(len(self.finished), 0, -1):
-            _report(self._folder, number).unlink()
-        (self._folder / _FINGERPRINT).unlink()
+    def keep_only(self, shards: Iterable[Path]) -> None:
+        """Remove from the folder what is neither a note nor one of these: what a run that was killed left half-written."""
+        notes = [_report(self._folder, number + 1) for number in range(len(self.finished))]
+        kept = {self._folder / _FINGERPRINT, *notes, *shards}
+        for path in self._folder.iterdir():
+            if path in kept:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _report(folder: Path, number: int) -> Path:

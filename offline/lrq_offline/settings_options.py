@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lrq_offline.config import DEVICES, FULL_RANK, LOSSES, METHODS, PRESETS, STATISTICS, QuantizeSettings, default_method
 from lrq_vllm.checkpoint.schema import SCHEMES
+from lrq_vllm.errors import SettingsError, one_paragraph
 
 __all__ = ["add_settings", "settings_of"]
 
@@ -88,14 +89,42 @@ def _rank(text: str) -> int | str:
 
 
 def settings_of(parsed: argparse.Namespace) -> QuantizeSettings:
-    """What :func:`add_settings` parsed. Raises SettingsError."""
+    """What :func:`add_settings` parsed. Raises SettingsError, also for an option that would be taken and do nothing."""
     preset = PRESETS[parsed.preset].with_given(
         iters=parsed.iters, samples=parsed.samples, seq_len=parsed.seq_len, batch_size=parsed.batch_size
     )
-    return QuantizeSettings(
+    settings = QuantizeSettings(
         scheme=parsed.scheme, method=parsed.method or default_method(parsed.scheme), group_size=parsed.group_size,
         symmetric=parsed.symmetric, rank=parsed.rank, learning_rate=parsed.lr, weight_decay=parsed.weight_decay,
         renew=parsed.renew, loss=parsed.loss, kv_bits=parsed.kv_bits, correction_rank=parsed.correction_rank,
         correction_statistics=parsed.correction_statistics, correction_rounds=parsed.correction_rounds, rotate=parsed.rotate,
         hadamard_block=parsed.hadamard_block, seed=parsed.seed, calibration=parsed.calibration, **vars(preset),
     )  # fmt: skip
+    unused = _unused(settings)
+    if unused:
+        raise SettingsError(one_paragraph(unused, "Leave them out, or choose what they are for."))
+    return settings
+
+
+def _unused(settings: QuantizeSettings) -> list[str]:
+    """A sentence for each option that was given and that nothing will look at."""
+    of_lrq = {"--rank": settings.rank, "--renew": settings.renew}
+    of_learning = {"--lr": settings.learning_rate, "--weight-decay": settings.weight_decay, "--loss": settings.loss}
+    unused = [
+        f"{option} is for method lrq, not for {settings.method}"
+        for option, value in of_lrq.items()
+        if value is not None and settings.method != "lrq"
+    ]
+    unused += [
+        f"{option} is for methods that learn, lrq and flexround, not for {settings.method}"
+        for option, value in of_learning.items()
+        if value is not None and not settings.learns
+    ]
+    default = QuantizeSettings(settings.scheme)
+    of_corrections = ("correction_statistics", "correction_rounds")
+    unused += [
+        f"--{name.replace('_', '-')} is for a correction (--correction-rank)"
+        for name in of_corrections
+        if not settings.corrects and getattr(settings, name) != getattr(default, name)
+    ]
+    return unused

@@ -117,6 +117,8 @@ def model_config(raw_config: dict[str, Any], folder: Path) -> PreTrainedConfig:
         raise ModelFolderError(
             f"{folder}/config.json is not a valid {model_type} config: {reason}. Download it again."
         ) from error
+    if config.num_hidden_layers < 1:
+        raise ModelFolderError(f"{folder}/config.json says num_hidden_layers {config.num_hidden_layers}. Download it again.")
     _check_experts(config, folder)
     _check_attention(config, folder)
     return config
@@ -153,6 +155,16 @@ def _check_attention(config: PreTrainedConfig, folder: Path) -> None:
         raise ModelFolderError(
             f"{folder} makes embeddings (use_bidirectional_attention in config.json): its tokens see those after them. lrq "
             "quantizes models that generate text. Use one of those."
+        )
+
+
+def check_vocabulary(folder: Path, tokens: Tensor, config: PreTrainedConfig) -> None:
+    """Raises ModelFolderError if the model has no embedding for some of the token ids that its tokenizer gives."""
+    largest = int(tokens.max())
+    if largest >= config.vocab_size:
+        raise ModelFolderError(
+            f"{folder} has a tokenizer that gives token {largest}, and a model that knows {config.vocab_size} (vocab_size in "
+            "config.json): they do not belong together. Download the tokenizer's files of this model."
         )
 
 

@@ -63,7 +63,7 @@ def _in_process(work: Callable[[Path], Result], folder: Path, ranks: int = 1) ->
     if find_spec("vllm") is None:
         raise SettingsError(
             "vLLM is not installed here, so nobody can say whether it loads the checkpoint. Install it beside lrq "
-            "(pip install 'lrq[cuda]', or 'lrq[cpu]' without a GPU), or check the files alone: --files-only."
+            "(in a clone of lrq: pip install '.[cuda]', or '.[cpu]' without a GPU), or check the files alone: --files-only."
         )
     with tempfile.NamedTemporaryFile(prefix="lrq-verify-", suffix=".log") as log:
         context = multiprocessing.get_context("spawn")
