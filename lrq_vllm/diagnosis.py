@@ -16,6 +16,7 @@ from lrq_vllm import kernel_choice, layer_self_test, saturation, served_rank, tp
 from lrq_vllm.checkpoint.packing import pack
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.checkpoint.seal import HASH_VARIABLE
+from lrq_vllm.errors import SettingsError
 from lrq_vllm.kernel_choice import Named
 from lrq_vllm.kernels.reference import integer_weight
 from lrq_vllm.vllm_environment import vllm_executable
@@ -153,4 +154,31 @@ def _kernels() -> Iterator[Finding]:
 def _variables() -> Iterator[Finding]:
     for name in _VARIABLES:
         if name in os.environ:
-            yield Finding(name, os.environ[name])
+            yield Finding(name, os.environ[name], _cure_of(name))
+
+
+def _cure_of(variable: str) -> str:
+    """What to do about its value if no checkpoint can be served with it, else empty."""
+    try:
+        match variable:
+            case kernel_choice.VARIABLE:
+                _check_kernel(os.environ[variable])
+            case layer_self_test.VARIABLE:
+                layer_self_test.wanted()
+            case served_rank.VARIABLE:
+                served_rank.served_rank()
+            case tp_invariance.VARIABLE:
+                tp_invariance.invariant()
+    except SettingsError as error:
+        return str(error)
+    return ""
+
+
+def _check_kernel(name: str) -> None:
+    """Raises SettingsError if no scheme runs on a kernel of this name here."""
+    try:
+        names = {kernel.name for scheme in SCHEMES for kernel, reason in kernel_candidates(scheme) if reason is None}
+    except ImportError:  # vLLM's, which is said elsewhere
+        return
+    if name and name not in names:
+        raise SettingsError(f"name one of {', '.join(sorted(names))}, or unset it")

@@ -10,31 +10,39 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrq_vllm.errors import CheckpointError
+from lrq_vllm.errors import CheckpointError, SettingsError
 
-__all__ = ["VARIABLE", "check_layer"]
+__all__ = ["VARIABLE", "check_layer", "wanted"]
 
 VARIABLE = "LRQ_SELFTEST"
 _TOKENS = (1, 6, 40)  # kernels differ by how many there are
 _TOLERANCE = 1e-2  # of the output's norm; rounding to 16 bits makes a third of it
 
 
+def wanted() -> bool:
+    """Whether it is asked for. Raises SettingsError for a value of the variable that is neither 0 nor 1."""
+    given = os.environ.get(VARIABLE) or "0"
+    if given not in ("0", "1"):
+        raise SettingsError(f"{VARIABLE} is {given!r}: give 1 to test layers while they load, or unset it.")
+    return given == "1"
+
+
 def check_layer(
-    name: str, served: Callable[[Tensor], Tensor], wanted: Callable[[Tensor], Tensor], weight: Tensor, inputs: int,
+    name: str, served: Callable[[Tensor], Tensor], expected: Callable[[Tensor], Tensor], weight: Tensor, inputs: int,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """Compare both for x [tokens, inputs] in ``dtype`` on ``weight``'s device; does nothing unless the variable is 1.
 
     Raises CheckpointError naming the layer if they differ by more than rounding.
     """
-    if os.environ.get(VARIABLE) != "1":
+    if not wanted():
         return
     generator = torch.Generator().manual_seed(0)
     for tokens in _TOKENS:
         x = torch.randn(tokens, inputs, generator=generator)
         x[:, ::97] *= 20  # outliers, as activations have them
         x = x.to(weight.device, dtype)
-        found, reference = served(x).float(), wanted(x).float()
+        found, reference = served(x).float(), expected(x).float()
         difference = ((found - reference).norm() / reference.norm().clamp(min=1e-9)).item()
         if not difference <= _TOLERANCE:
             raise CheckpointError(

@@ -18,7 +18,7 @@ from lrq_vllm.checkpoint.schema import SCHEMES, Manifest, WeightFormat
 from lrq_vllm.checkpoint.store import TensorFolder, read_config, read_manifest
 from lrq_vllm.errors import SettingsError
 from lrq_vllm.kernels.reference import dequantize_weight
-from tests.checkpoints import QUICK, TINY, with_16_bit_steps
+from tests.checkpoints import QUICK, TINY, with_16_bit_steps, write_random_model
 from tests.vllm_layers import EXACT_BYTES, ROUNDS_ONCE, Tensors, load, random_tensors, reference_outputs
 
 # Everything that can be exported: scheme, group size, symmetric.
@@ -217,3 +217,10 @@ def test_vllm_s_own_layer_computes_what_the_reference_says(
     # bfloat16 keeps 8 bits of a sum to which a bias is added; without one the integers are the same, and so are the bits.
     rounds_once = ROUNDS_ONCE or manifest.activation is not None
     assert (layer(x).float() - expected).norm() <= (4e-3 if rounds_once else 8e-3) * expected.norm()
+
+
+def test_experts_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tmp_path / "experts"
+    quantize_model(write_random_model("mixtral", tmp_path / "float"), made, QuantizeSettings("w4a16", "rtn", **QUICK))
+    assert export(made, tmp_path / "out") == 2
+    assert "it has experts" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,6 +51,10 @@ def kept_out(patch: pytest.MonkeyPatch) -> None:
     patch.setenv("VLLM_PLUGINS", "another")
 
 
+def with_variable(name: str, value: str, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
@@ -57,6 +62,10 @@ def kept_out(patch: pytest.MonkeyPatch) -> None:
         (with_an_old_vllm, "vllm: install a version from 0.25 to 0.33"),
         (without_metadata, "plugin: install lrq with pip"),
         (kept_out, "plugin: add lrq to VLLM_PLUGINS"),
+        (partial(with_variable, "LRQ_KERNEL", "foo"), "LRQ_KERNEL: name one of"),
+        (partial(with_variable, "LRQ_CORRECTION_RANK", "half"), "give a whole number of columns"),
+        (partial(with_variable, "LRQ_SELFTEST", "true"), "LRQ_SELFTEST is 'true': give 1"),
+        (partial(with_variable, "LRQ_TP_INVARIANT", "yes"), "LRQ_TP_INVARIANT is 'yes': give 1"),
     ],
 )
 def test_what_stands_in_the_way_is_named_with_its_cure(

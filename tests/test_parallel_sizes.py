@@ -37,9 +37,27 @@ def test_a_model_of_usual_sizes_serves_on_every_power_of_two(model_type: str, sc
         ({"intermediate_size": 11008}, "w3a16", None, (1, 2, 4, 8)),  # 344 times 32 inputs
         ({"intermediate_size": 11008}, "w4a16", 128, (1, 2)),  # 86 groups
         ({"intermediate_size": 11008}, "w8a8", None, (1, 2, 4, 8, 16, 32)),
-        ({"num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 3584}, "w8a8", None, (1, 2, 4, 28)),
         (
-            {"num_attention_heads": 24, "num_key_value_heads": 6, "hidden_size": 3072, "intermediate_size": 9216},
+            {"num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 3584, "vocab_size": 28 * 64},
+            "w8a8",
+            None,
+            (1, 2, 4, 28),
+        ),
+        # Of a vocabulary of 152,064 nobody has a twenty-eighth.
+        (
+            {"num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 3584, "vocab_size": 152064},
+            "w8a8",
+            None,
+            (1, 2, 4),
+        ),
+        (
+            {
+                "num_attention_heads": 24,
+                "num_key_value_heads": 6,
+                "hidden_size": 3072,
+                "intermediate_size": 9216,
+                "vocab_size": 24 * 64 - 1,
+            },
             "w8a8",
             None,
             (1, 2, 3, 6, 12, 24),

@@ -251,8 +251,29 @@ def test_another_family_is_refused_by_name(model: Path, tmp_path: Path, capsys: 
 
 
 def test_foreign_code_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling.Custom"})
+    edit_config(model, model_type="mamba", auto_map={"AutoModelForCausalLM": "modeling.Custom"})
     assert "trust_remote_code" in refused(quick(model, tmp_path), tmp_path, capsys)
+
+
+def test_code_in_the_folder_of_a_known_family_is_not_run_and_not_asked_for(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "modeling.py").write_text("raise SystemExit('it ran')")
+    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling.Custom"}, quantization_config=None)
+    assert main(["quantize", *quick(model, tmp_path)]) == 0
+    assert "taken for an ordinary llama" in capsys.readouterr().out
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_a_config_of_no_model_and_a_stray_tensor_are_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    save_file({**tensors, "v_head.summary.weight": torch.zeros(1, 2)}, model / "model.safetensors")
+    assert "tensor v_head.summary.weight is no part of the model" in refused(quick(model, tmp_path), tmp_path, capsys)
+    save_file(tensors, model / "model.safetensors")
+    edit_config(model, hidden_act="sillu")
+    assert "transformers cannot build the llama model" in refused(quick(model, tmp_path), tmp_path, capsys)
 
 
 def test_pickled_weights_are_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -317,3 +338,33 @@ def test_a_quantized_model_is_not_quantized_again(
     checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "already quantized" in refused(quick(checkpoints("w4a16", "rtn"), tmp_path), tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--windows", "0"], "--windows is 0"),
+        (["--windows", "-2"], "--windows is -2"),
+        (["--seq-len", "1"], "--seq-len is 1"),
+        (["--reference", "{other}"], "it is another model"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_one_paragraph(
+    options: list[str], said: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_config(model, vocab_size=99)
+    options = [option.format(other=model) for option in options]
+    assert main(["evaluate", str(TINY), "--text", str(HELDOUT), *options]) == 2
+    message = capsys.readouterr().err
+    assert said in message and message.count("\n") == 1
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = 64
+    tensors = load_file(model / "model.safetensors")
+    cut = {name: tensor[:rows] if "embed" in name or "lm_head" in name else tensor for name, tensor in tensors.items()}
+    save_file({name: tensor.contiguous() for name, tensor in cut.items()}, model / "model.safetensors")
+    edit_config(model, vocab_size=rows)
+    assert "a model that knows 64" in refused(quick(model, tmp_path), tmp_path, capsys)

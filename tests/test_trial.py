@@ -47,6 +47,17 @@ def test_an_unknown_family_is_refused_with_what_it_would_need(tmp_path: Path, ca
     assert "is a bert" in said and "where its blocks, norms and linears are" in said
 
 
+def test_the_file_that_is_given_is_the_one_that_is_tried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path, {"model_type": "gpt2"})
+    given = tmp_path / "bert.json"
+    given.write_text(json.dumps({"model_type": "bert"}))
+    assert main(["try", str(given)]) == 2
+    assert "bert.json is a bert" in capsys.readouterr().err
+    given.write_text(json.dumps({**LLAMA_3_70B, "quantization_config": {"quant_method": "fp8"}}))
+    assert main(["try", str(given)]) == 2
+    assert "bert.json is already quantized" in capsys.readouterr().err
+
+
 def test_groups_that_the_full_size_does_not_divide_into_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, {**LLAMA_3_70B, "intermediate_size": 28704})
     assert main(["try", str(path), "--group-size", "128"]) == 2

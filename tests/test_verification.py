@@ -16,7 +16,7 @@ from torch import Tensor
 from lrq_offline.cli import main
 from lrq_offline.golden_texts import golden_texts
 from lrq_offline.reference_model import load_model
-from lrq_offline.verification import check_files, check_loading, check_serving
+from lrq_offline.verification import _cause, check_files, check_loading, check_serving
 from lrq_server.vllm_process import VllmServer, start_server
 from lrq_vllm.checkpoint.golden import GOLDEN_NAME, GoldenText, GoldenTexts, mean_difference, read_golden, write_golden
 from lrq_vllm.checkpoint.seal import SEAL_NAME, write_seal
@@ -326,3 +326,12 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is not quantized"):
         check_files(tmp_path)
+
+
+def test_why_a_rank_failed_is_found_in_what_it_said() -> None:
+    log = """(Worker_TP1 pid=7) ERROR 11-30 [x.py:1] AssertionError: 512 is not divisible by 3
+    (Worker_TP1 pid=7) ERROR 11-30 [x.py:1] lrq_vllm.errors.SettingsError: LRQ_KERNEL is 'foo'. Unset it.
+    Exception: WorkerProc initialization failed due to an exception in a background process."""
+    assert _cause(log) == "LRQ_KERNEL is 'foo'. Unset it."
+    assert _cause(log.replace("lrq_vllm.errors.SettingsError", "loading")) == "512 is not divisible by 3"
+    assert _cause("nothing of the kind") is None

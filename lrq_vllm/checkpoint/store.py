@@ -26,6 +26,7 @@ __all__ = [
     "is_weight_file",
     "read_config",
     "read_manifest",
+    "read_object",
     "replace_durably",
 ]
 
@@ -73,6 +74,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     check_folder(folder)
     if not path.is_file():
         raise ModelFolderError(f"{folder} has no {CONFIG_NAME}. Give the folder of a Hugging Face model, downloaded whole.")
+    return read_object(path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file as a dictionary. Raises ModelFolderError if it is no JSON object."""
     try:
         config = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

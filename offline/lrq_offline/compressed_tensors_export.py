@@ -64,6 +64,8 @@ def export_compressed_tensors(folder: Path, output: Path, *, round_steps: bool =
 def why_not(manifest: Manifest) -> list[str]:
     """The reasons why no compressed-tensors model computes what a checkpoint means; none if one does."""
     problems = outside_of_weights(manifest)
+    if any(".experts." in name for name in manifest.quantized):
+        problems.append("it has experts, which vLLM takes there in other forms than ours: none was seen to be served")
     if manifest.activation is not None and manifest.activation.bits < 8:
         problems.append("its inputs are clipped and rounded to 4 bits, which vLLM does not do there")
     if manifest.kv_bits is not None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lrq_offline.attention import attend, use_attention
 from lrq_offline.experts import DenseBlocks, ExpertNames, Experts
+from lrq_vllm.errors import ModelFolderError
 
 __all__ = [
     "FAMILIES",
@@ -234,10 +235,16 @@ def block_families(config: PreTrainedConfig) -> dict[str, Family]:
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """transformers' model for ``config`` with every parameter on the meta device: shapes and no memory.
 
-    Modules are called as in checkpoint files.
+    Modules are called as in checkpoint files. Raises ModelFolderError for a config that transformers builds no model of.
     """
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    except Exception as error:  # whatever a wrong value leads to
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ModelFolderError(
+            f"transformers cannot build the {config.model_type} model that config.json describes ({reason}). Download it again."
+        ) from error
     use_attention(model.config, "lrq", attend)
     return with_names_of_files(model)
 

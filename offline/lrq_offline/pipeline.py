@@ -87,7 +87,7 @@ def quantize_model(
     windows = token_windows(tokenizer, texts, settings.samples, settings.seq_len)
     check_vocabulary(model_dir, windows, source.config)
     unseen = read_texts(evaluation, tokenizer) if evaluation else []
-    warnings = scheme_warnings(settings)
+    warnings = source.warnings + scheme_warnings(settings)
     warnings += lint_texts(texts, tokenizer, samples=settings.samples, seq_len=settings.seq_len, evaluation=unseen)
     for warning in warnings:
         on_warning(warning)

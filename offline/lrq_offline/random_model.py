@@ -47,6 +47,8 @@ def write_random_model(config: PreTrainedConfig, folder: Path, seed: int = 0) ->
     model = with_names_of_files(AutoModelForCausalLM.from_config(config))
     lowest = 0.5 - FAMILIES[config.model_type].gain_offset
     embedded = 1 / getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
+    if config.tie_word_embeddings:  # the output head too
+        embedded = config.hidden_size**-0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -16,6 +16,9 @@ from lrq_vllm.errors import ModelFolderError, one_paragraph
 
 __all__ = ["SourceModel", "check_model_tensors", "load_tokenizer", "model_config"]
 
+CODE = "auto_map"
+"""Where config.json says which code of the model's own folder transformers may run."""
+
 _ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -33,14 +36,23 @@ class SourceModel:
     def open(cls, folder: Path) -> "SourceModel":
         """Open and check a float model. Raises ModelFolderError with all that stands in the way of quantizing it."""
         raw_config = read_config(folder)
-        if "quantization_config" in raw_config:
-            raise ModelFolderError(
-                f"{folder} is already quantized (quantization_config in config.json). Give the float model it was made from."
-            )
+        check_float(raw_config, folder)
         config = model_config(raw_config, folder)
-        source = cls(folder, raw_config, config, TensorFolder(folder), FAMILIES[config.model_type])
-        check_model_tensors(empty_model(config), source.tensors, config)
-        return source
+        tensors, family = TensorFolder(folder), FAMILIES[config.model_type]
+        known = check_model_tensors(empty_model(config), tensors, config)
+        _check_outside_of_blocks(tensors, {*known, f"{HEAD}.weight"}, family.blocks)
+        kept = {key: value for key, value in raw_config.items() if key not in (CODE, "quantization_config")}
+        return cls(folder, kept, config, tensors, family)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user may want to know of the model."""
+        if read_config(self.folder).get(CODE) is None:
+            return []
+        return [
+            f"config.json names code of its own ({CODE}), which lrq does not run: the model is taken for an ordinary "
+            f"{self.config.model_type}"
+        ]
 
     @property
     def block_names(self) -> list[str]:
@@ -97,23 +109,46 @@ def check_model_tensors(model: nn.Module, tensors: TensorFolder, config: PreTrai
     return names
 
 
-def model_config(raw_config: dict[str, Any], folder: Path) -> PreTrainedConfig:
-    """transformers' configuration object for a config.json. Raises ModelFolderError for a family that is not known here."""
-    model_type = raw_config.get("model_type")
-    if "auto_map" in raw_config:
+def _check_outside_of_blocks(tensors: TensorFolder, known: set[str], blocks: str) -> None:
+    """Raises ModelFolderError for a tensor that belongs to no part of the model: it would go along, and vLLM refuse it."""
+    strangers = [name for name in tensors if not name.startswith(f"{blocks}.") and name not in known]
+    if strangers:
         raise ModelFolderError(
-            f"{folder} needs code from its own folder (auto_map in config.json, trust_remote_code), which lrq does not run. "
-            f"Use a model that transformers knows by itself: {', '.join(sorted(FAMILIES))}."
+            f"{tensors.file_of(strangers[0])}: tensor {strangers[0]} is no part of the model that config.json describes"
+            f"{f' (and {len(strangers) - 1} more)' if len(strangers) > 1 else ''}. Save the model without it."
         )
-    if model_type not in FAMILIES:
+
+
+def check_float(raw_config: dict[str, Any], folder: Path) -> None:
+    """Raises ModelFolderError if a config.json is that of a quantized model."""
+    if raw_config.get("quantization_config") is not None:
         raise ModelFolderError(
-            f"{folder} is a {model_type or 'model of an unnamed type'}; lrq quantizes {', '.join(sorted(FAMILIES))}. "
+            f"{folder} is already quantized (quantization_config in config.json). Give the float model it was made from."
+        )
+
+
+def model_config(raw_config: dict[str, Any], folder: Path) -> PreTrainedConfig:
+    """transformers' configuration object for a config.json. Raises ModelFolderError for a family that is not known here.
+
+    Code in the model's own folder is never run: a family that is known here is transformers' own.
+    """
+    model_type = raw_config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        code = f" It needs code from its own folder ({CODE}, trust_remote_code), which lrq does not run."
+        raise ModelFolderError(
+            f"{folder} is a {model_type or 'model of an unnamed type'}; lrq quantizes {', '.join(sorted(FAMILIES))}."
+            f"{'' if raw_config.get(CODE) is None else code} "
             "Another family needs an entry in lrq_offline/decoder_blocks.py: where its blocks, norms and linears are."
         )
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(raw_config)
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(
+            {key: value for key, value in raw_config.items() if key != CODE}
+        )
+        padding = getattr(config, "pad_token_id", None)
+        if isinstance(padding, int) and not 0 <= padding < config.vocab_size:
+            config.pad_token_id = None  # no embedding to leave out of learning, which nobody does here
     except Exception as error:  # transformers validates with exceptions of several libraries
-        reason = " ".join(str(error).split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ModelFolderError(
             f"{folder}/config.json is not a valid {model_type} config: {reason}. Download it again."
         ) from error

@@ -9,9 +9,9 @@ from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
 from lrq_offline.random_model import shrunk_config, write_byte_tokenizer, write_random_model
 from lrq_offline.run_manifest import manifest_of
-from lrq_offline.source_model import model_config
+from lrq_offline.source_model import check_float, model_config
 from lrq_offline.verification import check_files, check_loading, check_serving
-from lrq_vllm.checkpoint.store import read_config
+from lrq_vllm.checkpoint.store import read_config, read_object
 
 __all__ = ["Trial", "try_config"]
 
@@ -36,14 +36,14 @@ def try_config(path: Path, settings: QuantizeSettings, on_step: Callable[[str], 
     Raises ModelFolderError for a family that is not known, SettingsError for groups that do not divide or without vLLM, and
     CheckpointError if vLLM does not load or compute what was written.
     """
-    folder = path.parent if path.is_file() else path
-    raw_config = read_config(folder)
-    config = model_config(raw_config, folder)
+    raw_config = read_object(path) if path.is_file() else read_config(path)
+    check_float(raw_config, path)
+    config = model_config(raw_config, path)
     manifest = manifest_of(config, settings)
     with tempfile.TemporaryDirectory() as made:
         source, output = Path(made, "float"), Path(made, "quantized")
         on_step("a small random model is quantized")
-        write_random_model(model_config({**raw_config, **shrunk_config(config)}, folder), source)
+        write_random_model(model_config({**raw_config, **shrunk_config(config)}, path), source)
         write_byte_tokenizer(source)
         quantize_model(source, output, replace(settings, samples=_TEXTS, seq_len=_TOKENS, iters=min(settings.iters, _STEPS)))
         check_files(output)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
+from lrq_offline.source_model import load_tokenizer
 from lrq_vllm import layer_self_test
 from lrq_vllm.checkpoint.golden import read_golden
 from lrq_vllm.checkpoint.seal import check_seal
@@ -32,6 +34,10 @@ _ENVIRONMENT = {
 }  # fmt: skip
 
 
+_RAISED = re.compile(r"(?P<module>[\w.]+\.)?\w+(Error|Exception): (?P<said>.+)")
+_SECONDARY = ("WorkerProc initialization failed", "Engine core initialization failed", "EngineCore")
+
+
 def check_files(folder: Path) -> int:
     """Compare a checkpoint's files with its manifest and its seal; returns the number of tensors.
 
@@ -46,6 +52,7 @@ def check_files(folder: Path) -> int:
             problems.append(str(error))
     if problems:
         raise CheckpointError(" ".join(problems))
+    load_tokenizer(folder)
     return len(tensors)
 
 
@@ -73,6 +80,18 @@ def _in_process(work: Callable[[Path], Result], folder: Path, ranks: int = 1) ->
             except BrokenProcessPool as error:
                 said = " ".join(Path(log.name).read_text(errors="replace").split())[-600:]
                 raise CheckpointError(f"{folder}: vLLM ended while it was tried. It said last: {said or 'nothing'}") from error
+            except CheckpointError as error:
+                cause = _cause(Path(log.name).read_text(errors="replace")) if ranks > 1 else None
+                if cause is None:
+                    raise
+                raise CheckpointError(f"{folder} on {ranks} ranks: {cause}") from error
+
+
+def _cause(log: str) -> str | None:
+    """Why a rank failed, which vLLM tells in the rank's own process alone: what lrq says of it, else the last exception."""
+    found = [match for match in _RAISED.finditer(log) if not match["said"].startswith(_SECONDARY)]
+    ours = [match for match in found if match["module"] == "lrq_vllm.errors."]
+    return (ours or found)[-1]["said"].strip()[:600] if found else None
 
 
 def _prepare(log: str, ranks: int) -> None:

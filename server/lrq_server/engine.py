@@ -31,7 +31,7 @@ from lrq_server.server_metrics import ClippingMetrics, ServerMetrics
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import LrqError, SettingsError
 from lrq_vllm.golden_replay import Replayed, replay_through
-from lrq_vllm.layer_self_test import VARIABLE as SELF_TEST
+from lrq_vllm.layer_self_test import wanted as self_test_wanted
 
 __all__ = ["parsed_options", "refused_options", "serve"]
 
@@ -151,7 +151,7 @@ async def _serve(parsed: Namespace, manifest: Manifest, settings: ServeSettings)
 
 async def _tested(engine: Any, parsed: Namespace, readiness: Readiness) -> Replayed | None:
     """None if nobody asked for it."""
-    if os.environ.get(SELF_TEST) != "1":
+    if not self_test_wanted():
         return None
     readiness.enter(Phase.SELF_TEST)
     replayed = await replay_through(engine, Path(parsed.model))

@@ -18,6 +18,7 @@ from lrq_vllm.checkpoint.store import read_manifest
 from lrq_vllm.errors import SettingsError
 from lrq_vllm.kv_cache import CACHE_OPTION, cache_dtype
 from lrq_vllm.layer_self_test import VARIABLE as SELF_TEST
+from lrq_vllm.layer_self_test import wanted as self_test_wanted
 from lrq_vllm.saturation import VARIABLE as COUNT_CLIPPED
 from lrq_vllm.saturation import check_countable
 from lrq_vllm.served_rank import VARIABLE as SERVED_RANK
@@ -117,7 +118,7 @@ def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
 
 def _check_rank(manifest: Manifest) -> None:
     check_rank(manifest)
-    if served_rank() is not None and os.environ.get(SELF_TEST) == "1":
+    if served_rank() is not None and self_test_wanted():
         raise SettingsError(
             f"The self-test ({SELF_TEST}=1) compares with texts that were read with the whole correction. Leave out "
             f"--correction-rank and {SERVED_RANK}, or the self-test."
