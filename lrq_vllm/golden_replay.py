@@ -12,7 +12,7 @@ from lrq_vllm.errors import CheckpointError
 from lrq_vllm.kernel_choice import kernels_by_layer
 from lrq_vllm.kv_cache import in_16_bits
 
-__all__ = ["Replayed", "kernels_in_use", "kernels_of", "prompt_log_probabilities", "replay", "replay_through"]
+__all__ = ["Replayed", "kernels_in_use", "kernels_of", "prompt_log_probabilities", "replay", "replay_through", "why_not"]
 
 _KV_CACHE_BYTES = 1 << 28  # more than the texts need; vLLM's default would be most of the GPU
 _MEMORY_SHARE = 0.1  # that vLLM wants to be free at its start: other processes may use the rest, which is not needed
@@ -64,6 +64,20 @@ async def replay_through(engine: Any, folder: Path) -> Replayed:
             if answer.finished:
                 answers.append(answer)
     return _judged(folder, golden, tolerance, answers)
+
+
+def why_not(config: Any, max_model_len: int) -> str | None:
+    """The reason why a server of a model with this transformers config answers otherwise than the texts say although nothing is
+    wrong, or None.
+
+    Rotary tables for long texts ("longrope", as in Phi-3's 128k): transformers takes them for texts that are long, vLLM for all
+    texts of a server that takes long ones. The golden texts are short.
+    """
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    short = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if rope.get("rope_type", rope.get("type")) != "longrope" or short is None or max_model_len <= short:
+        return None
+    return f"for more than {short} tokens (--max-model-len {max_model_len}) vLLM reads short texts with other rotary tables too"
 
 
 def kernels_in_use(llm: Any) -> set[str]:

@@ -61,8 +61,6 @@ _LEAST_STEPS_OF_FACTORS = 30
 # With a step for each group LRQ's KL on validation text is 0.5 to 3% lower so; FlexRound's is up to 7.5% higher, and with a
 # step for each channel LRQ's is up to 1.5% higher (bench/results/step-rates-small-h200.json).
 _GROUP_STEPS_SHARE = 0.1
-
-
 _SEEDS = 2**40  # each block and window has one of its own, a million times as large, in 64 bits
 
 

@@ -30,7 +30,7 @@ from lrq_server.server_info import ServedModel, server_info
 from lrq_server.server_metrics import ClippingMetrics, ServerMetrics
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import LrqError, SettingsError
-from lrq_vllm.golden_replay import Replayed, replay_through
+from lrq_vllm.golden_replay import Replayed, replay_through, why_not
 from lrq_vllm.layer_self_test import wanted as self_test_wanted
 
 __all__ = ["parsed_options", "refused_options", "serve"]
@@ -150,8 +150,13 @@ async def _serve(parsed: Namespace, manifest: Manifest, settings: ServeSettings)
 
 
 async def _tested(engine: Any, parsed: Namespace, readiness: Readiness) -> Replayed | None:
-    """None if nobody asked for it."""
+    """None if nobody asked for it, or the texts say nothing about this server."""
     if not self_test_wanted():
+        return None
+    model = engine.vllm_config.model_config
+    reason = why_not(model.hf_config, model.max_model_len)
+    if reason is not None:
+        logger.warning("The self-test's texts are left out, its layers were tested: %s.", reason)
         return None
     readiness.enter(Phase.SELF_TEST)
     replayed = await replay_through(engine, Path(parsed.model))

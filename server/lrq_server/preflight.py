@@ -46,8 +46,8 @@ def file_problems(folder: Path, manifest: Manifest, *, hash_files: bool) -> list
     checks: list[Callable[[], object]] = [
         lambda: check_tensors(tensors, manifest),
         lambda: check_seal(tensors, content=hash_files, on_read=Progress(folder, total)),
+        lambda: layer_self_test.wanted() and read_golden(folder),
     ]
-    checks.append(lambda: layer_self_test.wanted() and read_golden(folder))
     return _problems_of(checks)
 
 
