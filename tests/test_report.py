@@ -83,6 +83,15 @@ def test_headline_numbers_are_those_of_the_report(tmp_path: Path) -> None:
         assert number in text
 
 
+def test_the_page_says_in_which_measure_errors_are_and_what_was_held_out(tmp_path: Path) -> None:
+    report = a_report()
+    for loss, samples in (("mse", 128), ("fisher", 8)):
+        report["settings"] |= {"loss": loss, "samples": samples}
+        text = Page(written(tmp_path, report)).text
+        assert ("do not compare with those of another loss" in text) == (loss == "fisher")
+        assert ("none is held out of fewer than 16 windows" in text) == (samples < 16)
+
+
 def test_layers_that_fell_back_are_listed_with_their_reason(tmp_path: Path) -> None:
     report = a_report()
     assert "No warnings" in written(tmp_path, report)

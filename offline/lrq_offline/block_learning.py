@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lrq_offline.compute import block_output
-from lrq_offline.config import QuantizeSettings
+from lrq_offline.config import HELD_OUT_SHARE, QuantizeSettings
 from lrq_offline.experts import experts_of
 from lrq_offline.hidden_states import BatchFeeder, HiddenStates
 from lrq_offline.learned_scales import LearnedRounding, LrqScale
@@ -39,7 +39,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _PATIENCE = 6
-_HELD_OUT_SHARE = 16
 # In passes in which nothing is learned. Experts apart take many launches, however many tokens they have.
 _WINDOWS_AT_ONCE, _WINDOWS_OF_EXPERTS = 4, 16
 
@@ -80,7 +79,7 @@ class LearningWindows:
     @classmethod
     def drawn(cls, samples: int, generator: torch.Generator) -> "LearningWindows":
         """Of as many windows."""
-        order, held_out = torch.randperm(samples, generator=generator), samples // _HELD_OUT_SHARE
+        order, held_out = torch.randperm(samples, generator=generator), samples // HELD_OUT_SHARE
         return cls(order[held_out:], order[:held_out])
 
 

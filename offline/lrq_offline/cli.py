@@ -213,7 +213,7 @@ def _plan(parsed: argparse.Namespace, console: Console) -> None:
         ("hidden states in", plan.hidden_states_in),
         ("result", gigabytes(plan.output_bytes)),
         ("serves on", sizes_in_words(plan.tensor_parallel_sizes)),
-        ("time", f"about {plan.minutes:.1f} minutes on this machine"),
+        ("time", f"{'a few' if plan.minutes < 1 else f'about {plan.minutes:.1f}'} minutes on this machine"),
     ]
     for name, value in rows:
         console.print(f"{name:<18}{value}")

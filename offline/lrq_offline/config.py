@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 from lrq_vllm.checkpoint.schema import GROUP_UNIT, SCHEMES, Scheme, WeightFormat
 from lrq_vllm.errors import SettingsError, one_paragraph
 
-__all__ = ["DEVICES", "FULL_RANK", "LOSSES", "METHODS", "PRESETS", "STATISTICS", "Preset", "QuantizeSettings", "default_method"]
+__all__ = [
+    "DEVICES", "FULL_RANK", "HELD_OUT_SHARE", "LOSSES", "METHODS", "PRESETS", "STATISTICS", "Preset", "QuantizeSettings",
+    "default_method",
+]  # fmt: skip
 
 DEVICES = ("auto", "cpu", "cuda")
 METHODS = ("lrq", "flexround", "gptq", "smoothquant-rtn", "rtn")
@@ -13,6 +16,8 @@ STATISTICS = ("quantized", "float")
 LOSSES = ("mse", "fisher")
 
 FULL_RANK = "full"
+HELD_OUT_SHARE = 16
+"""One in so many windows is not learned from."""
 
 
 def default_method(scheme: str) -> str:

@@ -12,11 +12,17 @@ from lrq_offline.reference_model import open_model
 from lrq_offline.served_precision import served_dtype
 from lrq_vllm.checkpoint.golden import GoldenText, GoldenTexts
 
-__all__ = ["golden_texts"]
+__all__ = ["golden_memory", "golden_texts"]
 
 _TEXTS, _TOKENS = 4, 32
 _DIGITS = 4
 _COARSEST = torch.bfloat16  # what a server may be told to compute in, whatever the model's own dtype
+
+
+def golden_memory(outside: int, largest_block: int, vocabulary: int) -> int:
+    """Bytes of :func:`golden_texts` at their peak, for so many values outside of a model's blocks and in its largest block."""
+    # In float32, a block's weights beside what they are made of; logits also in float64, before and after the softmax.
+    return 4 * (outside + 2 * largest_block) + _TEXTS * _TOKENS * vocabulary * (4 + 8 + 8)
 
 
 @torch.inference_mode()

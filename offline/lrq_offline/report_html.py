@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from lrq_offline.config import HELD_OUT_SHARE
 from lrq_offline.report_pictures import (
     amount,
     change_map,
@@ -21,7 +22,9 @@ from lrq_vllm.pages.html import figure, page, section, settings_list, table, tex
 __all__ = ["write_report"]
 
 _FOOTER = """Written by lrq {version} from lrq_report.json. Errors are relative squared errors on the calibration text:
-|quantized output &minus; float output|&sup2; / |float output|&sup2;."""
+|quantized output &minus; float output|&sup2; / |float output|&sup2;.{weighed}"""
+_WEIGHED = """ Those of blocks, and the losses, weigh each difference by what it does to the model's predictions (loss fisher):
+they do not compare with those of another loss, or of a method that learns nothing."""
 _MOST_SMALL_CURVES = 12  # blocks that get a picture each; above, all are in one
 _MOST_PAIRED = 5  # blocks whose two maps fit beside each other
 
@@ -46,7 +49,9 @@ def _page(report: RunReport) -> str:
         subtitle=f"{scheme}, learned with {method}" if _learned(report) else f"{scheme}, {method}",
         tiles=_tiles(report),
         sections="\n".join(part(report) for part in sections),
-        footer=_FOOTER.format(version=text(report.tool_version)),
+        footer=_FOOTER.format(
+            version=text(report.tool_version), weighed=_WEIGHED if report.settings.get("loss") == "fisher" else ""
+        ),
     )
 
 
@@ -92,13 +97,20 @@ def _block_errors(report: RunReport) -> str:
     return section("Error of each block", figure(partial(error_chart, report)), about)
 
 
+def _checked_on(report: RunReport) -> str:
+    """What the state that is kept was chosen by."""
+    samples = report.settings.get("samples")
+    none = isinstance(samples, int) and samples < HELD_OUT_SHARE
+    return f"all text (none is held out of fewer than {HELD_OUT_SHARE} windows)" if none else "held-out text"
+
+
 def _curves(report: RunReport) -> str:
     blocks = [block for block in report.blocks if block.curve.step]
     if not blocks:
         return ""
     if len(blocks) > _MOST_SMALL_CURVES:
         pictures = (
-            ("Held-out text", curves_of_blocks(blocks, lambda curve: curve.held_out, "held-out-loss")),
+            (_checked_on(report).capitalize(), curves_of_blocks(blocks, lambda curve: curve.held_out, "held-out-loss")),
             ("Training text", curves_of_blocks(blocks, lambda curve: curve.train, "training-loss")),
         )
         body = "".join(f"<figure><h3>{title}</h3>{picture}</figure>" for title, picture in pictures)
@@ -107,7 +119,7 @@ def _curves(report: RunReport) -> str:
         f"<figure><h3>Block {block.block}<span>{_change(block)}</span></h3>{learning_curve(block)}</figure>" for block in blocks
     )
     key = (
-        '<ul class="key"><li style="--colour: var(--after)">held-out text</li>'
+        f'<ul class="key"><li style="--colour: var(--after)">{_checked_on(report)}</li>'
         '<li style="--colour: var(--before)">training text</li></ul>'
     )
     about = "Loss over the steps, each block on a scale of its own; beside its number, the change of its error."

@@ -1,5 +1,6 @@
 """What a run will need, from a model's headers and the settings alone: memory, disk, time."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import PreTrainedConfig
 from lrq_offline.compute import Machine, choose_device, product_dtype
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import Family, block_families, block_family
+from lrq_offline.golden_texts import golden_memory
 from lrq_offline.hidden_states import HiddenStatesStore
 from lrq_offline.output_gradients import some_windows
 from lrq_offline.pipeline import open_source
@@ -69,6 +71,8 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
     output = manifest.quantized_bytes + sum(
         source.stored_bytes(name) for name in source.names() if name.removesuffix(".weight") not in manifest.quantized
     )
+    host = room["host memory"] + cache + 2 * largest
+    in_the_end = _golden_memory(source)
     flops = sum(block_flops(source, manifest, settings, index) for index in range(len(blocks)))
     return ResourcePlan(
         blocks=len(blocks),
@@ -76,8 +80,8 @@ def plan_run(model_dir: Path, settings: QuantizeSettings, machine: Machine) -> R
         skipped_modules=manifest.skipped,
         tensor_parallel_sizes=manifest.tensor_parallel_sizes,
         output_bytes=output,
-        gpu_bytes=computing + room["GPU memory"] if device.type == "cuda" else None,
-        host_bytes=room["host memory"] + cache + 2 * largest + (0 if device.type == "cuda" else computing),
+        gpu_bytes=max(computing + room["GPU memory"], in_the_end) if device.type == "cuda" else None,
+        host_bytes=host if device.type == "cuda" else max(host + computing, in_the_end),
         disk_bytes=output + room["disk"],
         hidden_states_in=", ".join(place for place, size in room.items() if size),
         minutes=flops / (_flops_per_second(device) * _EFFICIENCY) / 60,
@@ -91,6 +95,15 @@ def _room(caches: list[int], device: torch.device, machine: Machine) -> dict[str
     for size in caches:
         room[store.place_for(size)] += size
     return room
+
+
+def _golden_memory(source: SourceModel) -> int:
+    """Bytes of what the reference path takes to say something of the finished checkpoint."""
+    values = dict.fromkeys([*source.block_names, ""], 0)
+    for name in source.names():
+        block = next((block for block in source.block_names if name.startswith(f"{block}.")), "")
+        values[block] += math.prod(source.spec_of(name).shape)
+    return golden_memory(values.pop(""), max(values.values()), source.config.vocab_size)
 
 
 def _head_memory(settings: QuantizeSettings, config: PreTrainedConfig, dtype: torch.dtype) -> int:
