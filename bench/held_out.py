@@ -24,10 +24,17 @@ __all__ = ["HeldOut", "add_held_out"]
 def add_held_out(parser: argparse.ArgumentParser) -> None:
     """The options that :meth:`HeldOut.of` reads."""
     parser.add_argument("model", type=Path)
-    parser.add_argument("--text", nargs="+", required=True, metavar="NAME=FILE", help="held-out texts")
+    parser.add_argument("--text", nargs="+", required=True, type=_named, metavar="NAME=FILE", help="held-out texts")
     parser.add_argument("--windows", type=int, help="of each text (default: all)")
     parser.add_argument("--seq-len", type=int, default=512, help="of evaluation windows (default: %(default)s)")
     parser.add_argument("--device", default="auto")
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, separator, file = text.partition("=")
+    if not (name and separator and file):
+        raise argparse.ArgumentTypeError(f"{text!r} has no name: write it like docs=docs.jsonl")
+    return name, file
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class HeldOut:
     def of(cls, arguments: argparse.Namespace) -> "HeldOut":
         """The texts and the model that a command names."""
         device, tokenizer = choose_device(arguments.device), load_tokenizer(arguments.model)
-        texts = dict(text.split("=", 1) for text in arguments.text)
+        texts = dict(arguments.text)
         windows = {
             name: token_windows(tokenizer, read_texts(path, tokenizer), arguments.windows, arguments.seq_len).to(device)
             for name, path in texts.items()

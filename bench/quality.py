@@ -13,8 +13,9 @@ float model that another tool has quantized (its weights written back as floats)
 
 import argparse
 import json
+import re
+import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ from lrq_offline.compute import Machine
 from lrq_offline.config import PRESETS, QuantizeSettings
 from lrq_offline.pipeline import quantize_model
 from lrq_vllm.checkpoint.report import REPORT_NAME
+from lrq_vllm.cli_errors import exit_code_of
+from lrq_vllm.errors import SettingsError
 
 CELLS = [f"{method}:{scheme}" for scheme in ("w8a8", "w4a8", "w4a16", "w3a16") for method in ("rtn", "lrq")]
 
 
-def main() -> None:
+def main() -> int:
     arguments = parsed()
+    # What is wrong with any cell is found before the first takes its hour.
+    cells = {cell: settings_of(arguments, cell) for cell in arguments.cells}
+    arguments.out.touch()
     held_out = HeldOut.of(arguments)
     console = Console(width=140, highlight=False)
 
@@ -51,14 +57,14 @@ def main() -> None:
         facts = facts_of(json.loads(made.read_text())) if made.is_file() else {"peer": True}
         measured({"method": method, "scheme": scheme, "group_size": size, **facts}, Path(folder))
     with tempfile.TemporaryDirectory() as scratch:
-        for cell in arguments.cells:
+        for cell, settings in cells.items():
             name, scheme, size = cell_of(cell)
-            method, _, loss = name.partition("+")
-            settings = replace(settings_of(arguments), method=method, scheme=scheme, group_size=size, loss=loss or None)
             output = Path(scratch, cell.replace(":", "-"))
             report = quantize_model(arguments.model, output, settings, machine=Machine(arguments.device))
             measured({"method": name, "scheme": scheme, "group_size": size, **facts_of(report)}, output)
-    show(rows, list(held_out.windows), console)
+    if rows:
+        show(rows, list(held_out.windows), console)
+    return 0
 
 
 def parsed() -> argparse.Namespace:
@@ -85,13 +91,20 @@ def facts_of(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def cell_of(text: str) -> tuple[str, str, int | None]:
-    method, scheme, *size = text.split(":")
-    return method, scheme, int(size[0]) if size else None
+    found = re.fullmatch(r"([^:]+):([^:]+)(?::(\d+))?", text)
+    if found is None:
+        raise SettingsError(f"{text!r} is no cell: write it like lrq:w4a16, or lrq:w4a16:128 for groups of 128 inputs.")
+    method, scheme, size = found.groups()
+    return method, scheme, None if size is None else int(size)
 
 
-def settings_of(arguments: argparse.Namespace) -> QuantizeSettings:
+def settings_of(arguments: argparse.Namespace, cell: str) -> QuantizeSettings:
+    name, scheme, size = cell_of(cell)
+    method, _, loss = name.partition("+")
     preset = PRESETS[arguments.preset].with_given(iters=arguments.iters, samples=arguments.samples)
-    return QuantizeSettings(scheme="w4a16", calibration=arguments.calibration, **vars(preset))
+    return QuantizeSettings(
+        scheme, method, group_size=size, loss=loss or None, calibration=arguments.calibration, **vars(preset)
+    )
 
 
 def show(rows: list[dict[str, Any]], texts: list[str], console: Console) -> None:
@@ -113,4 +126,4 @@ def show(rows: list[dict[str, Any]], texts: list[str], console: Console) -> None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code_of(main, "quality.py"))
