@@ -225,7 +225,7 @@ def test_outputs_that_ranks_cannot_share_and_a_sum_that_stays_vllms_are_refused(
         own_outputs(250, 4, "down_proj")
     monkeypatch.setenv("LRQ_TP_INVARIANT", "1")
     with plugin_world():
-        layer = _down(lrq_config(replace(manifest_for("w4a16", {}), skipped=(f"{MLP}.down_proj",))))
+        layer = _down(lrq_config(replace(manifest_for("w4a16", KINDS["qkv"].modules), skipped=(f"{MLP}.down_proj",))))
         layer.tp_size = RANKS
         with pytest.raises(SettingsError, match=r"down_proj is not quantized: vLLM adds up what 2 ranks make"):
             check_sum(layer, "down_proj")
