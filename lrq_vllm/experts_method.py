@@ -37,7 +37,8 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         self._experts = 0
         self._inner: ExpertLinear | None = None
         self._outer: ExpertLinear | None = None
-        self._invariant = invariant() and (moe.tp_size > 1 or moe.ep_size > 1)
+        self._by_outputs = invariant() and moe.tp_size > 1
+        self._invariant = self._by_outputs or (invariant() and moe.ep_size > 1)
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
@@ -50,13 +51,13 @@ class LrqExpertsMethod(FusedMoEMethodBase):
                 f"{self._name}: vLLM builds experts with activation {activation}, or that weigh their input; lrq serves "
                 "experts that multiply silu(gate) by up and weigh what comes out. Serve the float model instead."
             )
-        ranks, by_outputs = self.moe.tp_size, self._invariant and self.moe.tp_size > 1
+        ranks = self.moe.tp_size
         if self._invariant and self.moe.dp_size > 1:
             raise SettingsError(f"{self._name}: {VARIABLE}=1 is for one engine, not for data-parallel ones. Unset it.")
-        if by_outputs:
+        if self._by_outputs:
             own_outputs(hidden_size, ranks, self._name)
         shape = ExpertShape(
-            num_experts, hidden_size, intermediate_size_per_partition, self.moe.tp_rank, ranks, by_outputs=by_outputs
+            num_experts, hidden_size, intermediate_size_per_partition, self.moe.tp_rank, ranks, by_outputs=self._by_outputs
         )
         self._weights.create(layer, shape, layer._map_global_expert_id_to_local_expert_id)
         layer.lrq_dtype = params_dtype
@@ -89,7 +90,7 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         ids = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()].long()
         routing = Routing(ids.flatten(), self._experts)
         between = _silu_and_mul(self._inner(x, ids.shape[1], routing))
-        if self._invariant and self.moe.tp_size > 1:
+        if self._by_outputs:
             total = from_all_ranks(_weighed(self._outer(from_all_ranks(between), 1, routing), topk_weights))
         else:
             y = self._outer(between, 1, routing)

@@ -4,13 +4,13 @@ It finds a kernel that computes something else than the stored integers mean, an
 this rank's share of the weight, so it cannot find that vLLM gave the rank a wrong one: golden_replay.py does.
 """
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lrq_vllm.errors import CheckpointError, SettingsError
+from lrq_vllm.errors import CheckpointError
+from lrq_vllm.switches import is_on
 
 __all__ = ["VARIABLE", "check_layer", "wanted"]
 
@@ -21,10 +21,7 @@ _TOLERANCE = 1e-2  # of the output's norm; rounding to 16 bits makes a third of 
 
 def wanted() -> bool:
     """Whether it is asked for. Raises SettingsError for a value of the variable that is neither 0 nor 1."""
-    given = os.environ.get(VARIABLE) or "0"
-    if given not in ("0", "1"):
-        raise SettingsError(f"{VARIABLE} is {given!r}: give 1 to test layers while they load, or unset it.")
-    return given == "1"
+    return is_on(VARIABLE, "to test layers while they load")
 
 
 def check_layer(

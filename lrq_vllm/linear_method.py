@@ -78,14 +78,8 @@ class LrqLinearMethod(LinearMethodBase, ABC):
                 x = rotate(x, self._hadamard.block, self._hadamard.order).to(x.dtype)
             return reference.add_low_rank(product(x), x, pairs)
 
-        check_layer(
-            f"{self._name} on {layer.lrq_kernel}",
-            partial(self._outputs, layer),
-            wanted,
-            packed[0],
-            layer.lrq_in_features,
-            dtype,
-        )
+        name, served = f"{self._name} on {layer.lrq_kernel}", partial(self._outputs, layer)
+        check_layer(name, served, wanted, packed[0], layer.lrq_in_features, dtype)
         if layer.lrq_by_outputs:
             layer.reduce_results = False  # what apply returns is whole
 

@@ -7,13 +7,13 @@ in one rank, by the kernel that would take it on one rank. The weight is divided
 and two exchanges take the place of one.
 """
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrq_vllm.errors import SettingsError
+from lrq_vllm.switches import is_on
 
 __all__ = [
     "VARIABLE", "check_sum", "counted_once", "from_all_ranks", "invariant", "load_own_outputs", "own_outputs", "shares_inputs",
@@ -25,12 +25,7 @@ VARIABLE = "LRQ_TP_INVARIANT"
 
 def invariant() -> bool:
     """Whether it is asked for. Raises SettingsError for a value of the variable that is neither 0 nor 1."""
-    given = os.environ.get(VARIABLE) or "0"
-    if given not in ("0", "1"):
-        raise SettingsError(
-            f"{VARIABLE} is {given!r}: give 1 for results that do not depend on the number of ranks, or unset it."
-        )
-    return given == "1"
+    return is_on(VARIABLE, "for results that do not depend on the number of ranks")
 
 
 def check_sum(layer: Any, name: str) -> None:

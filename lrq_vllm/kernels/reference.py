@@ -35,14 +35,12 @@ __all__ = [
     "count_clipped",
     "dequantize_weight",
     "integer_linear",
-    "integer_sums",
     "integer_weight",
     "quantize_clipped",
     "quantize_input",
     "quantize_per_token",
     "quantize_rows",
     "quantize_static",
-    "scaled_sums",
     "static_grid",
     "weight_only_linear",
 ]
@@ -174,10 +172,13 @@ def integer_weight(qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int,
 
 def integer_linear(x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """y [T, N] in ``out_dtype`` from integer activations and an integer weight; bias [N] is added in float32."""
-    return scaled_sums(integer_sums(x, weight), x, weight, bias, out_dtype)
+    y = _integer_sums(x, weight).float() * x.step
+    if weight.groups == 1:
+        y = y * weight.step
+    return (y if bias is None else y + bias.float()).to(out_dtype)
 
 
-def integer_sums(x: QuantizedTokens, weight: IntegerWeight) -> Tensor:
+def _integer_sums(x: QuantizedTokens, weight: IntegerWeight) -> Tensor:
     """float64 [T, N]: the sum over k of (q_w - z_w) (q_x - z_x), exactly; with groups, each group's times its step_w."""
     q_weight = weight.q if weight.bits == 8 else unpack(weight.q, weight.bits, x.q.shape[1])
     if weight.groups > 1:
@@ -185,14 +186,6 @@ def integer_sums(x: QuantizedTokens, weight: IntegerWeight) -> Tensor:
     # float64 holds integers below 2^53 exactly.
     products = x.q.double() @ q_weight.double().T
     return products - x.zero_point.double() * weight.total.double() - weight.zero_point.double() * x.total.double()
-
-
-def scaled_sums(sums: Tensor, x: QuantizedTokens, weight: IntegerWeight, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """y [T, N] in ``out_dtype`` of :func:`integer_sums`: times the steps, plus bias [N], in float32."""
-    y = sums.float() * x.step
-    if weight.groups == 1:
-        y = y * weight.step
-    return (y if bias is None else y + bias.float()).to(out_dtype)
 
 
 def _sum_of_groups(x: QuantizedTokens, q_weight: Tensor, weight: IntegerWeight) -> Tensor:

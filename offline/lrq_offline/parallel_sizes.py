@@ -25,9 +25,8 @@ def tensor_parallel_sizes(
 
     quantized: module -> (out, in). vLLM gives each rank whole heads of queries, and whole ones of keys and values or one that
     several ranks share; the vocabulary, filled up to a multiple of 64, it divides evenly. A norm of all heads' keys gathers
-    them from the ranks, which must not share any. Layers that read heads
-    or inner values of an MLP or an expert are cut along their inputs, between packed words, groups, and the blocks that
-    ``hadamard`` rotates.
+    them from the ranks, which must not share any. Layers that read heads or inner values of an MLP or an expert are cut along
+    their inputs, between packed words, groups, and the blocks that ``hadamard`` rotates.
     """
     heads = config.num_attention_heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,11 +100,15 @@ def _room(caches: list[int], device: torch.device, machine: Machine) -> dict[str
 
 def _golden_memory(source: SourceModel) -> int:
     """Bytes of what the reference path takes to say something of the finished checkpoint."""
-    values = dict.fromkeys([*source.block_names, ""], 0)
+    blocks, outside = f"{source.family.blocks}.", 0
+    of_block: dict[str, int] = defaultdict(int)
     for name in source.names():
-        block = next((block for block in source.block_names if name.startswith(f"{block}.")), "")
-        values[block] += math.prod(source.spec_of(name).shape)
-    return golden_memory(values.pop(""), max(values.values()), source.config.vocab_size)
+        size = math.prod(source.spec_of(name).shape)
+        if name.startswith(blocks):
+            of_block[name.removeprefix(blocks).partition(".")[0]] += size
+        else:
+            outside += size
+    return golden_memory(outside, max(of_block.values()), source.config.vocab_size)
 
 
 def _head_memory(settings: QuantizeSettings, config: PreTrainedConfig, dtype: torch.dtype) -> int:
