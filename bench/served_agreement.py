@@ -10,6 +10,8 @@ rank has whole experts) or pp2 (pipeline parallel). With several layouts it also
 first:
 
     python bench/served_agreement.py small small-w4a8 --text eval.jsonl --modes compiled --layouts tp1 tp2 pp2 --out two.json
+
+With --one-gpu all ranks of a layout share the first GPU (ranks_on_one_gpu.py).
 """
 
 import argparse
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--layouts", nargs="+", type=Layout.named, default=[Layout("tp", 1)], metavar="{tp,ep,pp}N")
     parser.add_argument("--executor", choices=["mp", "ray"], default="mp", help="what starts several ranks")
+    parser.add_argument("--one-gpu", action="store_true", help="all ranks on the first GPU, with vLLM's own processes")
     parser.add_argument(
         "--noise", action="store_true", help="also how far the reference is from itself, summed up or rounded otherwise"
     )
@@ -78,8 +81,9 @@ def main() -> None:
         for folder in arguments.folders:
             try:
                 answer = serve(
-                    folder, windows(folder, arguments.text), arguments.modes[0], arguments.layouts[0], arguments.executor
-                )
+                    folder, windows(folder, arguments.text), arguments.modes[0], arguments.layouts[0],
+                    arguments.executor, one_gpu=arguments.one_gpu,
+                )  # fmt: skip
             except Exception as error:
                 traceback.print_exc()
                 answer = {"failed": traceback.format_exception_only(error)[-1].strip()[:300]}
@@ -96,14 +100,15 @@ def main() -> None:
     }
     for mode in arguments.modes:
         by_layout = [
-            serve_in_child(arguments.folders, arguments.text, mode, layout, arguments.executor) for layout in arguments.layouts
+            serve_in_child(arguments.folders, arguments.text, mode, layout, arguments.executor, one_gpu=arguments.one_gpu)
+            for layout in arguments.layouts
         ]
         for folder, *of_folder in zip(arguments.folders, *by_layout, strict=True):
             first = next((answer for answer in of_folder if "failed" not in answer), {})
             for layout, answer in zip(arguments.layouts, of_folder, strict=True):
                 row = {"checkpoint": folder.name, "mode": mode, "layout": str(layout)}
                 if layout.ranks > 1:
-                    row["executor"] = arguments.executor
+                    row |= {"executor": arguments.executor, "gpus": 1 if arguments.one_gpu else layout.ranks}
                 if "failed" in answer:
                     failed.append(row | answer)
                     continue
@@ -154,13 +159,15 @@ def compare(folder: Path, text: Path, answer: dict[str, Any]) -> dict[str, Any]:
     return asdict(agreement_with_reference(folder, windows(folder, text), served, tokens))
 
 
-def serve_in_child(folders: list[Path], text: Path, mode: str, layout: Layout, executor: str) -> list[dict[str, Any]]:
+def serve_in_child(
+    folders: list[Path], text: Path, mode: str, layout: Layout, executor: str, *, one_gpu: bool
+) -> list[dict[str, Any]]:
     environment = serving_environment(layout.ranks) | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_LOGGING_LEVEL": "WARNING",
     }  # fmt: skip
     command = [
         sys.executable, __file__, *map(str, folders), "--text", str(text), "--modes", mode, "--layouts", str(layout),
-        "--executor", executor, "--child",
+        "--executor", executor, *(["--one-gpu"] if one_gpu else []), "--child",
     ]  # fmt: skip
     ended = subprocess.run(command, env=environment, text=True, capture_output=True)
     lines = [line.removeprefix("RESULT ") for line in ended.stdout.splitlines() if line.startswith("RESULT ")]
@@ -170,7 +177,7 @@ def serve_in_child(folders: list[Path], text: Path, mode: str, layout: Layout, e
     return answers + [{"failed": f"vLLM's process ended with exit code {ended.returncode}"}] * (len(folders) - len(answers))
 
 
-def serve(folder: Path, prompts: torch.Tensor, mode: str, layout: Layout, executor: str) -> dict[str, Any]:
+def serve(folder: Path, prompts: torch.Tensor, mode: str, layout: Layout, executor: str, *, one_gpu: bool) -> dict[str, Any]:
     """Serve in this process: the prompts' log-probabilities, the tokens that follow, and the kernels that computed them.
 
     The comparison is the parent's: a family that vLLM runs as transformers' code is changed there for the whole process.
@@ -182,6 +189,7 @@ def serve(folder: Path, prompts: torch.Tensor, mode: str, layout: Layout, execut
     llm = LLM(
         str(folder), dtype="bfloat16", enforce_eager=mode == "eager", max_model_len=512, enable_prefix_caching=False,
         **layout.engine_arguments(), distributed_executor_backend=executor if layout.ranks > 1 else None,
+        **({"worker_cls": "ranks_on_one_gpu.Worker"} if one_gpu and layout.ranks > 1 else {}),
         gpu_memory_utilization=0.1, kv_cache_memory_bytes=2**28,  # so that several can share a GPU
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, prompt_logprobs=1, ignore_eos=True)

@@ -72,14 +72,17 @@ class GroupedBackend:
         """Keeps the checkpoint's words."""
         from lrq_vllm.kernels import activation_quant, grouped_gemm
 
+        def launch(routing: Routing) -> grouped_gemm.Launch | None:
+            return grouped_gemm.SAME_FOR_ALL if routing.of_all_ranks else None
+
         if not integers:
             return lambda x, slots_per_row, routing: grouped_gemm.grouped_weight_only_linear(
-                x, slots_per_row, stack.q, stack.step, stack.zero_point, stack.bits, routing.routes
+                x, slots_per_row, stack.q, stack.step, stack.zero_point, stack.bits, routing.routes, launch=launch(routing)
             )
         return _in_integers(
             stack, activation_quant,
             lambda tokens, slots_per_row, routing, weight, dtype: grouped_gemm.grouped_integer_linear(
-                tokens, slots_per_row, weight, routing.routes, dtype
+                tokens, slots_per_row, weight, routing.routes, dtype, launch=launch(routing)
             ),
         )  # fmt: skip
 

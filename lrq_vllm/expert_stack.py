@@ -26,15 +26,19 @@ class ExpertStack(NamedTuple):
 
 
 class Routing:
-    """Of S slots, a slot being one choice of one token. expert_of: int64 [S], negative where no expert of this rank has it."""
+    """Of S slots, a slot being one choice of one token. expert_of: int64 [S], negative where no expert of this rank has it.
 
-    def __init__(self, expert_of: Tensor, experts: int) -> None:
+    of_all_ranks: how many experts all ranks have, where nothing may depend on how they share them (tp_invariance.py), else 0.
+    """
+
+    def __init__(self, expert_of: Tensor, experts: int, of_all_ranks: int = 0) -> None:
         self.expert_of = expert_of
         self.experts = experts
+        self.of_all_ranks = of_all_ranks
 
     @cached_property
     def routes(self) -> Routes:
         """For the grouped kernels, in blocks of as many slots as an expert gets on average, within what they take."""
-        average = len(self.expert_of) / self.experts
+        average = len(self.expert_of) / (self.of_all_ranks or self.experts)
         block = 16 if average <= 16 else 32 if average <= 32 else 64
         return expert_routes(self.expert_of, self.experts, block)

@@ -39,6 +39,7 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         self._outer: ExpertLinear | None = None
         self._by_outputs = invariant() and moe.tp_size > 1
         self._invariant = self._by_outputs or (invariant() and moe.ep_size > 1)
+        self._of_all_ranks = moe.num_experts if invariant() else 0
 
     def create_weights(
         self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int,
@@ -88,7 +89,7 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         """x [tokens, hidden] to [tokens, hidden], in x's dtype; this rank's part of the sum, which vLLM takes."""
         assert self._inner is not None and self._outer is not None
         ids = topk_ids.long() if layer.expert_map is None else layer.expert_map[topk_ids.long()].long()
-        routing = Routing(ids.flatten(), self._experts)
+        routing = Routing(ids.flatten(), self._experts, self._of_all_ranks)
         between = _silu_and_mul(self._inner(x, ids.shape[1], routing))
         if self._by_outputs:
             total = from_all_ranks(_weighed(self._outer(from_all_ranks(between), 1, routing), topk_weights))

@@ -25,11 +25,15 @@ class Fusion(Enum):
     INTEGERS_AND_TOTALS = "integers and the sum of each row of them"
 
 
-def fusion_of(module: str, kind: InputKind, *, rotated: bool) -> Fusion:
+def fusion_of(module: str, kind: InputKind, *, rotated: bool, exchanged: bool) -> Fusion:
     """module: the first one that is fused into the layer, by its name in the families that the project quantizes. A layer of
-    another name is taken for one behind a norm, which costs time at most: every way computes the same.
+    another name is taken for one behind a norm, which costs time at most. exchanged: whether several ranks would exchange what
+    attention and the activation function put out (tp_invariance.py). What is fused is not rounded to 16 bits before it is
+    quantized, so then one rank may not fuse it either.
     """
     name = module.rpartition(".")[2]
     if kind is not InputKind.STATIC or rotated or name == _AFTER_ATTENTION:
         return Fusion.NOTHING
-    return Fusion.INTEGERS if name == _AFTER_ACTIVATION else Fusion.INTEGERS_AND_TOTALS
+    if name == _AFTER_ACTIVATION:
+        return Fusion.NOTHING if exchanged else Fusion.INTEGERS
+    return Fusion.INTEGERS_AND_TOTALS

@@ -19,6 +19,7 @@ from lrq_vllm.kernels.reference import (
 )
 from lrq_vllm.linear_method import LrqLinearMethod, Product
 from lrq_vllm.saturation import count_clipped, start_counting
+from lrq_vllm.tp_invariance import invariant
 
 __all__ = ["LrqW4A4LinearMethod", "LrqW4A8LinearMethod", "LrqW8A8LinearMethod"]
 
@@ -35,7 +36,7 @@ class _IntegerLinearMethod(LrqLinearMethod):
         grid = self._grid(layer)
         # Column sums are taken here, from this rank's share of the inputs.
         weight = integer_weight(*packed, self._bits, layer.lrq_in_features)
-        fusion = fusion_of(self._module, grid.kind, rotated=self._hadamard is not None)
+        fusion = fusion_of(self._module, grid.kind, rotated=self._hadamard is not None, exchanged=invariant())
         given = LayerInput(layer.lrq_in_features, layer.lrq_dtype, grid.kind, fusion)
         self._backend = choose_integer_backend(weight, given)
         self._backend.prepare(layer, weight, given)

@@ -38,6 +38,7 @@ class LrqLinearMethod(LinearMethodBase, ABC):
         self._module = modules[0]
         self._name = f"{manifest.scheme} {self._module}"
         self._weights = LayerWeights(manifest, modules)
+        self._outputs_of_all_ranks = sum(manifest.quantized[module][0] for module in modules)
         hadamard = manifest.online_hadamard
         self._hadamard = hadamard if hadamard is not None and self._module in hadamard.modules else None
         self._low_rank: LowRank | None = None
@@ -54,6 +55,7 @@ class LrqLinearMethod(LinearMethodBase, ABC):
             inputs, outputs = input_size, [own_outputs(output_size, layer.tp_size, self._name)]
             load = load_own_outputs
         layer.lrq_in_features, layer.lrq_dtype = inputs, params_dtype
+        layer.lrq_whole_outputs = self._outputs_of_all_ranks if invariant() else 0
         self._weights.create(layer, inputs, outputs, input_size, load)
 
     def process_weights_after_loading(self, layer: Any) -> None:

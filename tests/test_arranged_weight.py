@@ -25,7 +25,7 @@ SHAPES = [(16, 64), (40, 208), (96, 128), (1040, 80)]
 
 def unpacked(weight: ArrangedWeight) -> Tensor:
     """Integers [N, K]: weight_chunk.cuh again, operand by operand."""
-    bits, integer, rows, columns, _ = weight.shape
+    bits, integer, rows, columns, *_ = weight.shape
     stripes, chunks, _ = weight.q.shape
     out = torch.zeros(stripes, STRIPE, chunks, CHUNK, dtype=torch.long)
     words = weight.q.view(torch.int32).long() & 0xFFFFFFFF
@@ -170,6 +170,28 @@ def test_a_layer_that_was_not_measured_takes_the_choices_of_the_most_similar_one
             assert hopper_table.choices(WeightShape(4, True, *near), gpu) == expected
 
 
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "another"])
+@pytest.mark.parametrize(
+    ("bits", "integer", "grouped"), [*((*kind, False) for kind in KINDS), *((*kind, True) for kind in GROUPED_KINDS)]
+)
+def test_ranks_divide_sums_as_one_rank_does_where_their_number_may_not_matter(
+    bits: int, integer: bool, grouped: bool, gpu: str
+) -> None:
+    for rows, columns in ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)):
+        whole = WeightShape(bits, integer, rows, columns, grouped, whole_outputs=rows)
+        tiles = hopper_table.choices(whole, gpu)
+        assert not any(tile.even for _, tile in tiles if tile is not STREAM)  # its spans depend on the number of outputs
+        for _, tile in tiles:
+            if tile is not STREAM:
+                assert tile_linear.plan(bits, *tile, integer=integer, grouped=grouped).stages >= 2
+        for ranks in (2, 4, 8):
+            share = whole._replace(out_features=rows // ranks)
+            assert hopper_table.choices(share, gpu) == tiles
+            for tokens in range(1, stream_linear.MOST_TOKENS + 1):
+                x = stream_linear.read_as(tokens, share, InputKind.PER_TOKEN)
+                assert stream_linear.plan(tokens, share, x, 132) == stream_linear.plan(tokens, whole, x, 132)
+
+
 # --- a layer of a served model ---
 
 
@@ -198,21 +220,23 @@ def test_a_layer_compiles_whole_and_for_any_number_of_tokens(bits: int, integer:
 
 
 @pytest.mark.parametrize(
-    ("module", "kind", "rotated", "wanted"),
+    ("module", "kind", "rotated", "exchanged", "wanted"),
     [
-        ("model.layers.0.self_attn.q_proj", InputKind.STATIC, False, Fusion.INTEGERS_AND_TOTALS),
-        ("model.layers.0.mlp.gate_proj", InputKind.STATIC, False, Fusion.INTEGERS_AND_TOTALS),
-        ("model.layers.0.mlp.down_proj", InputKind.STATIC, False, Fusion.INTEGERS),
-        ("model.layers.0.mlp.down_proj", InputKind.STATIC, True, Fusion.NOTHING),
-        ("model.layers.0.self_attn.o_proj", InputKind.STATIC, False, Fusion.NOTHING),
-        ("model.layers.0.self_attn.q_proj", InputKind.PER_TOKEN, False, Fusion.NOTHING),
-        ("model.layers.0.mlp.down_proj", InputKind.CLIPPED, False, Fusion.NOTHING),
+        ("model.layers.0.self_attn.q_proj", InputKind.STATIC, False, False, Fusion.INTEGERS_AND_TOTALS),
+        ("model.layers.0.mlp.gate_proj", InputKind.STATIC, False, False, Fusion.INTEGERS_AND_TOTALS),
+        ("model.layers.0.mlp.down_proj", InputKind.STATIC, False, False, Fusion.INTEGERS),
+        ("model.layers.0.mlp.down_proj", InputKind.STATIC, True, False, Fusion.NOTHING),
+        ("model.layers.0.mlp.down_proj", InputKind.STATIC, False, True, Fusion.NOTHING),
+        ("model.layers.0.mlp.gate_proj", InputKind.STATIC, False, True, Fusion.INTEGERS_AND_TOTALS),
+        ("model.layers.0.self_attn.o_proj", InputKind.STATIC, False, False, Fusion.NOTHING),
+        ("model.layers.0.self_attn.q_proj", InputKind.PER_TOKEN, False, False, Fusion.NOTHING),
+        ("model.layers.0.mlp.down_proj", InputKind.CLIPPED, False, False, Fusion.NOTHING),
     ],
 )
 def test_only_what_a_compiled_graph_makes_faster_is_quantized_there(
-    module: str, kind: InputKind, rotated: bool, wanted: Fusion
+    module: str, kind: InputKind, rotated: bool, exchanged: bool, wanted: Fusion
 ) -> None:
-    assert fusion_of(module, kind, rotated=rotated) is wanted
+    assert fusion_of(module, kind, rotated=rotated, exchanged=exchanged) is wanted
 
 
 @pytest.mark.parametrize("fusion", Fusion)

@@ -191,7 +191,9 @@ def test_several_engines_whose_number_is_to_change_nothing_are_refused_before_an
     from lrq_vllm.experts_method import LrqExpertsMethod
 
     monkeypatch.setenv("LRQ_TP_INVARIANT", "1")
-    method = LrqExpertsMethod(checkpoint("w4a8", None)[0], PREFIX, SimpleNamespace(dp_size=2, tp_rank=0, tp_size=1, ep_size=2))
+    method = LrqExpertsMethod(
+        checkpoint("w4a8", None)[0], PREFIX, SimpleNamespace(num_experts=EXPERTS, dp_size=2, tp_rank=0, tp_size=1, ep_size=2)
+    )
     layer = SimpleNamespace(activation="silu", apply_router_weight_on_input=False)
     with pytest.raises(SettingsError, match="is for one engine, not for data-parallel ones"):
         method.create_weights(layer, EXPERTS, HIDDEN, INNER, torch.bfloat16)

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrq_vllm.checkpoint.packing import pack, unpack
+from lrq_vllm.expert_stack import Routing
 from lrq_vllm.kernels import reference
 from lrq_vllm.kernels.expert_routes import Routes, expert_routes, routes_in_torch
 from lrq_vllm.kernels.expert_routes_kernel import routes_in_one_launch
-from lrq_vllm.kernels.grouped_gemm import Launch, grouped_integer_linear, grouped_weight_only_linear
+from lrq_vllm.kernels.grouped_gemm import SAME_FOR_ALL, Launch, grouped_integer_linear, grouped_weight_only_linear
 from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
 from lrq_vllm.kernels.reference_experts import experts_integer_linear, experts_weight_only_linear
 from tests.kernel_inputs import (
@@ -290,6 +291,42 @@ def test_the_division_of_work_hardly_changes_weight_only_products(device: torch.
     actual = grouped_weight_only_linear(x.to(device), 1, *on_device, 3, routes, launch=launch).cpu()
     expected = experts_weight_only_linear(x, 1, expert_of, *weight, 3)
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+# --- shares of ranks ---
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("integer", [False, True])
+def test_a_rank_gives_the_bits_of_all_ranks_where_their_number_may_not_matter(
+    device: torch.device, integer: bool, block: int
+) -> None:
+    q, step, zero_point = stacked_groups(4, 128, 256, 4)
+    x, expert_of = torch.randn(12, 256).half(), routing("spread")
+
+    def product(outputs: slice, experts: slice) -> Tensor:
+        of_rank = [tensor[experts, outputs].contiguous() for tensor in (q, step, zero_point)]
+        mine = expert_of - experts.start
+        routes = expert_routes(mine.where(mine < len(of_rank[0]), -1).to(device), len(of_rank[0]), block)
+        if not integer:
+            on_device = [tensor.to(device) for tensor in of_rank]
+            return grouped_weight_only_linear(x.to(device), 1, *on_device, 4, routes, launch=SAME_FOR_ALL).cpu()
+        weights = [reference.integer_weight(*one, 4, 256) for one in zip(*of_rank, strict=True)]
+        stacked = IntegerWeight(*(torch.stack(tensors) for tensors in list(zip(*weights, strict=True))[:4]), 4)
+        tokens = tokens_on(device, reference.quantize_per_token(x))
+        return grouped_integer_linear(tokens, 1, weight_on(device, stacked), routes, x.dtype, launch=SAME_FOR_ALL).cpu()
+
+    every, all_outputs = slice(0, EXPERTS), slice(0, 128)
+    whole = product(all_outputs, every)
+    assert torch.equal(torch.cat([product(slice(0, 64), every), product(slice(64, 128), every)], dim=1), whole)
+    assert torch.equal(product(all_outputs, slice(0, 1)) + product(all_outputs, slice(1, EXPERTS)), whole)
+
+
+def test_a_rank_with_some_of_the_experts_has_blocks_as_large_as_one_that_has_all() -> None:
+    expert_of = torch.arange(80) % 4
+    mine = expert_of.where(expert_of < 2, -1)
+    assert Routing(expert_of, 4, of_all_ranks=4).routes.block == Routing(mine, 2, of_all_ranks=4).routes.block == 32
+    assert Routing(mine, 2).routes.block == 64
 
 
 # --- the twins ---

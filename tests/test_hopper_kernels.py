@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from lrq_vllm.kernels import arranged_linear, reference, stream_linear, tile_linear
+from lrq_vllm.kernels.arranged_weight import ArrangedWeight, no_flags
 from lrq_vllm.kernels.hopper_table import Tile
 from lrq_vllm.kernels.quantize_tokens import IntegerTokens, quantize_tokens, row_totals
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
-from tests.arranged_weights import KINDS, Weight, assert_product, assert_sums_of_groups, grids
+from tests.arranged_weights import GROUPED_KINDS, KINDS, Weight, assert_product, assert_sums_of_groups, grids
 
 
 def integers_of(x: Tensor, grid: InputGrid) -> IntegerTokens:
@@ -94,6 +95,32 @@ def test_the_streaming_kernel_takes_strided_rows_and_no_rows() -> None:
     found = stream_linear.stream_linear(wide[:, 3:515], weight.arranged, None)
     assert torch.equal(found, weight.product(wide[:, 3:515], None))
     assert stream_linear.stream_linear(wide[:0, :512], weight.arranged, None).shape == (0, 96)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), [(6144, 4096), (4096, 14336)])
+@pytest.mark.parametrize("group", [None, 128])
+@pytest.mark.parametrize(("bits", "integer"), KINDS)
+def test_a_rank_gives_the_bits_of_the_whole_layer_where_their_number_may_not_matter(
+    bits: int, integer: bool, group: int | None, rows: int, columns: int
+) -> None:
+    if group is not None and (bits, integer) not in GROUPED_KINDS:
+        return
+    device = torch.device("cuda")
+    weight = Weight(bits, integer, rows, columns, device, group)
+    whole = weight.arranged._replace(shape=weight.arranged.shape._replace(whole_outputs=rows))
+    for tokens in (1, 3, 8, 16, 32, 64, 256, 512, 1024):
+        x = torch.randn(tokens, columns).to(device, torch.bfloat16)
+        y = arranged_linear.arranged_linear(x, whole, None)
+        for ranks in (2, 4, 8):
+            found = [arranged_linear.arranged_linear(x, share_of(whole, rank, ranks), None) for rank in range(ranks)]
+            assert torch.equal(torch.cat(found, dim=1), y), (tokens, ranks)
+
+
+def share_of(weight: ArrangedWeight, rank: int, ranks: int) -> ArrangedWeight:
+    """One rank's outputs."""
+    shape = weight.shape._replace(out_features=weight.shape.out_features // ranks)
+    return ArrangedWeight(weight.q.chunk(ranks)[rank], weight.facts.chunk(ranks)[rank], no_flags(weight.q.device), shape)
 
 
 def with_kinds(*tiles: Tile) -> list[Any]:

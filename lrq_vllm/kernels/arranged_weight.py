@@ -45,6 +45,15 @@ class WeightShape(NamedTuple):
     out_features: int
     in_features: int
     grouped: bool = False  # whether there are steps for groups of inputs, which are whole chunks
+    # Outputs of the layer that ranks share, where nothing may depend on how many they are (tp_invariance.py), else 0: sums are
+    # then divided as for all of them.
+    whole_outputs: int = 0
+
+    @classmethod
+    def of(cls, fields: list[int]) -> "WeightShape":
+        """From its fields as torch's ops take them, which know whole numbers alone."""
+        bits, integer, outputs, inputs, grouped, whole_outputs = fields
+        return cls(bits, bool(integer), outputs, inputs, bool(grouped), whole_outputs)
 
     @property
     def scheme(self) -> str:

@@ -19,7 +19,7 @@ from lrq_vllm.kernels.reference import IntegerWeight, QuantizedTokens
 from lrq_vllm.kernels.triton_tiles import block_of_inputs
 from lrq_vllm.kernels.weight_only_gemm import weight_only_tile
 
-__all__ = ["Launch", "grouped_integer_linear", "grouped_weight_only_linear"]
+__all__ = ["SAME_FOR_ALL", "Launch", "grouped_integer_linear", "grouped_weight_only_linear"]
 
 _ENOUGH_TILES = 264  # two for each multiprocessor of an H100
 
@@ -31,6 +31,10 @@ class Launch(NamedTuple):
     inputs: int  # of a step of its loop
     warps: int
     stages: int  # steps whose operands are on their way
+
+
+SAME_FOR_ALL = Launch(64, inputs=128, warps=4, stages=4)
+"""Adds up an output's products in the same order however many outputs and experts there are."""
 
 
 def grouped_weight_only_linear(

@@ -25,6 +25,12 @@ class Tile(NamedTuple):
     team: int = 2
     even: int = 0
 
+    def divided_alike(self) -> "Tile":
+        """The same, or if it deals out work evenly, so that how a sum is divided depends on the number of outputs, the nearest
+        tile with a fixed division.
+        """
+        return self._replace(split=self.even, share=1, even=0) if self.even else self
+
 
 STREAM = None
 """In place of a tile: stream_linear."""
@@ -40,12 +46,18 @@ def choices(weight: WeightShape, gpu: str) -> list[tuple[int | None, Tile | None
     """Up to how many tokens (None: any number) which kernel is the fastest; the numbers rise."""
     measured = [layer for layer in _table() if layer["scheme"] == weight.scheme]
     on_such = [layer for layer in measured if layer["gpu"] == gpu] or measured
-    nearest = min(on_such, key=lambda layer: _distance(weight, layer["out_features"], layer["in_features"]))
-    return [(most, STREAM if tile == "stream" else Tile(*tile)) for most, tile in nearest["choices"]]
+    outputs = weight.whole_outputs or weight.out_features
+    nearest = min(
+        on_such, key=lambda layer: _distance(outputs, layer["out_features"], weight.in_features, layer["in_features"])
+    )
+    tiles = [(most, STREAM if tile == "stream" else Tile(*tile)) for most, tile in nearest["choices"]]
+    if not weight.whole_outputs:
+        return tiles
+    return [(most, tile if tile is STREAM else tile.divided_alike()) for most, tile in tiles]
 
 
-def _distance(weight: WeightShape, out_features: int, in_features: int) -> float:
-    return abs(math.log(weight.out_features / out_features)) + abs(math.log(weight.in_features / in_features))
+def _distance(outputs: int, measured_outputs: int, inputs: int, measured_inputs: int) -> float:
+    return abs(math.log(outputs / measured_outputs)) + abs(math.log(inputs / measured_inputs))
 
 
 @cache

@@ -97,45 +97,44 @@ def _(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, b
 
 @torch.library.custom_op("lrq::arranged_linear", mutates_args=())
 def arranged_linear(
-    x: Tensor, q: Tensor, facts: Tensor, flags: Tensor, bits: int, integer: bool, out_features: int,
+    x: Tensor, q: Tensor, facts: Tensor, flags: Tensor, shape: list[int],
     bias: Tensor | None, x_kind: int, x_calibrated: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    """kernels/arranged_linear.py; x_kind and x_calibrated are a reference.InputGrid."""
+    """kernels/arranged_linear.py; shape: a WeightShape's fields; x_kind and x_calibrated are a reference.InputGrid."""
     from lrq_vllm.kernels import arranged_linear as kernel
 
-    shape = WeightShape(bits, integer, out_features, x.shape[1])
-    weight = ArrangedWeight(q, facts, flags, shape._replace(grouped=q.shape[2] != shape.chunk_bytes))
+    weight = ArrangedWeight(q, facts, flags, WeightShape.of(shape))
     return kernel.arranged_linear(x, weight, bias, InputGrid(InputKind(x_kind), tuple(x_calibrated)))
 
 
 @arranged_linear.register_fake
 def _(
-    x: Tensor, q: Tensor, facts: Tensor, flags: Tensor, bits: int, integer: bool, out_features: int,
+    x: Tensor, q: Tensor, facts: Tensor, flags: Tensor, shape: list[int],
     bias: Tensor | None, x_kind: int, x_calibrated: list[Tensor],
 ) -> Tensor:  # fmt: skip
-    return torch.empty((x.shape[0], out_features), dtype=x.dtype, device=x.device)
+    return torch.empty((x.shape[0], WeightShape.of(shape).out_features), dtype=x.dtype, device=x.device)
 
 
 @torch.library.custom_op("lrq::arranged_product", mutates_args=())
 def arranged_product(
     x_q: Tensor, x_step: Tensor, x_zero_point: Tensor, x_total: Tensor | None,
-    q: Tensor, facts: Tensor, flags: Tensor, bits: int, out_features: int, bias: Tensor | None, dtype: torch.dtype,
+    q: Tensor, facts: Tensor, flags: Tensor, shape: list[int], bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """kernels/arranged_linear.py; what begins with x is a quantize_tokens.IntegerTokens of kind STATIC."""
+    """kernels/arranged_linear.py; what begins with x is a quantize_tokens.IntegerTokens of kind STATIC; shape as above."""
     from lrq_vllm.kernels import arranged_linear as kernel
     from lrq_vllm.kernels.quantize_tokens import IntegerTokens
 
     tokens = IntegerTokens(x_q, InputKind.STATIC, x_step, x_zero_point, x_total, dtype)
-    weight = ArrangedWeight(q, facts, flags, WeightShape(bits, True, out_features, x_q.shape[1]))
+    weight = ArrangedWeight(q, facts, flags, WeightShape.of(shape))
     return kernel.arranged_product(tokens, weight, bias)
 
 
 @arranged_product.register_fake
 def _(
     x_q: Tensor, x_step: Tensor, x_zero_point: Tensor, x_total: Tensor | None,
-    q: Tensor, facts: Tensor, flags: Tensor, bits: int, out_features: int, bias: Tensor | None, dtype: torch.dtype,
+    q: Tensor, facts: Tensor, flags: Tensor, shape: list[int], bias: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    return torch.empty((x_q.shape[0], out_features), dtype=dtype, device=x_q.device)
+    return torch.empty((x_q.shape[0], WeightShape.of(shape).out_features), dtype=dtype, device=x_q.device)
 
 
 @torch.library.custom_op("lrq::add_low_rank_", mutates_args=("y",))

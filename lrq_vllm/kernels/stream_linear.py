@@ -91,7 +91,7 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
 
     processors: multiprocessors of the GPU.
     """
-    bits, integer, out_features, in_features, grouped = weight
+    bits, integer, out_features, in_features, grouped, whole_outputs = weight
     tiles = next((tiles for tiles in (1, 2, 4) if tokens <= 8 * tiles), None)
     quantizes = x not in (Input.AS_IT_IS, Input.QUANTIZED)
     if tiles is None or (quantizes and tokens > _QUANTIZES_UP_TO):
@@ -104,7 +104,7 @@ def plan(tokens: int, weight: WeightShape, x: Input, processors: int, *, float16
     chunks = -(-total // (cluster * _MOST_WARPS))
     piece = min(chunks, 2 if bits == 8 else 4)
     chunks = -(-chunks // piece) * piece
-    warps, stripes = -(-total // (cluster * chunks)), -(-out_features // STRIPE)
+    warps, stripes = -(-total // (cluster * chunks)), -(-(whole_outputs or out_features) // STRIPE)
     # Clusters of 4 and 8 do not fill every part of the chip; _compiled counts those that run.
     clusters = processors // cluster if cluster <= 2 else processors * 3 // 4 // cluster
     turns = 1 << (-(-stripes // clusters) - 1).bit_length()
