@@ -75,6 +75,20 @@ def test_activations_become_the_integers_of_the_reference(rows: int, columns: in
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("columns", [4096, 1040])
+def test_many_activations_become_the_integers_of_the_reference(columns: int, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    x = hard_tokens(2**23 // columns + 9, columns).to(device, dtype)
+    for grid in grids(device, integer=True):
+        wanted, found = reference.quantize_input(x, grid), quantize_tokens(x, grid)
+        assert torch.equal(found.q, wanted.q) and torch.equal(found.step, wanted.step.flatten())
+        for name in ("zero_point", "total"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name).flatten())
+        assert torch.equal(row_totals(wanted.q), wanted.total.flatten())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), GPU_SHAPES)
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_that_a_graph_has_made_give_the_same_product(bits: int, rows: int, columns: int, dtype: torch.dtype) -> None:
@@ -99,20 +113,19 @@ def test_the_streaming_kernel_takes_strided_rows_and_no_rows() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "columns"), [(6144, 4096), (4096, 14336)])
-@pytest.mark.parametrize("group", [None, 128])
-@pytest.mark.parametrize(("bits", "integer"), KINDS)
+@pytest.mark.parametrize(
+    ("bits", "integer", "group"), [*((*kind, None) for kind in KINDS), *((*kind, 128) for kind in GROUPED_KINDS)]
+)
 def test_a_rank_gives_the_bits_of_the_whole_layer_where_their_number_may_not_matter(
     bits: int, integer: bool, group: int | None, rows: int, columns: int
 ) -> None:
-    if group is not None and (bits, integer) not in GROUPED_KINDS:
-        return
     device = torch.device("cuda")
     weight = Weight(bits, integer, rows, columns, device, group)
     whole = weight.arranged._replace(shape=weight.arranged.shape._replace(whole_outputs=rows))
-    for tokens in (1, 3, 8, 16, 32, 64, 256, 512, 1024):
+    for tokens in (3, 16, 64, 512):
         x = torch.randn(tokens, columns).to(device, torch.bfloat16)
         y = arranged_linear.arranged_linear(x, whole, None)
-        for ranks in (2, 4, 8):
+        for ranks in (2, 8):
             found = [arranged_linear.arranged_linear(x, share_of(whole, rank, ranks), None) for rank in range(ranks)]
             assert torch.equal(torch.cat(found, dim=1), y), (tokens, ranks)
 

@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from lrq_server.vllm_process import VllmServer
+from lrq_server.vllm_process import VllmServer, reserve_port
 from tests.checkpoints import Checkpoints
 from tests.images import ROOT, Image, Images
 
@@ -40,12 +39,6 @@ def models(images: Images, checkpoints: Checkpoints) -> dict[str, Path]:
         name: shutil.copytree(checkpoints(scheme, "lrq"), images.folder / "models" / name)
         for name, scheme in (("old", "w8a8"), ("new", "w4a16"))
     }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager
@@ -83,7 +76,7 @@ def router(ports: list[int], port: int, log: Path) -> "subprocess.Popen[bytes]":
     program = Path(sys.executable).with_name("vllm-router")
     with log.open("wb") as output:
         return subprocess.Popen(
-            [str(program), *given, "--prometheus-port", str(free_port())],
+            [str(program), *given, "--prometheus-port", str(reserve_port())],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
@@ -125,7 +118,7 @@ class Clients:
 
 def test_a_server_is_replaced_under_load_and_no_request_fails(images: Images, models: dict[str, Path]) -> None:
     image, folder = images.made("lrq-cpu"), images.folder
-    ports, at = [free_port(), free_port()], free_port()
+    ports, at = [reserve_port(), reserve_port()], reserve_port()
     urls, routed = [f"http://127.0.0.1:{port}" for port in ports], f"http://127.0.0.1:{at}"
 
     async def story() -> Clients:

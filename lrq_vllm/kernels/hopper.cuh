@@ -140,6 +140,19 @@ __device__ __forceinline__ u32 half_pair(float low, float high) {
     return pair;
 }
 
+// The smaller and the larger one of two pairs, half by half; a NaN is neither.
+__device__ __forceinline__ u32 smaller_halves(u32 a, u32 b) {
+    u32 pair;
+    asm("min." FORMAT "x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+
+__device__ __forceinline__ u32 larger_halves(u32 a, u32 b) {
+    u32 pair;
+    asm("max." FORMAT "x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    return pair;
+}
+
 __device__ __forceinline__ Words load_words(const void* from, bool inside) {
     const Words none = {{0, 0, 0, 0}};
     return inside ? *(const Words*)from : none;

@@ -2,8 +2,8 @@
 //
 // Twin: reference.quantize_input. A block takes a token.
 //
-// Constants: KIND (reference.InputKind, or QUANTIZED), FLOAT16, THREADS, ITEMS (units of 16 inputs, of a thread). hopper.cuh comes
-// before.
+// Constants: KIND (reference.InputKind, or QUANTIZED), FLOAT16, THREADS, ITEMS (units of 16 inputs, of a thread), IN_PAIRS (whether
+// a token's range is found two values at a time). hopper.cuh comes before.
 
 #define WARPS (THREADS / 32)
 
@@ -45,6 +45,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(
     const Grid grid = {*x_step, __frcp_rn(*x_step), *x_zero - 128, 0};
 #else
     float low = 0.0f, high = 0.0f;
+#if IN_PAIRS
+    u32 smallest = 0, largest = 0;  // 0 is among the values
+#pragma unroll
+    for (int item = 0; item < ITEMS; item++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            smallest = smaller_halves(smallest, words[item][i / 4].at[i % 4]);
+            largest = larger_halves(largest, words[item][i / 4].at[i % 4]);
+        }
+    low = fminf(low_half(smallest), high_half(smallest));
+    high = fmaxf(low_half(largest), high_half(largest));
+#else
 #pragma unroll
     for (int item = 0; item < ITEMS; item++)
 #pragma unroll
@@ -54,6 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) quantize_tokens(
             low = fminf(low, fminf(a, b));
             high = fmaxf(high, fmaxf(a, b));
         }
+#endif
     __shared__ float lows[WARPS], highs[WARPS];
     low = combined(low, lows, [](float a, float b) { return fminf(a, b); });
     high = combined(high, highs, [](float a, float b) { return fmaxf(a, b); });

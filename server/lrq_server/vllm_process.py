@@ -15,7 +15,7 @@ import httpx
 from lrq_vllm.errors import LrqError, SettingsError
 from lrq_vllm.vllm_environment import serving_environment, vllm_executable
 
-__all__ = ["NO_VLLM", "VllmServer", "log_end", "start_server", "start_vllm", "vllm_command"]
+__all__ = ["NO_VLLM", "VllmServer", "log_end", "reserve_port", "start_server", "start_vllm", "vllm_command"]
 
 NO_VLLM = "vLLM is not installed here. In a clone of lrq: pip install '.[cuda]', or '.[cpu]' without a GPU."
 """To whoever asked for something that takes it."""
@@ -70,7 +70,7 @@ def start_server(command: Sequence[str], log: Path) -> Iterator[VllmServer]:
 
     It loads while the block goes on; VllmServer.wait_until_ready waits for it.
     """
-    port = _free_port()
+    port = reserve_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
@@ -83,10 +83,14 @@ def start_server(command: Sequence[str], log: Path) -> Iterator[VllmServer]:
         _stop(process)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def reserve_port() -> int:
+    """A port of 127.0.0.1 that is free, and that for a minute the system gives to nobody who does not name it.
+
+    It has just had a connection. Programs that set SO_REUSEADDR, as servers do, may listen on it at once.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        listener.accept()[0].close()  # who closes first waits
+        return int(listener.getsockname()[1])
 
 
 def _stop(process: "subprocess.Popen[bytes]", patience_s: float = 20) -> None:
