@@ -34,7 +34,7 @@ echo "setup: making $venv with $("$python" --version) (a few minutes, about 4 GB
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then
   $venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[offline,server,cuda,dev]'
 else
-  scripts/install_cpu_vllm.sh $venv/bin/python -e '.[offline,server,cpu,dev]'
+  scripts/install_cpu_vllm.sh $venv/bin/python -e '.[offline,server,cpu,nvrtc,dev]'
 fi
 echo "$stamp" >$venv/lrq-setup-stamp
 echo "setup: ready"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CudaKernel", "Source", "boxes", "compiled", "processors", "source", "why_not"]
+__all__ = ["CudaKernel", "Source", "binary_of", "boxes", "compiled", "processors", "source", "why_not"]
 
 
 @cache
@@ -82,30 +82,41 @@ def source(name: str, constants: Mapping[str, int], *headers: str, shared_bytes:
     return Source(name, shared_bytes, definitions + macros + "".join(texts))
 
 
-@cache
-def compiled(source: Source, device: torch.device) -> CudaKernel:
-    """Compile for ``device``; a second or so. Raises RuntimeError."""
-    from cuda.bindings import driver, nvrtc
+def binary_of(source: Source, capability: tuple[int, int]) -> tuple[bytes, str]:
+    """Compile for GPUs of this compute capability, a second or so; none is needed. Also what the compiler remarks.
 
-    name, shared_bytes, text = source
-    major, minor = torch.cuda.get_device_capability(device)
-    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), f"{name}.cu".encode(), 0, [], []))
+    Raises RuntimeError if it does not compile.
+    """
+    from cuda.bindings import nvrtc
+
+    program = _checked(nvrtc.nvrtcCreateProgram(source.text.encode(), f"{source.name}.cu".encode(), 0, [], []))
     # "a": with the instructions of this generation alone, like wgmma.
-    options = [f"--gpu-architecture=sm_{major}{minor}{'a' if major >= 9 else ''}".encode(), b"--std=c++17", b"-default-device"]
+    architecture = "sm_{}{}".format(*capability) + ("a" if capability[0] >= 9 else "")
+    options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"-default-device"]
     status = nvrtc.nvrtcCompileProgram(program, len(options), options)[0]
+    log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
+    _checked(nvrtc.nvrtcGetProgramLog(program, log))
+    remarks = log.rstrip(b"\0").decode().strip()
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        log = bytes(_checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{name} does not compile: {log.decode().strip()}")
+        raise RuntimeError(f"{source.name} does not compile: {remarks}")
     binary = bytes(_checked(nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+    return binary, remarks
+
+
+@cache
+def compiled(source: Source, device: torch.device) -> CudaKernel:
+    """Compile for ``device`` and load. Raises RuntimeError."""
+    from cuda.bindings import driver
+
+    binary, _ = binary_of(source, torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
         torch.cuda.current_stream().synchronize()  # there is a context now, in this thread too
         module = _checked(driver.cuModuleLoadData(binary))
-    function = _checked(driver.cuModuleGetFunction(module, name.encode()))
+    function = _checked(driver.cuModuleGetFunction(module, source.name.encode()))
     limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(function, limit, shared_bytes))
-    return CudaKernel(function, shared_bytes)
+    _checked(driver.cuFuncSetAttribute(function, limit, source.shared_bytes))
+    return CudaKernel(function, source.shared_bytes)
 
 
 @cache

@@ -16,7 +16,7 @@ from torch import Tensor
 from lrq_vllm.kernels import cuda_kernel
 from lrq_vllm.kernels.quantize_tokens import aligned
 
-__all__ = ["Factors", "add_low_rank_", "add_to_few_", "add_to_many_", "arrange", "prepare"]
+__all__ = ["Factors", "Plan", "add_low_rank_", "add_to_few_", "add_to_many_", "arrange", "plan", "prepare"]
 
 _RANK_UNIT = 16  # what tensor cores take at a time: products of other sizes are several times slower
 _MOST_TOKENS = 8  # with 16, cuBLAS is faster (bench/results/correction-parts-h200.json)
@@ -104,7 +104,7 @@ def add_to_few_(y: Tensor, x: Tensor, factors: Factors) -> None:
     expand.launch(*plan.expand_grid, [factors.u, sums, y, tokens, y.stride(0)])
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """The kernels for so many tokens, in eights."""
 
     shares: int
@@ -114,15 +114,15 @@ class _Plan(NamedTuple):
     expand_grid: tuple[int, int]
 
 
-def _plan_for(x: Tensor, factors: Factors) -> _Plan:
+def _plan_for(x: Tensor, factors: Factors) -> Plan:
     processors = cuda_kernel.processors(x.device)
-    return _plan(-(-len(x) // 8), x.shape[1], factors.widths, factors.ranks, x.dtype == torch.float16, processors)
+    return plan(-(-len(x) // 8), x.shape[1], factors.widths, factors.ranks, x.dtype == torch.float16, processors)
 
 
 @cache
-def _plan(
+def plan(
     tiles: int, inputs: int, widths: tuple[int, ...], ranks: tuple[int, ...], float16: bool, processors: int
-) -> _Plan:  # fmt: skip
+) -> Plan:  # fmt: skip
     shares = _shares(ranks, processors)
     turns = _turns(inputs, shares)
     common = {"FLOAT16": float16, "TILES": tiles, "RANKS": sum(ranks), "SHARES": shares}
@@ -149,7 +149,7 @@ def _plan(
         macros=f"#define PART {parts}\n",
     )
     shrinking = sum(ranks) // _RANK_UNIT * shares, 32 * _SHRINKING_WARPS
-    return _Plan(shares, shrink, shrinking, expand, (sum(blocks), 32 * warps))
+    return Plan(shares, shrink, shrinking, expand, (sum(blocks), 32 * warps))
 
 
 def _shares(ranks: tuple[int, ...], processors: int) -> int:

@@ -284,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 " MANY ";");
-        const int row = lane / 4, quarter = lane % 4;
+        [[maybe_unused]] const int row = lane / 4, quarter = lane % 4;
         int stage = 0, parity = 0;
         auto release = [&](int done) {
 #if SHARE > 1
