@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lrq_vllm.checkpoint.store import TensorFolder
+from lrq_vllm.checkpoint.store import COMPUTED_ANYWAY, TensorFolder
 from lrq_vllm.errors import CheckpointError, one_paragraph
 from lrq_vllm.fused_parts import part_of
 from lrq_vllm.vllm_world import vllm_world
 
 __all__ = ["Loaded", "prove_loading"]
-
-_NOT_NEEDED = ("rotary_emb.inv_freq",)  # endings of what old checkpoints keep and every model computes
 
 
 @dataclass(frozen=True)
@@ -122,4 +120,4 @@ def _equal(parameter: Tensor, parts: list[Arrival], tensors: TensorFolder) -> bo
 
 def _may_be_ignored(tensor: str, model: Any) -> bool:
     tied = tensor == "lm_head.weight" and getattr(model.config, "tie_word_embeddings", False)
-    return tied or tensor.endswith(_NOT_NEEDED)
+    return tied or tensor.endswith(COMPUTED_ANYWAY)

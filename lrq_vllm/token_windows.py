@@ -22,5 +22,7 @@ def spread_windows(ids: Sequence[int], windows: int | None, seq_len: int) -> Ten
             f"The text has {len(ids)} tokens, which makes {available} windows of {seq_len}; {wanted} are needed. "
             "Give a longer text, fewer windows (--samples or --windows), or shorter ones (--seq-len)."
         )
-    starts = torch.linspace(0, len(ids) - seq_len, wanted).long()
+    last = len(ids) - seq_len
+    starts = torch.linspace(0, last, wanted).long().clamp(max=last)  # of very long texts float32 knows no odd ones
+    starts[1:][-1:] = last
     return torch.stack([torch.tensor(ids[start : start + seq_len]) for start in starts.tolist()])

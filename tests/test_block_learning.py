@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from lrq_offline.block_learning import LearningResult, LearningWindows, learn_block, relative_error, run_block
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.learned_scales import FlexRoundScale, LrqScale
+from lrq_offline.output_metric import fisher_metric
 from lrq_offline.quantized_block import FakeQuantizedLinear
+from lrq_offline.ranks import Ranks
 from lrq_offline.step_search import search_steps
 from tests.learned_blocks import WIDTH, Gain, states
 
@@ -84,6 +86,22 @@ def test_training_errors_are_relative_and_held_out_errors_too() -> None:
     inputs = torch.randn(4, 5, WIDTH)
     result = learn(Gain(1.0), inputs, 1.5 * inputs, rate=1e-3, iters=2, batch_size=4)
     assert result.curve.train[1] == pytest.approx(result.error_before, rel=1e-4)
+    assert result.curve.held_out[0] == pytest.approx(result.error_before, rel=1e-4)
+
+
+def test_training_errors_are_in_the_measure_of_the_held_out_ones() -> None:
+    # A channel of a hundred times the others' size, whose differences change no prediction.
+    inputs = torch.randn(16, 5, WIDTH)
+    inputs[..., 0] *= 100
+    moments = torch.eye(WIDTH)
+    moments[0, 0] = 1e-4
+    generator = torch.Generator().manual_seed(0)
+    everything = LearningWindows(torch.arange(16), torch.empty(0, dtype=torch.int64))
+    result = learn_block(
+        Gain(1.0), states(inputs), states(1.5 * inputs), {}, QuantizeSettings("w4a16", iters=2, batch_size=16), 1e-3,
+        everything, generator, torch.float32, metric=fisher_metric(moments, torch.float32),
+    )  # fmt: skip
+    assert result.curve.train[1] == pytest.approx(result.curve.held_out[0], rel=1e-3)
     assert result.curve.held_out[0] == pytest.approx(result.error_before, rel=1e-4)
 
 
@@ -231,6 +249,14 @@ def test_one_window_in_sixteen_is_never_learned_from(samples: int, held_out: int
     inputs, block = numbered(samples), Witness()
     learn(block, inputs, 1.5 * inputs, rate=1e-3, iters=200)
     assert len({row for batch in block.batches for row in batch}) == samples - held_out
+
+
+@pytest.mark.parametrize(
+    ("samples", "ranks", "held_out"), [(64, 1, 4), (32, 2, 2), (8, 8, 1), (8, 2, 1), (7, 2, 0), (20, 2, 1), (1, 16, 0)]
+)
+def test_one_window_in_sixteen_of_all_ranks_is_held_out(samples: int, ranks: int, held_out: int) -> None:
+    windows = LearningWindows.drawn(samples, torch.Generator(), Ranks(0, ranks))
+    assert len(windows.held_out) == held_out and len(windows.learned_from) == samples - held_out
 
 
 def test_batches_are_of_distinct_windows_and_as_large_as_was_asked_for() -> None:

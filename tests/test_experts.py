@@ -1,6 +1,8 @@
 """Mixtures of experts: apart they compute what the fused ones do; few tokens, GPTQ, refusals. Served: test_served.py. Quantized
 by several processes: test_expert_ranks.py."""
 
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,23 @@ def test_a_static_range_of_an_unreached_expert_is_that_of_the_others(models: dic
     steps = [written[f"model.layers.0.block_sparse_moe.experts.{expert}.w2.input_step"].item() for expert in range(4)]
     assert all(0 < step < 1 for step in steps)
     assert layers_of(report)[0]["block_sparse_moe.experts.3.w2"]["fallback"] == TOO_FEW
+
+
+@pytest.mark.parametrize(("scheme", "method"), [("w4a16", "rtn"), ("w8a8", "rtn"), ("w4a16", "gptq"), ("w4a16", "lrq")])
+def test_experts_that_no_token_reaches_at_all_are_rounded_and_said_so(
+    models: dict[str, Path], tmp_path: Path, scheme: str, method: str
+) -> None:
+    folder = shutil.copytree(models["qwen3_moe"], tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for block in range(2):
+        # Three of the first six have more than 0, whatever the token, and each token has three.
+        router = tensors[f"model.layers.{block}.mlp.gate.weight"]
+        router[:] = router[:1] * torch.tensor([1.0, 2, 3, -1, -2, -3, 0, 0]).unsqueeze(1)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    layers = layers_of(quantize_model(folder, tmp_path / "out", QuantizeSettings(scheme, method, **QUICK)))
+    for by_name in layers:
+        assert all(by_name[f"mlp.experts.{expert}.down_proj"]["fallback"] == TOO_FEW for expert in (6, 7))
+        assert all(math.isfinite(layer["error_after"]) for layer in by_name.values())
 
 
 def test_gptq_of_experts_loses_less_than_rounding_to_nearest(models: dict[str, Path], tmp_path: Path) -> None:

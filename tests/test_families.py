@@ -16,7 +16,7 @@ from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import FAMILIES as KNOWN
 from lrq_offline.decoder_blocks import empty_model, load_block
 from lrq_offline.evaluate import evaluate_folder
-from lrq_offline.fused_norms import FusedNorm, fuse_norms
+from lrq_offline.fused_norms import FusedNorm, fused_norms
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.pipeline import quantize_model
 from lrq_offline.reference_model import load_model
@@ -87,16 +87,20 @@ def test_fused_norms_compute_what_the_familys_own_do_and_keep_their_names(family
     for block in (own, fused):
         for name in source.family.norms:
             block.get_submodule(name).weight.data.copy_(torch.linspace(0.5, 2, len(block.get_submodule(name).weight)))
-    fuse_norms(fused, source.family)
-    assert fused.state_dict().keys() == own.state_dict().keys()
-    count = sum(isinstance(module, FusedNorm) for module in fused.modules())
-    assert count == (2 if source.family.norms_read_residual else 0)
+
+    def fused_ones() -> int:
+        return sum(isinstance(module, FusedNorm) for module in fused.modules())
+
     outputs = []
-    for block in (own, fused):
-        hidden = inputs.hidden.clone().requires_grad_()
-        output = block_output(block, hidden, inputs.arguments[0], torch.float32)
-        outputs.append((output.detach(), *torch.autograd.grad(output.square().mean(), hidden)))
+    with fused_norms(fused, source.family):
+        assert fused.state_dict().keys() == own.state_dict().keys()
+        assert fused_ones() == (2 if source.family.norms_read_residual else 0)
+        for block in (own, fused):
+            hidden = inputs.hidden.clone().requires_grad_()
+            output = block_output(block, hidden, inputs.arguments[0], torch.float32)
+            outputs.append((output.detach(), *torch.autograd.grad(output.square().mean(), hidden)))
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    assert fused_ones() == 0
 
 
 def test_a_run_gives_each_block_the_mask_and_the_rotary_tables_of_its_kind(

@@ -69,6 +69,14 @@ def test_each_cache_goes_where_there_is_room_at_its_time(tmp_path: Path, host_me
     assert all(torch.equal(cache.get(slice(None)), values) for cache, values in made)
 
 
+def test_caches_that_are_not_written_yet_take_room_too(tmp_path: Path, host_memory: SetMemory) -> None:
+    host_memory(4 * BYTES)
+    store = HiddenStatesStore(CPU, 0, tmp_path)
+    for _ in range(4):  # 4 are free, then 3, and of 2 half is no more than one
+        store.like(SHAPE, torch.bfloat16)
+    assert store.places == ["host memory", "host memory", "host memory", "disk"]
+
+
 def test_a_cache_on_the_disk_leaves_no_file(tmp_path: Path, host_memory: SetMemory) -> None:
     host_memory(0)
     cache, values = filled(HiddenStatesStore(CPU, 0, tmp_path))

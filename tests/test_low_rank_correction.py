@@ -248,6 +248,12 @@ def test_an_exact_input_starts_without_a_pair_and_still_gains() -> None:
     assert objective(weight.double(), moments.regularized(), result.rounding().double(), result.pair) < 0.8 * without
 
 
+def test_a_weight_of_zeros_stays_one() -> None:
+    weight, x, y = problem(6, 8)
+    result = corrected(torch.zeros_like(weight), moments_of(x, y), 2, to_nearest)
+    assert result is not None and not result.rounding().any() and not (result.pair.u @ result.pair.v.T).any()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_moments_that_are_not_finite_give_no_correction(value: float) -> None:
     weight, x, y = problem(6, 8)

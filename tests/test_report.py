@@ -148,6 +148,21 @@ def test_a_run_that_learned_nothing_has_no_curves_and_no_change(tmp_path: Path) 
     assert all(name in text for name in LAYERS)
 
 
+@pytest.mark.parametrize(
+    ("method", "correction", "said"),
+    [("rtn", None, "rounded to nearest"), ("gptq", None, "rounded by GPTQ"), ("gptq", "10%", "rounded by GPTQ, and corrected")],
+)
+def test_a_run_that_learned_nothing_says_how_it_rounded(tmp_path: Path, method: str, correction: str | None, said: str) -> None:
+    report = a_report(method="rtn")
+    report["settings"] |= {"method": method, "correction_rank": correction}
+    for block in report["blocks"]:
+        for layer in block["layers"].values():
+            layer["error_before"] = layer["error_after"] * (1 if method == "rtn" else 2)
+    text = Page(written(tmp_path, report)).text
+    assert said in text and "Learning lowers" not in text and "Change by learning" not in text
+    assert ("Change against rounding to nearest" in text) == (method == "gptq")
+
+
 def test_errors_without_a_logarithm_are_told_and_not_drawn(tmp_path: Path) -> None:
     report = a_report()
     for block, error, of_layers in zip(report["blocks"], (0.0, math.nan), (0.0, math.inf), strict=True):

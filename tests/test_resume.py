@@ -84,8 +84,9 @@ def test_a_finished_block_is_not_learned_again(tmp_path: Path, monkeypatch: pyte
         raise AssertionError("learned again")
 
     monkeypatch.setattr(BlockQuantizer, "quantize", never)
-    quantize_model(TINY, tmp_path / "out", SETTINGS)
+    report = quantize_model(TINY, tmp_path / "out", SETTINGS)
     assert len(read_manifest(tmp_path / "out").quantized) == 28
+    assert report["seconds"] > sum(block["seconds"] for block in report["blocks"])  # of both runs
 
 
 @pytest.mark.parametrize("change", [{"iters": 3}, {"seed": 1}, {"scheme": "w4a16"}, {"samples": 3}], ids=str)

@@ -205,6 +205,7 @@ def test_a_number_that_overflows_is_refused(changes: dict[str, Any], said: str) 
         ("--method rtn --rank 8", "--rank is for method lrq, not for rtn"),
         ("--method flexround --rank 8", "--rank is for method lrq, not for flexround"),
         ("--method flexround --renew", "--renew is for method lrq"),
+        ("--rank full --renew", "--renew is for the two factors of a matrix"),
         ("--method gptq --loss fisher", "--loss is for methods that learn, lrq and flexround, not for gptq"),
         ("--method rtn --lr 0.1", "--lr is for methods that learn"),
         ("--method rtn --weight-decay 1", "--weight-decay is for methods that learn"),

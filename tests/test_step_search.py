@@ -40,15 +40,18 @@ def test_searched_steps_clip_an_outlier_that_costs_too_much() -> None:
     assert search_error(weight, searched, 3) < 0.9 * search_error(weight, whole, 3)
 
 
+@pytest.mark.parametrize("outlier", [None, 15.0])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_searched_steps_come_close_to_a_search_of_every_ratio_and_zero_point(bits: int) -> None:
+def test_searched_steps_come_close_to_a_search_of_every_ratio_and_zero_point(bits: int, outlier: float | None) -> None:
     # LRQ's authors: 100 ratios of the range x every zero-point.
     weight = torch.randn(16, 256)
+    if outlier is not None:
+        weight[:, 5] = outlier
     low, high = torch.aminmax(weight, dim=1, keepdim=True)
     step = (high - low) / (2**bits - 1)
     every = [
         search_error(weight, StepAndZeroPoint(step * (i / 100), torch.full_like(step, z)), bits)
-        for i in range(20, 101)
+        for i in range(1, 101)
         for z in range(2**bits)
     ]
     found = search_error(weight, search_steps(weight, bits), bits)

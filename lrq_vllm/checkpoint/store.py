@@ -19,6 +19,7 @@ from lrq_vllm.checkpoint.schema import Manifest, TensorSpec
 from lrq_vllm.errors import CheckpointError, ModelFolderError, one_paragraph
 
 __all__ = [
+    "COMPUTED_ANYWAY",
     "ShardWriter",
     "TensorFolder",
     "check_folder",
@@ -33,6 +34,8 @@ __all__ = [
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+COMPUTED_ANYWAY = ".inv_freq"
+"""The end of the names of rotary tables, which old folders keep and every program computes."""
 _WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",

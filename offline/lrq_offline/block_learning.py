@@ -70,16 +70,17 @@ class LearningResult:
 class LearningWindows:
     """Which windows are learned from, and which only say how well that went: int64 indices, in random order.
 
-    One in sixteen is held out, and none of so few that each is needed for learning.
+    One in sixteen of all ranks' is held out, and none of so few that each is needed for learning.
     """
 
     learned_from: Tensor
     held_out: Tensor
 
     @classmethod
-    def drawn(cls, samples: int, generator: torch.Generator) -> "LearningWindows":
-        """Of as many windows."""
-        order, held_out = torch.randperm(samples, generator=generator), samples // HELD_OUT_SHARE
+    def drawn(cls, samples: int, generator: torch.Generator, ranks: Ranks = ONE_RANK) -> "LearningWindows":
+        """Of as many windows of this rank; all ranks have as many, and hold as many out."""
+        held_out = min(-(-(samples * ranks.size // HELD_OUT_SHARE) // ranks.size), samples - 1)
+        order = torch.randperm(samples, generator=generator)
         return cls(order[held_out:], order[:held_out])
 
 
@@ -151,7 +152,7 @@ def learn_block(
         return LearningResult(before, before, 0, 0.0, LearningCurve())
     batches = _batches(windows.learned_from, settings.iters, batch_size, generator)
     checked = list((windows.held_out if len(windows.held_out) else windows.learned_from).split(batch_size))
-    scale = _mean_square(targets, ranks)
+    scale = _mean_square(targets, ranks, metric)
     step = LearningStep(
         block, _parameter_groups(block, parameters, settings, rate), BatchFeeder(inputs, targets, batches), arguments,
         steps=settings.iters, scale=scale, dtype=dtype, ranks=ranks, metric=metric,
@@ -219,8 +220,9 @@ class _BestState:
         torch._foreach_copy_(self._tensors, self._values)
 
 
-def _mean_square(states: HiddenStates, ranks: Ranks) -> float:
-    total = torch.stack([states.get(rows).double().square().mean(dim=(1, 2)).sum() for rows in states.slices(8)]).sum()
+def _mean_square(states: HiddenStates, ranks: Ranks, metric: OutputMetric) -> float:
+    measured = (metric(states.get(rows).float()) for rows in states.slices(8))
+    total = torch.stack([vectors.double().square().mean(dim=(1, 2)).sum() for vectors in measured]).sum()
     return max(ranks.sum(total).item() / (len(states) * ranks.size), torch.finfo(torch.float32).tiny)
 
 

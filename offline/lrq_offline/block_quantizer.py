@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from lrq_offline.config import QuantizeSettings
 from lrq_offline.decoder_blocks import Family
 from lrq_offline.expert_tokens import TOO_FEW, lend_samples, short_of_tokens
 from lrq_offline.experts import Experts, experts_of
-from lrq_offline.fused_norms import fuse_norms
+from lrq_offline.fused_norms import fused_norms
 from lrq_offline.hidden_states import HiddenStates
 from lrq_offline.input_rotation import InputRotation
 from lrq_offline.layer_inputs import InputSample, sample_inputs, watch_inputs
@@ -106,7 +107,8 @@ class BlockQuantizer:
         activations = self._activations(ranges, clips)
         rounding = StageRounding(self.settings, self.family, self.dtype, served_in(self.config), self.ranks)
         # A correction fits the windows that it is found with best: those that say how well a block learns must be new to it.
-        windows = LearningWindows.drawn(len(inputs), generator) if self.settings.learns and self.settings.corrects else None
+        learns_corrections = self.settings.learns and self.settings.corrects
+        windows = LearningWindows.drawn(len(inputs), generator, self.ranks) if learns_corrections else None
         batches = list(inputs.slices(self._batch_size)) if windows is None else windows.learned_from.split(self._batch_size)
         moments = None
         if usable and float_inputs is not None:
@@ -128,23 +130,24 @@ class BlockQuantizer:
         if usable and (self.settings.method == "gptq" or self.settings.corrects):
             in_stages = rounding(block, weights, steps, inputs, arguments, batches, short, moments)
             fallbacks |= {name: layer.fallback for name, layer in in_stages.items()}
-        if usable and self.settings.learns:
+        learns = usable and self.settings.learns
+        if learns:
             learned = {name: weight for name, weight in weights.items() if name not in short}
             self._begin_learning(block, learned, steps, ranges, in_stages, generator)
-            fuse_norms(block, self.family)
-        learning = learn_block(
-            block,
-            inputs,
-            targets,
-            arguments,
-            self.settings,
-            self.settings.rate(self.config.hidden_size),
-            windows or LearningWindows.drawn(len(inputs), generator),
-            generator,
-            self.dtype,
-            self.ranks,
-            metric,
-        )
+        with fused_norms(block, self.family) if learns else nullcontext():
+            learning = learn_block(
+                block,
+                inputs,
+                targets,
+                arguments,
+                self.settings,
+                self.settings.rate(self.config.hidden_size),
+                windows or LearningWindows.drawn(len(inputs), generator, self.ranks),
+                generator,
+                self.dtype,
+                self.ranks,
+                metric,
+            )
         fix_weights(block, self.dtype)
         self._fix_corrections(block, inputs, arguments)
         layers = {}

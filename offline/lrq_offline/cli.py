@@ -170,9 +170,10 @@ def _quantize(parsed: argparse.Namespace, console: Console) -> None:
             return
         spent.append(time.monotonic())
         remaining = (spent[-1] - started) / len(spent) * (report.blocks - report.block)
+        # Where nothing was learned, there is one.
+        errors = dict.fromkeys((shown(report.error_before), shown(report.error_after)))
         console.print(
-            f"block {report.block}/{report.blocks}  relative error "
-            f"{shown(report.error_before)} -> {shown(report.error_after)}  "
+            f"block {report.block}/{report.blocks}  relative error {' -> '.join(errors)}  "
             f"{report.seconds:.1f} s  ETA {remaining:.0f} s"
         )
 

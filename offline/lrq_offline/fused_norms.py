@@ -1,12 +1,14 @@
 """RMSNorm by torch's own kernel, one each way: transformers' modules take six passes over the hidden states, and more back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lrq_offline.decoder_blocks import Family
 
-__all__ = ["FusedNorm", "epsilon_of", "fuse_norms"]
+__all__ = ["FusedNorm", "epsilon_of", "fused_norms"]
 
 
 class FusedNorm(nn.Module):
@@ -25,13 +27,20 @@ class FusedNorm(nn.Module):
         return nn.functional.rms_norm(x, gain.shape, gain + self._offset if self._offset else gain, self._epsilon)
 
 
-def fuse_norms(block: nn.Module, family: Family) -> None:
-    """Replace the norms of ``block`` that read the residual stream, which is float32; what others read has fewer bits, and
-    families differ in where they round that.
+@contextmanager
+def fused_norms(block: nn.Module, family: Family) -> Iterator[None]:
+    """Meanwhile replace the norms of ``block`` that read the residual stream, which is float32; what others read has fewer
+    bits, and families differ in where they round that.
+
+    Its own norms add up in another order: what a block puts out when it has been learned has to be what it puts out when a
+    stopped run goes on.
     """
-    for name, _ in family.residual:
-        if name in family.norms:
-            block.set_submodule(name, FusedNorm(block.get_submodule(name), family.gain_offset))
+    own = {name: block.get_submodule(name) for name, _ in family.residual if name in family.norms}
+    for name, norm in own.items():
+        block.set_submodule(name, FusedNorm(norm, family.gain_offset))
+    yield
+    for name, norm in own.items():
+        block.set_submodule(name, norm)
 
 
 def epsilon_of(norm: Any) -> float:

@@ -46,20 +46,26 @@ class HiddenStates:
 
 
 class HiddenStatesStore:
-    """Makes caches, each in the fastest place that still has room: the GPU up to a budget, host memory, a folder."""
+    """Makes caches, each in the fastest place that still has room: the GPU up to a budget, host memory of which it leaves half
+    free, a folder.
+    """
 
     def __init__(self, device: torch.device, gpu_bytes: int, folder: Path) -> None:
         self._device = device
         self._gpu_bytes = gpu_bytes
+        self._promised = 0  # bytes of host memory that still count as available
         self._folder = folder
         self.places: list[str] = []
 
     def place_for(self, size: int) -> str:
-        """Where the next cache of ``size`` bytes goes; its room on the GPU is taken from the budget."""
+        """Where the next cache of ``size`` bytes goes; its room is taken from what there is of memory."""
         if self._device.type == "cuda" and size <= self._gpu_bytes:
             self._gpu_bytes -= size
             return "GPU memory"
-        return "host memory" if size <= psutil.virtual_memory().available // 2 else "disk"
+        if size <= (psutil.virtual_memory().available - self._promised) // 2:
+            self._promised += size
+            return "host memory"
+        return "disk"
 
     def like(self, shape: tuple[int, ...], dtype: torch.dtype) -> HiddenStates:
         """An uninitialised cache."""
@@ -68,7 +74,11 @@ class HiddenStatesStore:
         if place == "GPU memory":
             return self._made(place, torch.empty(shape, dtype=dtype, device=self._device))
         if place == "host memory":
-            return self._made(place, torch.empty(shape, dtype=dtype, pin_memory=self._device.type == "cuda"))
+            pinned = self._device.type == "cuda"
+            cache = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            if pinned:  # which takes the memory now; else it is taken when it is written
+                self._promised -= size
+            return self._made(place, cache)
         # Mapped, not read: the file lives as long as the tensor and is gone with the process. Its room is taken now: a disk
         # that fills up under a mapping ends the process.
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".hidden-") as file:

@@ -45,7 +45,7 @@ class InputSample:
     """Of one layer's input over all windows: the extremes of every channel, and an even share of random tokens.
 
     low, high: [in] (widened to hold 0). tokens: [about ``wanted``, in], of the ``seen`` ones. NaN and infinite values count as
-    0; ``finite`` says whether there were none. A call may come without tokens.
+    0; ``finite`` says whether there were none. A call may come without tokens, and an expert that none reaches is not called.
     """
 
     def __init__(self, calls: int, wanted: int, generator: torch.Generator) -> None:
@@ -100,8 +100,8 @@ class InputSample:
 
     @property
     def tokens(self) -> Tensor:
-        """Those that were kept [tokens, in]."""
-        self._tokens = [torch.cat(self._tokens)]
+        """Those that were kept [tokens, in]; [0] of a layer that was never called."""
+        self._tokens = [torch.cat(self._tokens) if self._tokens else torch.empty(0)]
         return self._tokens[0]
 
 

@@ -120,7 +120,7 @@ def corrected(
         return None
     pair = first_pair(wide, regular, rank, lower_y)
     best, objectives = None, []
-    scale = float((wide @ regular.xx * wide).sum())
+    scale = max(float((wide @ regular.xx * wide).sum()), torch.finfo(torch.float64).tiny)  # of a weight of zeros too
     for _ in range(rounds):
         target = _divided((wide - pair.u @ pair.v.T) @ regular.xy, lower_y).float()
         rounding = rounded(target)

@@ -97,6 +97,7 @@ def quantize_model(
         writer = ShardWriter(folder, len(source.block_names) + 1)
         shards = _Shards(source, manifest, writer, progress, on_block)
         finished = [shards.path(index) for index in range(len(progress.finished))]
+        started -= sum(done["seconds"] for done in progress.finished)  # what an earlier run took for them
         progress.keep_only([writer.path(1), *finished] if finished else [])
         shards.start()
         blockwise = BlockwiseRun(source, manifest, settings, machine, windows, finished, folder)

@@ -25,6 +25,7 @@ _FOOTER = """Written by lrq {version} from lrq_report.json. Errors are relative 
 |quantized output &minus; float output|&sup2; / |float output|&sup2;.{weighed}"""
 _WEIGHED = """ Those of blocks, and the losses, weigh each difference by what it does to the model's predictions (loss fisher):
 they do not compare with those of another loss, or of a method that learns nothing."""
+_NEAREST = "rounded to nearest"
 _MOST_SMALL_CURVES = 12  # blocks that get a picture each; above, all are in one
 _MOST_PAIRED = 5  # blocks whose two maps fit beside each other
 
@@ -69,7 +70,7 @@ def _tiles(report: RunReport) -> tuple[tuple[str, Scalar, str], ...]:
         ("Quantized linears", f"{report.linear_bytes / report.linear_float_bytes:.1%}", sizes),
         ("Learning", _median_change(report) if learned else None, "median change of a block's error"),
         ("Error of the last block", scientific(last.error_after, 1),
-         f"before learning {scientific(last.error_before, 1)}" if learned else "rounded to nearest"),
+         f"before learning {scientific(last.error_before, 1)}" if learned else _without_learning(report)),
     )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def _warnings(report: RunReport) -> str:
 
 def _block_errors(report: RunReport) -> str:
     about = "How far each block's output is from the float model's, with everything before it quantized too"
-    about += ": rounded to nearest (before), and after learning." if _learned(report) else "."
+    about += f": {_without_learning(report)} (before), and after learning." if _learned(report) else "."
     return section("Error of each block", figure(partial(error_chart, report)), about)
 
 
@@ -130,8 +131,10 @@ def _layer_errors(report: RunReport) -> str:
     about = "How far each linear layer's output is from the float layer's."
     maps = figure(partial(error_map, report), "Error")
     if any(layer.error_before != layer.error_after for block in report.blocks for layer in block.layers.values()):
-        about += " Learning lowers the error of the block as a whole; single layers may lose."
-        maps += figure(partial(change_map, report), "Change by learning")
+        if _learned(report):
+            about += " Learning lowers the error of the block as a whole; single layers may lose."
+        nearest = _without_learning(report) == _NEAREST
+        maps += figure(partial(change_map, report), "Change by learning" if nearest else "Change against rounding to nearest")
     body = f'<div class="{"curves pair" if len(report.blocks) <= _MOST_PAIRED else "stack"}">{maps}</div>'
     if any(layer.fallback is not None for block in report.blocks for layer in block.layers.values()):
         body += '<ul class="key"><li class="dot" style="--colour: var(--warn)">only rounded to nearest</li></ul>'
@@ -180,6 +183,13 @@ def _layer_table(report: RunReport) -> str:
 
 def _learned(report: RunReport) -> bool:
     return any(block.error_before != block.error_after for block in report.blocks)
+
+
+def _without_learning(report: RunReport) -> str:
+    """What a block is before anything is learned, if the method learns at all."""
+    if report.settings.get("correction_rank") is not None:
+        return "rounded by GPTQ, and corrected"
+    return "rounded by GPTQ" if report.settings["method"] == "gptq" else _NEAREST
 
 
 def _change(block: BlockResult) -> str:

@@ -120,6 +120,8 @@ def _unused(settings: QuantizeSettings) -> list[str]:
         for option, value in of_learning.items()
         if value is not None and not settings.learns
     ]
+    if settings.renew and settings.rank == FULL_RANK:
+        unused.append(f"--renew is for the two factors of a matrix, which --rank {FULL_RANK} does not have")
     default = QuantizeSettings(settings.scheme)
     of_corrections = ("correction_statistics", "correction_rounds")
     unused += [

@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lrq_offline.decoder_blocks import FAMILIES, HEAD, Family, block_names, empty_model
 from lrq_vllm.checkpoint.schema import TensorSpec
-from lrq_vllm.checkpoint.store import TensorFolder, check_folder, read_config
+from lrq_vllm.checkpoint.store import COMPUTED_ANYWAY, TensorFolder, check_folder, read_config
 from lrq_vllm.errors import ModelFolderError, one_paragraph
 
 __all__ = ["SourceModel", "check_model_tensors", "load_tokenizer", "model_config"]
@@ -24,13 +24,16 @@ _ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class SourceModel:
-    """An opened folder. ``raw_config`` is config.json as it stands, ``config`` the same as transformers sees it."""
+    """An opened folder. ``raw_config`` is config.json as it stands, without what is not carried on; ``config`` is the same as
+    transformers sees it. names_code: whether config.json names code of the model's own, which is never run.
+    """
 
     folder: Path
     raw_config: dict[str, Any]
     config: PreTrainedConfig
     tensors: TensorFolder
     family: Family
+    names_code: bool
 
     @classmethod
     def open(cls, folder: Path) -> "SourceModel":
@@ -42,12 +45,12 @@ class SourceModel:
         known = check_model_tensors(empty_model(config), tensors, config)
         _check_outside_of_blocks(tensors, {*known, f"{HEAD}.weight"}, family.blocks)
         kept = {key: value for key, value in raw_config.items() if key not in (CODE, "quantization_config")}
-        return cls(folder, kept, config, tensors, family)
+        return cls(folder, kept, config, tensors, family, names_code=raw_config.get(CODE) is not None)
 
     @property
     def warnings(self) -> list[str]:
         """What a user may want to know of the model."""
-        if read_config(self.folder).get(CODE) is None:
+        if not self.names_code:
             return []
         return [
             f"config.json names code of its own ({CODE}), which lrq does not run: the model is taken for an ordinary "
@@ -111,8 +114,7 @@ def check_model_tensors(model: nn.Module, tensors: TensorFolder, config: PreTrai
 
 def _check_outside_of_blocks(tensors: TensorFolder, known: set[str], blocks: str) -> None:
     """Raises ModelFolderError for a tensor that belongs to no part of the model: it would go along, and vLLM refuse it."""
-    # Old folders hold rotary tables, which every program computes.
-    strangers = [name for name in tensors if not name.startswith(f"{blocks}.") and not name.endswith(".inv_freq")]
+    strangers = [name for name in tensors if not name.startswith(f"{blocks}.") and not name.endswith(COMPUTED_ANYWAY)]
     strangers = [name for name in strangers if name not in known]
     if strangers:
         raise ModelFolderError(
