@@ -18,12 +18,14 @@ def register() -> None:
         from vllm.model_executor.layers.quantization import register_quantization_config
         from vllm.platforms import current_platform
 
-        from lrq_vllm.cpu_norms import offer_whole_norms
         from lrq_vllm.cpu_tiles import ask_for_tiles
         from lrq_vllm.cpu_waiting import wait_asleep
         from lrq_vllm.quant_config import LrqConfig
         from lrq_vllm.ray_workers import copy_variables_to_workers
-    except ImportError as error:
+
+        if current_platform.is_cpu():
+            from lrq_vllm.cpu_norms import offer_whole_norms
+    except (ImportError, AttributeError, KeyError) as error:
         logging.getLogger(f"vllm.{__name__}").warning(
             "lrq is not available: it works with vLLM %s, and this one lacks what it needs (%s).", SUPPORTED, error
         )

@@ -165,6 +165,8 @@ def _cure_of(variable: str) -> str:
                 _check_kernel(os.environ[variable])
             case layer_self_test.VARIABLE:
                 layer_self_test.wanted()
+            case saturation.VARIABLE:
+                saturation.asked_for()
             case served_rank.VARIABLE:
                 served_rank.served_rank()
             case tp_invariance.VARIABLE:

@@ -11,6 +11,7 @@ from lrq_vllm.integer_backends import LayerInput, choose_integer_backend
 from lrq_vllm.kernel_choice import REFERENCE, TRITON, first_that_can, why_not_reference
 from lrq_vllm.kernels import exact, reference, reference_experts
 from lrq_vllm.kernels.reference import PER_TOKEN, IntegerWeight, QuantizedTokens, integer_weight, static_grid
+from lrq_vllm.opaque_experts import OpaqueExperts
 from lrq_vllm.weight_only_backends import PackedWeight, choose_weight_only_backend
 
 __all__ = ["ExpertBackend", "ExpertLinear", "choose_expert_backend", "expert_candidates", "reference_linear"]
@@ -110,7 +111,7 @@ class OneByOneBackend:
                     y[slots] = layer(x[slots // slots_per_row])
             return y
 
-        return linear
+        return OpaqueExperts(linear, stack.step.shape[1])
 
 
 class ReferenceBackend:
@@ -124,7 +125,7 @@ class ReferenceBackend:
 
     def linear(self, stack: ExpertStack, dtype: torch.dtype, *, integers: bool) -> ExpertLinear:
         """Keeps the checkpoint's words."""
-        return _composed(stack, exact.weight_only_linear, integers=integers)
+        return OpaqueExperts(_composed(stack, exact.weight_only_linear, integers=integers), stack.step.shape[1])
 
 
 def _composed(stack: ExpertStack, weight_only_linear: Callable[..., Tensor], *, integers: bool) -> ExpertLinear:

@@ -64,7 +64,14 @@ class LrqExpertsMethod(FusedMoEMethodBase):
         layer.lrq_dtype = params_dtype
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that everything came, and bring the weights into the layout of the kernel that will run."""
+        """Check that everything came, and bring the weights into the layout of the kernel that will run.
+
+        Raises SettingsError if they are loaded again: what serves holds on to the tensors of the first time.
+        """
+        if self._inner is not None:
+            raise SettingsError(
+                f"{self._name}: weights of experts cannot be loaded again while they serve. Start a new server."
+            )
         stacks, dtype = self._weights.take(layer), layer.lrq_dtype
         self._experts = len(stacks[0].q)
         integers = self._manifest.activation is not None
@@ -108,7 +115,7 @@ class LrqExpertsMethod(FusedMoEMethodBase):
 
 def _weighed(y: Tensor, shares: Tensor) -> Tensor:
     """[tokens, out]: the sum of each token's slots in y [tokens * choices, out], each times its share [tokens, choices]."""
-    return (y.view(*shares.shape, -1).float() * shares.float().unsqueeze(2)).sum(dim=1).to(y.dtype)
+    return (y.view(*shares.shape, y.shape[-1]).float() * shares.float().unsqueeze(2)).sum(dim=1).to(y.dtype)
 
 
 def _silu_and_mul(x: Tensor) -> Tensor:

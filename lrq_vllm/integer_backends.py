@@ -157,10 +157,11 @@ class OneDnnBackend:
             half = q >> 1
             q = torch.cat([half, q - half])  # -64..63 and -64..64
         # Unit scales make the product return the sums themselves, in float32: exact below 2^24, else to 24 bits. oneDNN
-        # keeps a bare pointer to the weight's scales, so they have to live as long as the layer.
+        # keeps a bare pointer to the weight's scales, so they have to live as long as the product; a parameter would give way
+        # to that of an earlier one where vLLM loads weights again.
+        layer.lrq_unit_steps = torch.ones(q.shape[0], dtype=torch.float32)
+        layer.lrq_unit_step = torch.ones(1, dtype=torch.float32)
         for name, value in (
-            ("lrq_unit_steps", torch.ones(q.shape[0], dtype=torch.float32)),
-            ("lrq_unit_step", torch.ones(1, dtype=torch.float32)),
             ("lrq_step", weight.step.clone()),
             ("lrq_zero_point", zero_point.float()),
             ("lrq_total", weight.total.float()),

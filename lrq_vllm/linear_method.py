@@ -94,7 +94,7 @@ class LrqLinearMethod(LinearMethodBase, ABC):
             y = from_all_ranks(self._outputs(layer, from_all_ranks(rows), bias))
         else:
             y = self._outputs(layer, rows, bias)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _outputs(self, layer: Any, rows: Tensor, bias: Tensor | None = None) -> Tensor:
         """Those [tokens, out] that this rank has, of rows [tokens, in]."""

@@ -12,8 +12,7 @@ from lrq_vllm.checkpoint.seal import check_seal, hashing_wanted
 from lrq_vllm.checkpoint.store import TensorFolder, check_tensors
 from lrq_vllm.compilation_key import tell_apart
 from lrq_vllm.cpu_compilation import round_where_operations_do
-from lrq_vllm.cpu_norms import take_whole_norms
-from lrq_vllm.errors import CheckpointError
+from lrq_vllm.errors import CheckpointError, SettingsError
 from lrq_vllm.kv_cache import check_cache_dtype
 from lrq_vllm.served_rank import check_rank
 from lrq_vllm.tensor_parallel import check_ranks
@@ -94,13 +93,22 @@ class LrqConfig(QuantizationConfig):
         Raises CheckpointError for a linear layer that the checkpoint lists nowhere, or quantizes only in part, and
         SettingsError for a KV cache that this vLLM does not compute right or a number of GPUs that cannot serve it.
         """
-        from vllm.config import get_current_vllm_config
+        from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.platforms import current_platform
 
+        if get_current_vllm_config_or_none() is None and not isinstance(layer, LinearBase):
+            return None  # attention asks again where vLLM 0.25 loads weights a second time
         config = get_current_vllm_config()
+        if config.lora_config is not None:
+            raise SettingsError(
+                "LoRA adapters (--enable-lora) cannot be served on top of an lrq checkpoint. Merge the adapter into the float "
+                "model, quantize that, and leave the option out."
+            )
         # The first layer that asks is the embedding; all others are built after it.
         if current_platform.is_cpu():
+            from lrq_vllm.cpu_norms import take_whole_norms
+
             round_where_operations_do(config.compilation_config)
             take_whole_norms(config.kernel_config)
         tell_apart(config)

@@ -4,7 +4,6 @@ With LRQ_SATURATION=1 each such layer looks at the first token of every step, on
 that costs one small kernel a layer. Without it nothing is counted.
 """
 
-import os
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import SettingsError
 from lrq_vllm.kernels import ops
 from lrq_vllm.kernels.reference import InputGrid
+from lrq_vllm.switches import is_on
 
-__all__ = ["VARIABLE", "check_countable", "clipped_counts", "count_clipped", "start_counting"]
+__all__ = ["VARIABLE", "asked_for", "check_countable", "clipped_counts", "count_clipped", "start_counting"]
 
 VARIABLE = "LRQ_SATURATION"
 
@@ -29,9 +29,14 @@ def check_countable(manifest: Manifest) -> None:
         )
 
 
+def asked_for() -> bool:
+    """Whether the variable is 1. Raises SettingsError for a value of it that is neither 0 nor 1."""
+    return is_on(VARIABLE, "to count what is clipped")
+
+
 def start_counting(layer: torch.nn.Module, device: torch.device) -> None:
-    """Give a layer its counters, values clipped and values seen, if the variable is 1."""
-    if os.environ.get(VARIABLE) == "1":
+    """Give a layer its counters, values clipped and values seen, if they are :func:`asked_for`."""
+    if asked_for():
         layer.register_buffer("lrq_clipped", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
 
 

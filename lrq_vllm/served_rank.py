@@ -16,7 +16,7 @@ def served_rank() -> int | None:
 
     Raises SettingsError for a value of the variable that is neither a number nor "all".
     """
-    given = os.environ.get(VARIABLE, _ALL)
+    given = os.environ.get(VARIABLE) or _ALL
     if given == _ALL:
         return None
     if not given.isdecimal():

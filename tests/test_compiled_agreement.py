@@ -18,11 +18,12 @@ from tests.vllm_layers import EQUAL, SAME_SUMS
 pytestmark = ON_A_CPU
 
 PROMPTS, PROMPT_TOKENS = 8, 96  # as the bench takes them
-# test_served.py serves w8a8, and test_served_agreement.py w3a16, which is compiled to what w4a16 is.
-LEARNED = [scheme for scheme in SCHEMES if scheme not in ("w8a8", "w3a16")]
+# test_served.py serves w8a8. test_served_agreement.py serves w4a16 and w3a16, which are compiled to parts of what CORRECTED is.
+LEARNED = [scheme for scheme in SCHEMES if scheme not in ("w8a8", "w4a16", "w3a16")]
 CORRECTED, MAGNIFIED = "w4a16-rotated-corrected", "w4a4-rotated-corrected"
 # vLLM runs OLMo 2 as transformers' own code, which it compiles in another order than its own (cpu_compilation.py).
 OTHER_CODE = "olmo2"
+EXPERTS = "mixtral"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,9 @@ def served(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -
         (CORRECTED, QuantizeSettings("w4a16", "gptq", correction_rank="10%", rotate=True, **QUICK)),
     ):
         quantize_model(TINY, folder / name, settings)
-    made = {name: folder / name for name in (OTHER_CODE, CORRECTED, MAGNIFIED)}
+    source = write_random_model(EXPERTS, folder / "float-experts")
+    quantize_model(source, folder / EXPERTS, QuantizeSettings("w4a8", "rtn", **QUICK))
+    made = {name: folder / name for name in (OTHER_CODE, EXPERTS, CORRECTED, MAGNIFIED)}
     return {scheme: checkpoints(scheme, "lrq") for scheme in LEARNED} | made
 
 
@@ -46,7 +49,7 @@ def measured(served: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return by_name(served, "compiled", tmp_path_factory.mktemp("agreement"))
 
 
-@pytest.mark.parametrize("name", [*LEARNED, CORRECTED, OTHER_CODE])
+@pytest.mark.parametrize("name", [*LEARNED, CORRECTED, OTHER_CODE, EXPERTS])
 def test_schemes_compute_in_the_compiled_engine_as_the_reference_path_does(
     name: str, measured: dict[str, dict[str, Any]]
 ) -> None:

@@ -114,6 +114,12 @@ def test_groups_of_inputs_are_served(scheme: str) -> None:
     assert (compiled(x).float() - expected.float()).norm() <= 4e-3 * expected.float().norm()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_tokens_give_no_outputs(scheme: str) -> None:
+    layer = loaded_layer(manifest_for(scheme, OUTPUT)).layer
+    assert layer(torch.empty(0, 256, dtype=torch.bfloat16)).shape == (0, layer.output_size)
+
+
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
 def test_a_strided_input_is_taken_as_it_is(scheme: str) -> None:
     loaded = loaded_layer(manifest_for(scheme, OUTPUT))
@@ -320,19 +326,27 @@ def test_what_static_quantization_clips_is_counted_when_asked_for(monkeypatch: p
     assert saturation.clipped_counts(model) == {"0": (10, 512)}
 
 
+def test_a_value_that_neither_asks_for_counts_nor_does_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(saturation.VARIABLE, "true")
+    with pytest.raises(SettingsError, match=r"LRQ_SATURATION is 'true': give 1 to count what is clipped"):
+        loaded_layer(manifest_for("w8a8", OUTPUT))
+
+
 def test_other_schemes_have_no_calibrated_range_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(saturation.VARIABLE, "1")
     assert saturation.clipped_counts(loaded_layer(manifest_for("w4a8", OUTPUT)).layer) == {}
 
 
-@pytest.mark.parametrize("served", [0, 10, 1000])
-def test_the_first_columns_of_a_correction_are_served_when_asked_for(served: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LRQ_CORRECTION_RANK", str(served))
+@pytest.mark.parametrize("served", [0, 10, 1000, None])
+def test_the_first_columns_of_a_correction_are_served_when_asked_for(
+    served: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LRQ_CORRECTION_RANK", "" if served is None else str(served))  # empty, as Compose makes it: all
     ranks = {module: RANKS["all"][module] for module in QKV}
     loaded = loaded_layer(manifest_for("w4a16", QKV, correction=Correction(torch.bfloat16, ranks)))
     for tensors in loaded.tensors.values():
         for suffix in ("low_rank_u", "low_rank_v"):
-            tensors[suffix][:, served:] = 0
+            tensors[suffix][:, 1000 if served is None else served :] = 0
     x = torch.randn(7, 256, dtype=torch.bfloat16)
     expected = loaded.expected(x, None).float()
     assert (loaded.layer(x).float() - expected).norm() <= 6e-3 * expected.norm()

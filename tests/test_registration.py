@@ -25,6 +25,19 @@ def test_registering_twice_changes_nothing() -> None:
     assert get_quantization_config("lrq") is LrqConfig
 
 
+def test_a_vllm_that_lacks_what_the_plugin_changes_starts_other_models_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vllm import ir
+
+    monkeypatch.delitem(sys.modules, "lrq_vllm.cpu_norms", raising=False)
+    monkeypatch.setattr(ir, "ops", object())
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    lrq_vllm.register()
+    logging.getLogger("vllm").removeHandler(caplog.handler)
+    assert "lrq is not available: it works with vLLM" in caplog.text and "rms_norm" in caplog.text
+
+
 def test_under_ray_the_plugin_s_variables_are_copied_besides_those_that_the_user_names(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.ray.ray_env import get_env_vars_to_copy
 

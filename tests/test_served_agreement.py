@@ -14,7 +14,7 @@ pytestmark = ON_A_CPU
 
 # vLLM runs OLMo 2 as transformers' own code: test_compiled_agreement.py has it.
 EAGER = [family for family in FAMILIES if family != "olmo2"]
-LEARNED = "w3a16"
+LEARNED = ("w4a16", "w3a16")
 SCHEMES = {
     "w4a8-groups": QuantizeSettings("w4a8", "rtn", group_size=64, **QUICK),
     "w4a4-rotated": QuantizeSettings("w4a4", "gptq", **QUICK),
@@ -25,7 +25,7 @@ SCHEMES = {
 def measured(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """By family of a random model, or by scheme of the tiny model, what bench/served_agreement.py found."""
     folder = tmp_path_factory.mktemp("agreement")
-    served: dict[str, Path] = {LEARNED: checkpoints(LEARNED, "lrq")}
+    served: dict[str, Path] = {scheme: checkpoints(scheme, "lrq") for scheme in LEARNED}
     for family in EAGER:
         source = write_random_model(family, folder / f"{family}-float")
         served[family] = folder / family
@@ -36,7 +36,7 @@ def measured(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory)
     return by_name(served, "eager", folder)
 
 
-@pytest.mark.parametrize("name", [*EAGER, LEARNED, *SCHEMES])
+@pytest.mark.parametrize("name", [*EAGER, *LEARNED, *SCHEMES])
 def test_families_and_schemes_compute_in_the_engine_as_the_reference_path_does(
     name: str, measured: dict[str, dict[str, Any]]
 ) -> None:
