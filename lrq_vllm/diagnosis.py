@@ -59,13 +59,17 @@ def quiet() -> Iterator[None]:
 
 def _python() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()} at {sys.executable}")
-    yield Finding("lrq", version("lrq"))
+    yield Finding("lrq", _version_or("lrq", "no package metadata"))
     yield Finding("torch", f"{torch.__version__}, {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'no CUDA'}")
     for package, needed in (("transformers", "lrq-offline needs"), ("cuda-bindings", "the hopper kernels need")):
-        try:
-            yield Finding(package, version(package))
-        except PackageNotFoundError:
-            yield Finding(package, f"not installed; {needed} it")
+        yield Finding(package, _version_or(package, f"not installed; {needed} it"))
+
+
+def _version_or(package: str, otherwise: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return otherwise
 
 
 def vllm_findings() -> Iterator[Finding]:

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
@@ -44,7 +45,13 @@ def without_metadata(patch: pytest.MonkeyPatch) -> None:
     def none(**_: Any) -> tuple[Any, ...]:
         return ()
 
+    def version_of(package: str) -> str:
+        if package == "lrq":
+            raise PackageNotFoundError
+        return version(package)
+
     patch.setattr(diagnosis, "entry_points", none)
+    patch.setattr(diagnosis, "version", version_of)
 
 
 def kept_out(patch: pytest.MonkeyPatch) -> None:
@@ -66,6 +73,7 @@ def with_variable(name: str, value: str, patch: pytest.MonkeyPatch) -> None:
         (partial(with_variable, "LRQ_CORRECTION_RANK", "half"), "give a whole number of columns"),
         (partial(with_variable, "LRQ_SELFTEST", "true"), "LRQ_SELFTEST is 'true': give 1"),
         (partial(with_variable, "LRQ_TP_INVARIANT", "yes"), "LRQ_TP_INVARIANT is 'yes': give 1"),
+        (partial(with_variable, "LRQ_SATURATION", "on"), "LRQ_SATURATION is 'on': give 1"),
     ],
 )
 def test_what_stands_in_the_way_is_named_with_its_cure(
