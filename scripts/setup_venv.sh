@@ -26,8 +26,6 @@ if [ "$(cat $venv/lrq-setup-stamp 2>/dev/null || true)" = "$stamp" ]; then exit 
 
 command -v cc >/dev/null || fail "no C compiler (cc) found: torch compiles with it. Install gcc or clang."
 python=$(find_python)
-# No byte code in advance: most modules are never imported. pip asks of --no-compile for the value that it sets.
-export PIP_NO_COMPILE=0
 echo "setup: making $venv with $("$python" --version) (a few minutes, about 4 GB)"
 [ -x $venv/bin/python ] || "$python" -m venv $venv
 
