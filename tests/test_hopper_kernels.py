@@ -64,13 +64,9 @@ def test_the_streaming_kernel_equals_the_reference(
 def test_activations_become_the_integers_of_the_reference(rows: int, columns: int, dtype: torch.dtype) -> None:
     device = torch.device("cuda")
     for x, _ in inputs(70, columns, rows, dtype, device):
-        for grid in grids(device, integer=True):
-            wanted, found = reference.quantize_input(x, grid), quantize_tokens(x, grid)
-            assert torch.equal(found.q, wanted.q) and torch.equal(found.step, wanted.step.flatten())
-            for name in ("zero_point", "total"):
-                assert torch.equal(getattr(found, name), getattr(wanted, name).flatten())
-            assert torch.equal(row_totals(wanted.q), wanted.total.flatten())
-    assert quantize_tokens(x[:0]).q.shape == (0, columns) and row_totals(wanted.q[:0]).shape == (0,)
+        assert_integers_of_the_reference(x)
+    nothing = quantize_tokens(x[:0])
+    assert nothing.q.shape == (0, columns) and row_totals(nothing.q).shape == (0,)
 
 
 @pytest.mark.gpu
@@ -78,8 +74,12 @@ def test_activations_become_the_integers_of_the_reference(rows: int, columns: in
 @pytest.mark.parametrize("columns", [4096, 1040])
 def test_many_activations_become_the_integers_of_the_reference(columns: int, dtype: torch.dtype) -> None:
     device = torch.device("cuda")
-    x = hard_tokens(2**23 // columns + 9, columns).to(device, dtype)
-    for grid in grids(device, integer=True):
+    assert_integers_of_the_reference(hard_tokens(2**23 // columns + 9, columns).to(device, dtype))
+
+
+def assert_integers_of_the_reference(x: Tensor) -> None:
+    """However x is quantized, and the totals of integers that are there already too."""
+    for grid in grids(x.device, integer=True):
         wanted, found = reference.quantize_input(x, grid), quantize_tokens(x, grid)
         assert torch.equal(found.q, wanted.q) and torch.equal(found.step, wanted.step.flatten())
         for name in ("zero_point", "total"):
