@@ -27,6 +27,6 @@ def vllm_world(config: Any, dtype: torch.dtype, rank: int = 0, size: int = 1, st
             init_distributed_environment(size, rank, distributed_init_method=method, local_rank=rank, backend="gloo")
             initialize_model_parallel(size, 1)
             yield
+        finally:  # also for a model that is refused: another one may follow in this process
             cleanup_dist_env_and_memory()
-        finally:
             torch.set_default_dtype(before)
