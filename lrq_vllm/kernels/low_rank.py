@@ -67,8 +67,8 @@ def prepare(factors: Factors) -> None:
     """Compile our kernels that :func:`add_low_rank_` may take for these: a CUDA graph cannot record compiling."""
     x = torch.empty(_MOST_TOKENS, factors.v.shape[1], dtype=factors.v.dtype, device=factors.v.device)
     if _are_few(x, factors):
-        plan = _plan_for(x, factors)
-        for source in (plan.shrink, plan.expand):
+        kernels = _plan_for(x, factors)
+        for source in (kernels.shrink, kernels.expand):
             cuda_kernel.compiled(source, x.device)
 
 
@@ -97,11 +97,11 @@ def add_to_few_(y: Tensor, x: Tensor, factors: Factors) -> None:
     """As :func:`add_low_rank_`, by our kernels, for 1 to 32 tokens; K a multiple of 8."""
     x = aligned(x)
     tokens = len(x)
-    plan = _plan_for(x, factors)
-    sums = torch.empty((plan.shares, tokens, len(factors.v)), dtype=torch.float32, device=x.device)
-    shrink, expand = (cuda_kernel.compiled(source, x.device) for source in (plan.shrink, plan.expand))
-    shrink.launch(*plan.shrink_grid, [factors.v, x, sums, tokens, 2 * x.stride(0)])
-    expand.launch(*plan.expand_grid, [factors.u, sums, y, tokens, y.stride(0)])
+    kernels = _plan_for(x, factors)
+    sums = torch.empty((kernels.shares, tokens, len(factors.v)), dtype=torch.float32, device=x.device)
+    shrink, expand = (cuda_kernel.compiled(source, x.device) for source in (kernels.shrink, kernels.expand))
+    shrink.launch(*kernels.shrink_grid, [factors.v, x, sums, tokens, 2 * x.stride(0)])
+    expand.launch(*kernels.expand_grid, [factors.u, sums, y, tokens, y.stride(0)])
 
 
 class Plan(NamedTuple):
@@ -123,6 +123,7 @@ def _plan_for(x: Tensor, factors: Factors) -> Plan:
 def plan(
     tiles: int, inputs: int, widths: tuple[int, ...], ranks: tuple[int, ...], float16: bool, processors: int
 ) -> Plan:  # fmt: skip
+    """Of :class:`Factors` with these widths and ranks, for ``tiles`` times 8 tokens [T, inputs] on so many multiprocessors."""
     shares = _shares(ranks, processors)
     turns = _turns(inputs, shares)
     common = {"FLOAT16": float16, "TILES": tiles, "RANKS": sum(ranks), "SHARES": shares}

@@ -38,9 +38,11 @@ def fused_norms(block: nn.Module, family: Family) -> Iterator[None]:
     own = {name: block.get_submodule(name) for name, _ in family.residual if name in family.norms}
     for name, norm in own.items():
         block.set_submodule(name, FusedNorm(norm, family.gain_offset))
-    yield
-    for name, norm in own.items():
-        block.set_submodule(name, norm)
+    try:
+        yield
+    finally:
+        for name, norm in own.items():
+            block.set_submodule(name, norm)
 
 
 def epsilon_of(norm: Any) -> float:

@@ -114,8 +114,8 @@ def check_model_tensors(model: nn.Module, tensors: TensorFolder, config: PreTrai
 
 def _check_outside_of_blocks(tensors: TensorFolder, known: set[str], blocks: str) -> None:
     """Raises ModelFolderError for a tensor that belongs to no part of the model: it would go along, and vLLM refuse it."""
-    strangers = [name for name in tensors if not name.startswith(f"{blocks}.") and not name.endswith(COMPUTED_ANYWAY)]
-    strangers = [name for name in strangers if name not in known]
+    inside = f"{blocks}."
+    strangers = [name for name in tensors if not (name in known or name.startswith(inside) or name.endswith(COMPUTED_ANYWAY))]
     if strangers:
         raise ModelFolderError(
             f"{tensors.file_of(strangers[0])}: tensor {strangers[0]} is no part of the model that config.json describes"
