@@ -4,6 +4,7 @@
     python bench/serving.py --out bench/results/serving-h200.json                    # 32 layers of Llama-3-8B; 60 GB of disk
     python bench/serving.py --candidates bf16 lrq-w4a8 --concurrency 1 256 --out serving.json
     python bench/serving.py --candidates lrq-w4a4 lrq-w4a4-10% --out serving.json         # rotated; with a low-rank correction
+    python bench/serving.py --candidates lrq-w4a8 --ranks 2 --out serving.json                          # tensor parallel
     python bench/serving.py --size small --concurrency 1 4 --work /tmp/small --out /tmp/serving.json        # on any machine
 
 Each form is quantized by round-to-nearest (corrections are random pairs), served in a process of its own as vLLM's defaults
@@ -111,6 +112,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--size", choices=list(SIZES), default="8b")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lrq-serving", help="for checkpoints")
     parser.add_argument("--keep", action="store_true", help="leave the quantized checkpoints there")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="tensor parallel")
     parser.add_argument("--at-once", type=int, default=1, metavar="N", help="quantized and started side by side")
     parser.add_argument("--trace", action="store_true", help="also say what the GPU did in one more run, which is slower")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
@@ -152,7 +154,8 @@ def make(candidate: str, work: Path) -> dict[str, Any]:
 
 def start(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """vLLM, for this process's life, with room for all requests."""
-    os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} | serving_environment()
+    os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    os.environ |= serving_environment(arguments.ranks)
     from vllm import LLM
 
     begin = time.monotonic()
@@ -160,19 +163,19 @@ def start(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     llm = LLM(
         str(folder), dtype="bfloat16", max_model_len=2048, max_num_seqs=max(arguments.concurrency), max_num_batched_tokens=8192,
         enable_prefix_caching=False, gpu_memory_utilization=0.85 / arguments.at_once, skip_tokenizer_init=True,
-        kv_cache_memory_bytes=kv_bytes(arguments),
+        kv_cache_memory_bytes=kv_bytes(arguments), tensor_parallel_size=arguments.ranks,
         compilation_config={"cudagraph_capture_sizes": sorted(set(arguments.concurrency))},
     )  # fmt: skip
     return {"seconds_to_start": round(time.monotonic() - begin, 1), **facts()}
 
 
 def kv_bytes(arguments: argparse.Namespace) -> int:
-    """Of keys and values in 16 bits, for all requests of the largest load at a time."""
+    """Of a rank's keys and values in 16 bits, for all requests of the largest load at a time."""
     size = SIZES[arguments.size]
     block = 128  # tokens, at most
     requests = [(max(arguments.concurrency), PROMPT + NEW), (arguments.prefill, PREFILL_TOKENS + 1)]
     tokens = max(count * (tokens + block) for count, tokens in requests)
-    return 2 * 2 * size["num_hidden_layers"] * size["num_key_value_heads"] * size["head_dim"] * tokens
+    return 2 * 2 * size["num_hidden_layers"] * size["num_key_value_heads"] * size["head_dim"] * tokens // arguments.ranks
 
 
 def stop() -> dict[str, Any]:
@@ -205,12 +208,12 @@ def traced(vocabulary: int, generator: torch.Generator, count: int, tokens: int,
     """As seconds, with the GPU's kernels written down."""
     llm.collective_rpc(begin_trace)
     elapsed = seconds(vocabulary, generator, count, tokens, new)
-    (found,) = llm.collective_rpc(end_trace)
+    found, *_ = llm.collective_rpc(end_trace)
     return {"ms": round(1000 * elapsed, 3), **found}
 
 
 def facts() -> dict[str, Any]:
-    """Bytes of the model's tensors, and the kernels that its layers run on."""
+    """Bytes of the first rank's tensors, and the kernels that its layers run on."""
     (nbytes, kernels), *_ = llm.apply_model(look_at)
     return {"weight_gb": round(nbytes / 1e9, 3), "kernels": kernels or ["vLLM's own"]}
 
@@ -238,6 +241,8 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     result = {
         **measured_on("lrq", "torch", "vllm", "transformers"),
         "model": SIZES[arguments.size],
+        "ranks": arguments.ranks,
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("LRQ_")},
         "unit": f"decode: output tokens/s of so many requests of {PROMPT} + {NEW} tokens; prefill: prompt tokens/s",
         "rows": rows,
     }

@@ -14,6 +14,7 @@ from lrq_vllm.compilation_key import tell_apart
 from lrq_vllm.cpu_compilation import round_where_operations_do
 from lrq_vllm.errors import CheckpointError, SettingsError
 from lrq_vllm.kv_cache import check_cache_dtype
+from lrq_vllm.router_compilation import keep_router_packed
 from lrq_vllm.served_rank import check_rank
 from lrq_vllm.tensor_parallel import check_ranks
 from lrq_vllm.tp_invariance import check_sum
@@ -116,6 +117,7 @@ class LrqConfig(QuantizationConfig):
         check_ranks(self.manifest, parallel.tensor_parallel_size, expert_parallel=parallel.enable_expert_parallel)
         check_rank(self.manifest)
         if hasattr(layer, "moe_config"):
+            keep_router_packed(config.compilation_config)
             return self._experts_method(prefix, layer.moe_config)
         if not isinstance(layer, LinearBase):
             check_cache_dtype(config.cache_config.cache_dtype, self.manifest, on_cpu=current_platform.is_cpu())
