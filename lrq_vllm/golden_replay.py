@@ -30,9 +30,9 @@ class Replayed:
     kernels: tuple[str, ...] = ()
 
 
-def replay(folder: Path, ranks: int = 1, *, expert_parallel: bool = False) -> Replayed:
+def replay(folder: Path, ranks: int = 1, *, expert_parallel: bool = False, compiled: bool = False) -> Replayed:
     """Serve the checkpoint from this process and compare; once in a process. ranks: tensor parallel. expert_parallel: each has
-    some experts whole, not a part of all.
+    some experts whole, not a part of all. compiled: as vLLM serves by default, which takes it longer to start.
 
     Raises CheckpointError if vLLM's numbers are further from the reference path's than rounding explains.
     """
@@ -42,8 +42,8 @@ def replay(folder: Path, ranks: int = 1, *, expert_parallel: bool = False) -> Re
     golden = read_golden(folder)
     texts = golden.texts
     llm = LLM(
-        str(folder), enforce_eager=True, max_model_len=max(len(text.tokens) for text in texts) + 1, max_num_seqs=len(texts),
-        enable_prefix_caching=False, kv_cache_memory_bytes=_KV_CACHE_BYTES, skip_tokenizer_init=True,
+        str(folder), enforce_eager=not compiled, max_model_len=max(len(text.tokens) for text in texts) + 1,
+        max_num_seqs=len(texts), enable_prefix_caching=False, kv_cache_memory_bytes=_KV_CACHE_BYTES, skip_tokenizer_init=True,
         gpu_memory_utilization=_MEMORY_SHARE, tensor_parallel_size=ranks, enable_expert_parallel=expert_parallel,
     )  # fmt: skip
     prompts = [TokensPrompt(prompt_token_ids=text.tokens) for text in texts]

@@ -233,6 +233,17 @@ def test_verify_says_right_of_a_right_checkpoint(sealed: Path, capsys: pytest.Ca
     assert printed.splitlines()[-1].split() == ["verdict", "right"]
 
 
+@pytest.mark.server
+@CPU_VLLM
+def test_verify_serves_compiled_when_asked(
+    sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    assert main(["verify", str(sealed), "--compiled"]) == 0
+    assert "texts, compiled: " in capsys.readouterr().out
+    assert any(tmp_path.glob("torch_compile_cache/*"))
+
+
 def test_verify_without_vllm_says_what_it_left_out(sealed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(sealed), "--files-only"]) == 0
     assert "not tried" in capsys.readouterr().out

@@ -134,6 +134,9 @@ def _add_checkpoint_commands(commands: "argparse._SubParsersAction[argparse.Argu
     verify.add_argument(
         "--enable-expert-parallel", action="store_true", help="each of the N GPUs takes some experts whole, not a part of all"
     )
+    verify.add_argument(
+        "--compiled", action="store_true", help="serve the texts compiled, as vllm serve does by default; it starts slower"
+    )
     add("inspect", _inspect, help="what is inside an LRQ checkpoint, per layer")
     report = add("report", _report, help="one HTML page about a quantization: errors, learning curves, sizes")
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: DIR/lrq_report.html")
@@ -255,10 +258,11 @@ def _verify(parsed: argparse.Namespace, console: Console) -> None:
         loaded = check_loading(parsed.model_dir)
     show("loading", f"vLLM puts {loaded.tensors} tensors into {loaded.parameters} parameters of {loaded.model}, each unchanged")
     with console.status("vLLM serves it"):
-        replayed = check_serving(parsed.model_dir, ranks, expert_parallel=expert_parallel)
+        replayed = check_serving(parsed.model_dir, ranks, expert_parallel=expert_parallel, compiled=parsed.compiled)
+    how = "texts, compiled" if parsed.compiled else "texts"
     show(
         "serving",
-        f"{replayed.texts} texts: {replayed.mean_difference:.4f} nats from the reference path on average (at most "
+        f"{replayed.texts} {how}: {replayed.mean_difference:.4f} nats from the reference path on average (at most "
         f"{replayed.tolerance:.2f}), kernels {', '.join(replayed.kernels)}",
     )
     show("verdict", "right")

@@ -61,9 +61,9 @@ def check_loading(folder: Path) -> Loaded:
     return _in_process(prove_loading, folder)
 
 
-def check_serving(folder: Path, ranks: int = 1, *, expert_parallel: bool = False) -> Replayed:
+def check_serving(folder: Path, ranks: int = 1, *, expert_parallel: bool = False, compiled: bool = False) -> Replayed:
     """As golden_replay.replay, in a process of its own. Raises SettingsError without vLLM."""
-    return _in_process(partial(replay, ranks=ranks, expert_parallel=expert_parallel), folder, ranks)
+    return _in_process(partial(replay, ranks=ranks, expert_parallel=expert_parallel, compiled=compiled), folder, ranks)
 
 
 def _in_process(work: Callable[[Path], Result], folder: Path, ranks: int = 1) -> Result:
