@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from lrq_vllm.checkpoint.hadamard import rotate
+from lrq_vllm.checkpoint.hadamard import OnlineHadamard, refill_tables, rotate
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.kernel_choice import HOPPER
 from lrq_vllm.kernels import ops, reference
@@ -64,12 +64,8 @@ class LrqLinearMethod(LinearMethodBase, ABC):
         layer.lrq_kernel, product = self._prepare(layer, packed)
         self._on_hopper = layer.lrq_kernel == HOPPER  # the rotation and the correction too
         device, dtype = packed[0].device, layer.lrq_dtype
-        if self._hadamard is not None and device.type == "cuda":
-            from lrq_vllm.kernels import hadamard, rotate_tokens
-
-            hadamard.check(self._hadamard.block, self._hadamard.order, device, hopper=self._on_hopper)
-            if self._on_hopper:
-                rotate_tokens.prepare(self._hadamard.block, self._hadamard.order, dtype, device)
+        if self._hadamard is not None:
+            self._prepare_rotation(self._hadamard, device, dtype)
         if pairs:
             self._low_rank = choose_low_rank(device, layer.lrq_kernel)
             self._low_rank.prepare(layer, pairs, dtype)
@@ -104,6 +100,16 @@ class LrqLinearMethod(LinearMethodBase, ABC):
         if self._low_rank is not None:
             y = self._low_rank.add(layer, y, rows)
         return y
+
+    def _prepare_rotation(self, hadamard: OnlineHadamard, device: torch.device, dtype: torch.dtype) -> None:
+        refill_tables()
+        if device.type == "cuda":
+            from lrq_vllm.kernels import hadamard as kernel
+            from lrq_vllm.kernels import rotate_tokens
+
+            kernel.check(hadamard.block, hadamard.order, device, hopper=self._on_hopper)
+            if self._on_hopper:
+                rotate_tokens.prepare(hadamard.block, hadamard.order, dtype, device)
 
     @abstractmethod
     def _prepare(self, layer: Any, packed: tuple[Tensor, Tensor, Tensor]) -> tuple[str, Product]:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrq_vllm.checkpoint.hadamard import paley_matrix, paley_order, rotate
+from lrq_vllm.checkpoint.hadamard import paley_matrix, paley_order, paley_table, refill_tables, rotate
 from lrq_vllm.errors import SettingsError
 from lrq_vllm.kernels import hadamard as kernel
 from lrq_vllm.kernels.rotate_tokens import rotate_tokens
@@ -127,10 +127,27 @@ def test_a_default_dtype_changes_no_matrix() -> None:
     try:
         assert paley_matrix(28).dtype == torch.float32 and torch.equal(paley_matrix(28), wanted)
         assert paley_matrix(12).dtype == paley_matrix(1).dtype == torch.float32
-        kernel._padded_paley.cache_clear()
-        assert kernel._padded_paley(12, 16, torch.device("cpu")).dtype == torch.float32
+        paley_table.cache_clear()
+        assert paley_table(12, 16, torch.float32, torch.device("cpu")).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_default_device_holds_no_matrix() -> None:
+    paley_matrix.cache_clear()
+    with torch.device("meta"):  # vLLM builds a model on its GPU so
+        matrices = [paley_matrix(order) for order in (1, 12, 28)]
+    assert all(matrix.device.type == "cpu" for matrix in matrices)
+
+
+def test_tables_that_lost_their_values_get_them_back_in_their_place() -> None:
+    tables = [paley_table(order, 32, torch.bfloat16, torch.device("cpu")) for order in (12, 28)]
+    wanted = [table.clone() for table in tables]
+    for table in tables:
+        table.fill_(torch.nan)
+    refill_tables()
+    assert all(torch.equal(table, before) for table, before in zip(tables, wanted, strict=True))
+    assert wanted[0][:12, :12].abs().min() == 1 and not wanted[0][12:].any() and not wanted[0][:, 12:].any()
 
 
 def test_a_rotation_is_computed_in_float32_whatever_surrounds_it() -> None:

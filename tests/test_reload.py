@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.pipeline import quantize_model
+from lrq_vllm.checkpoint import hadamard
 from lrq_vllm.checkpoint.store import TensorFolder
 from lrq_vllm.errors import CheckpointError, SettingsError
 from lrq_vllm.vllm_world import vllm_world
@@ -83,6 +84,17 @@ def test_layers_compute_the_same_when_their_weights_come_again(scheme: str, tmp_
         after = outputs(model)
     assert before.keys() == after.keys() and len(before) >= 8
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_rotations_come_back_too_where_a_sleep_has_lost_their_tables(tmp_path: Path) -> None:
+    quantize_model(TINY, tmp_path / "out", QuantizeSettings("w4a4", "gptq", **QUICK))
+    with loaded(tmp_path / "out") as (config, model):
+        before = outputs(model)
+        for _, table in hadamard._tables:
+            table.fill_(torch.nan)
+        load_again(config, model, stored(tmp_path / "out"))
+        after = outputs(model)
+    assert len(hadamard._tables) and all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_a_tensor_that_does_not_come_again_is_named(tmp_path: Path) -> None:

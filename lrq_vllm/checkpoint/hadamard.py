@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["OnlineHadamard", "paley_matrix", "paley_order", "rotate"]
+__all__ = ["OnlineHadamard", "paley_matrix", "paley_order", "paley_table", "refill_tables", "rotate"]
+
+_tables: list[tuple[int, Tensor]] = []
 
 _LARGEST_ORDER = 1024
 
@@ -64,13 +66,14 @@ def paley_order(block: int) -> int | None:
 @cache
 def paley_matrix(order: int) -> Tensor:
     """P_m, float32 [m, m] of 1 and -1, on the CPU. Only for orders that :func:`paley_order` returns. Not to be changed."""
-    if order == 1:
-        return torch.ones(1, 1, dtype=torch.float32)
-    if _is_prime(order - 1) and order % 4 == 0:
-        return torch.eye(order, dtype=torch.float32) + _bordered(order - 1, -1.0)
-    conference = _bordered(order // 2 - 1, 1.0)
-    first, second = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[1.0, -1.0], [-1.0, -1.0]]], dtype=torch.float32)
-    return torch.kron(conference, first) + torch.kron(torch.eye(order // 2, dtype=torch.float32), second)
+    with torch.device("cpu"):  # vLLM builds models under another one
+        if order == 1:
+            return torch.ones(1, 1, dtype=torch.float32)
+        if _is_prime(order - 1) and order % 4 == 0:
+            return torch.eye(order, dtype=torch.float32) + _bordered(order - 1, -1.0)
+        conference = _bordered(order // 2 - 1, 1.0)
+        first, second = torch.tensor([[[1.0, 1.0], [1.0, -1.0]], [[1.0, -1.0], [-1.0, -1.0]]], dtype=torch.float32)
+        return torch.kron(conference, first) + torch.kron(torch.eye(order // 2, dtype=torch.float32), second)
 
 
 def rotate(x: Tensor, block: int, order: int) -> Tensor:
@@ -78,7 +81,7 @@ def rotate(x: Tensor, block: int, order: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         y = x.float().reshape(-1, order, block // order)
         if order > 1:
-            y = _paley_matrix_on(order, x.device) @ y
+            y = paley_table(order, order, torch.float32, x.device) @ y
         half = 1
         while half < block // order:
             pairs = y.reshape(-1, 2, half)
@@ -88,8 +91,21 @@ def rotate(x: Tensor, block: int, order: int) -> Tensor:
 
 
 @cache
-def _paley_matrix_on(order: int, device: torch.device) -> Tensor:
-    return paley_matrix(order).to(device)
+def paley_table(order: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """P_m, filled up with zeros to [rows, rows]: one tensor for all who ask, at an address that stays. Not to be changed."""
+    table = torch.zeros(rows, rows, dtype=dtype, device=device)
+    table[:order, :order] = paley_matrix(order)
+    _tables.append((order, table))
+    return table
+
+
+def refill_tables() -> None:
+    """Write every table again, in its place. What was allocated while vLLM loaded weights loses its values in its sleep mode
+    (level 2), after which weights are loaded again; CUDA graphs go on to read the same addresses.
+    """
+    for order, table in _tables:
+        table.zero_()
+        table[:order, :order] = paley_matrix(order)
 
 
 def _bordered(q: int, left: float) -> Tensor:

@@ -4,15 +4,13 @@ One program rotates one block of one token: H_B = (P_m (x) S_a (x) S_b) / sqrt(B
 are 1 and -1. TF32 keeps 11 bits of the other operand: all of a 16-bit one; a float32 one is given as the sum of two.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.compiler.compiler import max_shared_mem
 
-from lrq_vllm.checkpoint.hadamard import paley_matrix
+from lrq_vllm.checkpoint.hadamard import paley_table
 from lrq_vllm.errors import SettingsError
 
 __all__ = ["check", "rotate"]
@@ -53,7 +51,7 @@ def rotate(x: Tensor, block: int, order: int) -> Tensor:
     right = size if size <= _MOST_AT_ONCE else 1 << halves
     if tokens:
         _rotate_kernel[(tokens, inputs // block)](
-            x, _padded_paley(order, rows, x.device), y, inputs, x.stride(0), x.stride(1), block**-0.5,
+            x, paley_table(order, rows, torch.float32, x.device), y, inputs, x.stride(0), x.stride(1), block**-0.5,
             ORDER=order, ROWS=rows, SIZE=size, LEFT=size // right, RIGHT=right, num_warps=4 if rows * size <= 4096 else 16,
         )  # fmt: skip
     return y
@@ -68,13 +66,6 @@ def _shared_bytes(device: torch.device) -> int:
 def _rows(order: int, size: int) -> int:
     """Rows of the tile whose columns are a Sylvester matrix's; products take 16 at least."""
     return 1 if order == 1 and size > _MOST_AT_ONCE else triton.next_power_of_2(max(order, _LEAST))
-
-
-@cache
-def _padded_paley(order: int, rows: int, device: torch.device) -> Tensor:
-    padded = torch.zeros(rows, rows, dtype=torch.float32, device=device)
-    padded[:order, :order] = paley_matrix(order)[:rows, :rows]
-    return padded
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lrq_vllm.checkpoint.hadamard import paley_matrix
+from lrq_vllm.checkpoint.hadamard import paley_table
 from lrq_vllm.kernels import cuda_kernel
 from lrq_vllm.kernels.quantize_tokens import aligned
 
@@ -27,7 +27,7 @@ def rotate_tokens(x: Tensor, block: int, order: int) -> Tensor:
     tokens, inputs = x.shape
     y = torch.empty((tokens, inputs), dtype=x.dtype, device=x.device)
     if tokens:
-        arguments = [x, _signs(order, x.dtype, x.device), y, inputs, 2 * x.stride(0)]
+        arguments = [x, paley_table(order, _filled(order), x.dtype, x.device), y, inputs, 2 * x.stride(0)]
         kernel = cuda_kernel.compiled(source(block, order, x.dtype), x.device)
         kernel.launch(tokens * (inputs // block), _threads(block), arguments)
     return y
@@ -36,7 +36,7 @@ def rotate_tokens(x: Tensor, block: int, order: int) -> Tensor:
 def prepare(block: int, order: int, dtype: torch.dtype, device: torch.device) -> None:
     """Compile what :func:`rotate_tokens` takes: a CUDA graph cannot record compiling."""
     cuda_kernel.compiled(source(block, order, dtype), device)
-    _signs(order, dtype, device)
+    paley_table(order, _filled(order), dtype, device)
 
 
 @cache
@@ -62,11 +62,3 @@ def _threads(block: int) -> int:
 
 def _filled(order: int) -> int:
     return -(-order // _PALEY_UNIT) * _PALEY_UNIT
-
-
-@cache
-def _signs(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """P, filled up with zeros."""
-    filled = torch.zeros(_filled(order), _filled(order), dtype=dtype)
-    filled[:order, :order] = paley_matrix(order)
-    return filled.to(device)
