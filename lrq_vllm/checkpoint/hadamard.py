@@ -22,9 +22,10 @@ from torch import Tensor
 
 __all__ = ["OnlineHadamard", "paley_matrix", "paley_order", "paley_table", "refill_tables", "rotate"]
 
-_tables: list[tuple[int, Tensor]] = []
-
 _LARGEST_ORDER = 1024
+
+_tables: list[tuple[int, Tensor]] = []
+"""Order and tensor of every :func:`paley_table`."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def rotate(x: Tensor, block: int, order: int) -> Tensor:
 @cache
 def paley_table(order: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """P_m, filled up with zeros to [rows, rows]: one tensor for all who ask, at an address that stays. Not to be changed."""
-    table = torch.zeros(rows, rows, dtype=dtype, device=device)
-    table[:order, :order] = paley_matrix(order)
+    with torch.inference_mode(False):  # a tensor of that mode could not be written again outside of it
+        table = torch.zeros(rows, rows, dtype=dtype, device=device)
+        table[:order, :order] = paley_matrix(order)
     _tables.append((order, table))
     return table
 
