@@ -121,7 +121,8 @@ def cell(row: dict[str, Any] | None) -> str:
     if "refused" in row:
         return "refused"
     on_ranks = [row.get(f"nats_{kind}{RANKS}") for kind in ("tp", "ep") if kind == "tp" or has_experts(row["family"])]
-    return " / ".join("-" if nats is None else f"{nats:.4f}" for nats in (row["nats"], *on_ranks))
+    distances = " / ".join("-" if nats is None else f"{nats:.4f}" for nats in (row["nats"], *on_ranks))
+    return f"{distances}; {', '.join(map(str, row['tp_sizes']))}"
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:
@@ -133,9 +134,10 @@ def page(results: dict[str, dict[str, Any]]) -> str:
         "",
         "Small random models of each family, quantized, verified and served. A cell says how far vLLM's log-probabilities",
         f"are from the reference path's on average, in nats, on one rank / on {RANKS} tensor-parallel ranks (-: its checkpoint",
-        "says that so many cannot serve it); with experts, also on so many of which each takes some whole. `lrq-offline",
-        "verify` has found every tensor where it belongs. refused: `lrq-offline quantize` does so at its defaults, and says",
-        "why. qwen3_moe-mixed: its first block has an MLP in place of experts.",
+        "says that so many cannot serve it); with experts, also on so many of which each takes some whole. Behind it are the",
+        "numbers of tensor-parallel ranks that the checkpoint says can serve it. `lrq-offline verify` has found every tensor",
+        "where it belongs. refused: `lrq-offline quantize` does so at its defaults, and says why. qwen3_moe-mixed: its first",
+        "block has an MLP in place of experts.",
     ]
     return "\n".join(lines + [line for file, result in results.items() for line in table(result, file)]) + "\n"
 
