@@ -163,7 +163,12 @@ def test_a_rank_above_a_layers_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [QuantizeSettings("w4a8", "gptq", correction_rank=2), QuantizeSettings("w4a4", "gptq", rotate=False)]
+    "settings",
+    [
+        QuantizeSettings("w4a8", "gptq", correction_rank=2),
+        QuantizeSettings("w4a4", "gptq"),
+        QuantizeSettings("w4a4", "gptq", rotate=False),
+    ],
 )
 def test_experts_go_without(settings: QuantizeSettings, tmp_path: Path) -> None:
     source = SourceModel.open(write_random_model("mixtral", tmp_path / "model"))

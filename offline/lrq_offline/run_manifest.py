@@ -23,8 +23,9 @@ def manifest_of(config: PreTrainedConfig, settings: QuantizeSettings) -> Manifes
     """The manifest of the result.
 
     Raises SettingsError before any work if the group size does not divide a layer's inputs, a correction's rank is above a
-    layer's, or the model cannot be rotated.
+    layer's, experts have no kernel for the scheme, or the model cannot be rotated.
     """
+    _check_experts(config, settings)
     family, blocks, model = FAMILIES[config.model_type], block_families(config), empty_model(config)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     modules = [f"{block}.{linear}" for block, own in blocks.items() for linear in own.linears]
@@ -38,21 +39,25 @@ def manifest_of(config: PreTrainedConfig, settings: QuantizeSettings) -> Manifes
     sizes = tensor_parallel_sizes(config, settings.weight_format, quantized, hadamard)
     return Manifest(
         settings.scheme, settings.weight_format, quantized, tuple(skipped), version("lrq"), settings.kv_bits, sizes,
-        _correction(config, family, settings, quantized), hadamard,
+        _correction(config, settings, quantized), hadamard,
     )  # fmt: skip
 
 
-def _correction(
-    config: PreTrainedConfig, family: Family, settings: QuantizeSettings, quantized: Mapping[str, tuple[int, int]]
-) -> Correction | None:
-    """Raises SettingsError for experts, which no server corrects, and for a rank above a layer's."""
+def _check_experts(config: PreTrainedConfig, settings: QuantizeSettings) -> None:
+    """Raises SettingsError for what no server computes for experts."""
     clips = settings.bits.activation is not None and settings.bits.activation.symmetric
-    if family.experts is not None and (settings.corrects or clips):
+    if FAMILIES[config.model_type].experts is not None and (settings.corrects or clips):
         what = "a low-rank correction (--correction-rank)" if settings.corrects else settings.scheme
         raise SettingsError(
             f"This {config.model_type} model has experts, which go without {what}: no kernel computes it for them. "
             "Choose another scheme, such as w4a8, without --correction-rank."
         )
+
+
+def _correction(
+    config: PreTrainedConfig, settings: QuantizeSettings, quantized: Mapping[str, tuple[int, int]]
+) -> Correction | None:
+    """Raises SettingsError for a rank above a layer's."""
     if not settings.corrects:
         return None
     ranks = {name: settings.correction_rank_of(shape) for name, shape in quantized.items()}
