@@ -1,13 +1,14 @@
 """Where and with what a result was measured."""
 
 import datetime
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-__all__ = ["measured_on", "memory_tb_per_s", "version_of"]
+__all__ = ["lrq_variables", "measured_on", "memory_tb_per_s", "version_of"]
 
 _MEMORY_TB_PER_S = {"NVIDIA H100 80GB HBM3": 3.0, "NVIDIA H200": 4.3}  # a copy's bytes read and written
 
@@ -17,6 +18,11 @@ def measured_on(*packages: str) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else torch.cpu.get_capabilities()["cpu_name"]
     versions = {name: version_of(name) for name in packages}
     return {"date": datetime.date.today().isoformat(), "device": device, "versions": versions}
+
+
+def lrq_variables() -> dict[str, str]:
+    """What of the environment changes how lrq serves."""
+    return {name: value for name, value in os.environ.items() if name.startswith("LRQ_")}
 
 
 def version_of(package: str) -> str | None:

@@ -16,7 +16,6 @@ With --one-gpu all ranks of a layout share the first GPU (ranks_on_one_gpu.py).
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from measured_on import measured_on
+from measured_on import lrq_variables, measured_on
 
 from lrq_offline.agreement import agreement_with_reference, reference_noise, rounding_noise
 from lrq_offline.calibration import token_windows
@@ -94,7 +93,7 @@ def main() -> None:
     result = {
         **measured_on("torch", "vllm", "transformers"),
         "positions": f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {NEW_TOKENS} greedy tokens each, bfloat16",
-        "environment": {name: value for name, value in os.environ.items() if name.startswith("LRQ_")},
+        "environment": lrq_variables(),
         "rows": rows,
         "failed": failed,
     }

@@ -35,7 +35,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 from gpu_trace import begin_trace, end_trace
-from measured_on import measured_on
+from measured_on import lrq_variables, measured_on
 from random_llama import SIZES, write_llama, write_ours, write_stock
 
 from lrq_vllm.golden_replay import kernels_of
@@ -242,7 +242,7 @@ def write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         **measured_on("lrq", "torch", "vllm", "transformers"),
         "model": SIZES[arguments.size],
         "ranks": arguments.ranks,
-        "environment": {name: value for name, value in os.environ.items() if name.startswith("LRQ_")},
+        "environment": lrq_variables(),
         "unit": f"decode: output tokens/s of so many requests of {PROMPT} + {NEW} tokens; prefill: prompt tokens/s",
         "rows": rows,
     }

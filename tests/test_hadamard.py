@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrq_vllm.checkpoint import hadamard
 from lrq_vllm.checkpoint.hadamard import paley_matrix, paley_order, paley_table, refill_tables, rotate
 from lrq_vllm.errors import SettingsError
 from lrq_vllm.kernels import hadamard as kernel
@@ -127,7 +128,7 @@ def test_a_default_dtype_changes_no_matrix() -> None:
     try:
         assert paley_matrix(28).dtype == torch.float32 and torch.equal(paley_matrix(28), wanted)
         assert paley_matrix(12).dtype == paley_matrix(1).dtype == torch.float32
-        paley_table.cache_clear()
+        hadamard._tables.clear()
         assert paley_table(12, 16, torch.float32, torch.device("cpu")).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
@@ -141,7 +142,7 @@ def test_a_default_device_holds_no_matrix() -> None:
 
 
 def test_tables_that_lost_their_values_get_them_back_in_their_place() -> None:
-    paley_table.cache_clear()
+    hadamard._tables.clear()
     with torch.inference_mode():  # as vLLM serves
         tables = [paley_table(order, 32, torch.bfloat16, torch.device("cpu")) for order in (12, 28)]
     wanted = [table.clone() for table in tables]

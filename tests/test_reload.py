@@ -90,7 +90,7 @@ def test_rotations_come_back_too_where_a_sleep_has_lost_their_tables(tmp_path: P
     quantize_model(TINY, tmp_path / "out", QuantizeSettings("w4a4", "gptq", **QUICK))
     with loaded(tmp_path / "out") as (config, model):
         before = outputs(model)
-        for _, table in hadamard._tables:
+        for table in hadamard._tables.values():
             table.fill_(torch.nan)
         load_again(config, model, stored(tmp_path / "out"))
         after = outputs(model)

@@ -226,13 +226,21 @@ def test_a_server_may_be_as_far_away_as_rounding_takes_it() -> None:
 
 @pytest.mark.server
 @CPU_VLLM
-def test_verify_says_right_of_a_right_checkpoint_that_is_served_compiled(
+def test_verify_says_right_of_a_right_checkpoint(sealed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(sealed)]) == 0
+    printed = capsys.readouterr().out
+    assert "LlamaForCausalLM, each unchanged" in printed and "kernels onednn" in printed
+    assert printed.splitlines()[-1].split() == ["verdict", "right"]
+
+
+@pytest.mark.server
+@CPU_VLLM
+def test_verify_serves_compiled_when_asked(
     sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     assert main(["verify", str(sealed), "--compiled"]) == 0
     printed = capsys.readouterr().out
-    assert "LlamaForCausalLM, each unchanged" in printed
     assert "texts, compiled: " in printed and "kernels onednn" in printed
     assert printed.splitlines()[-1].split() == ["verdict", "right"]
     assert any(tmp_path.glob("torch_compile_cache/*"))

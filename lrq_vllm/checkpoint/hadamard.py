@@ -24,8 +24,8 @@ __all__ = ["OnlineHadamard", "paley_matrix", "paley_order", "paley_table", "refi
 
 _LARGEST_ORDER = 1024
 
-_tables: list[tuple[int, Tensor]] = []
-"""Order and tensor of every :func:`paley_table`."""
+_tables: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+"""Every :func:`paley_table`, by its arguments."""
 
 
 @dataclass(frozen=True)
@@ -91,23 +91,27 @@ def rotate(x: Tensor, block: int, order: int) -> Tensor:
         return (y * block**-0.5).reshape(x.shape)
 
 
-@cache
 def paley_table(order: int, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """P_m, filled up with zeros to [rows, rows]: one tensor for all who ask, at an address that stays. Not to be changed."""
-    with torch.inference_mode(False):  # a tensor of that mode could not be written again outside of it
-        table = torch.zeros(rows, rows, dtype=dtype, device=device)
-        table[:order, :order] = paley_matrix(order)
-    _tables.append((order, table))
-    return table
+    key = order, rows, dtype, device
+    if key not in _tables:
+        with torch.inference_mode(False):  # a tensor of that mode could not be written again outside of it
+            _tables[key] = torch.empty(rows, rows, dtype=dtype, device=device)
+            _fill(_tables[key], order)
+    return _tables[key]
 
 
 def refill_tables() -> None:
     """Write every table again, in its place. What was allocated while vLLM loaded weights loses its values in its sleep mode
     (level 2), after which weights are loaded again; CUDA graphs go on to read the same addresses.
     """
-    for order, table in _tables:
-        table.zero_()
-        table[:order, :order] = paley_matrix(order)
+    for (order, *_), table in _tables.items():
+        _fill(table, order)
+
+
+def _fill(table: Tensor, order: int) -> None:
+    table.zero_()
+    table[:order, :order] = paley_matrix(order)
 
 
 def _bordered(q: int, left: float) -> Tensor:
