@@ -24,11 +24,10 @@ from measured_on import measured_on, memory_tb_per_s
 from torch import Tensor
 
 from lrq_vllm.checkpoint.hadamard import paley_order
-from lrq_vllm.kernels import ops, reference
+from lrq_vllm.kernels import low_rank, ops, reference
 from lrq_vllm.kernels.arranged_linear import arranged_linear, prepare
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight, arrange
 from lrq_vllm.kernels.reference import InputGrid
-from lrq_vllm.low_rank import InPlace
 
 TOKENS = (1, 16, 256, 4096)
 SHARES = (0.05, 0.10, 0.20, 0.30)
@@ -95,17 +94,15 @@ def layers(
     order = paley_order(inputs)
 
     def layer(weight: ArrangedWeight, u: Tensor, v: Tensor) -> Any:
-        low_rank, factors = InPlace(hopper=True), torch.nn.Module()
-        if rank:
-            low_rank.prepare(factors, [(u, v)], torch.bfloat16)
+        factors = low_rank.arrange([(u, v)], torch.bfloat16) if rank else None
+        if factors is not None:
+            low_rank.prepare(factors)
+            prepare(weight.shape, torch.bfloat16, torch.device("cuda"), grid.kind, factors.parts)
 
         def run(x: Tensor) -> Tensor:
             if rotate:
                 x = ops.rotate(x, inputs, order, True)
-            y = arranged_linear(x, weight, None, grid)
-            if rank:
-                y = low_rank.add(factors, y, x)
-            return y
+            return arranged_linear(x, weight, None, grid, factors)
 
         return run
 

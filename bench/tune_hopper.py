@@ -70,7 +70,7 @@ def main() -> None:
                 timings.append(
                     {"scheme": scheme, "out_features": outputs, "in_features": inputs, "tokens": tokens, "us": cells}
                 )
-            choices = chosen(found)
+            choices = [(most, name_of(tile) if tile is STREAM else list(tile)) for most, tile in fastest(found)]
             layer = {"gpu": gpu, "scheme": scheme, "out_features": outputs, "in_features": inputs, "choices": choices}
             layers.append(layer)
             print(scheme, f"{outputs}x{inputs}", *(f"{most}:{tile}" for most, tile in choices), flush=True)
@@ -160,7 +160,7 @@ def sensible(tile: Tile | None, tokens: int, shape: WeightShape) -> bool:
     return fits and few and another and exists(tile, shape)
 
 
-def chosen(found: list[tuple[int, dict[Tile | None, float]]]) -> list[tuple[int | None, Any]]:
+def fastest(found: list[tuple[int, dict[Tile | None, float]]]) -> list[tuple[int | None, Tile | None]]:
     """From the most tokens down: the neighbour's kernel, if it is as good."""
     choices: list[tuple[int | None, Tile | None]] = []
     for tokens, times in reversed(found):
@@ -168,7 +168,7 @@ def chosen(found: list[tuple[int, dict[Tile | None, float]]]) -> list[tuple[int 
         if choices and times.get(choices[-1][1], math.inf) <= WORTH * times[best]:
             continue
         choices.append((tokens if choices else None, best))
-    return [(most, "stream" if tile is STREAM else list(tile)) for most, tile in reversed(choices)]
+    return choices[::-1]
 
 
 def place_of(layer: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,5 +1,6 @@
-"""A layer whose weight is laid out for Hopper GPUs: what all schemes share."""
+"""A layer whose weight is laid out for Hopper GPUs, and whose product adds its low-rank correction: what all schemes share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,12 +8,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lrq_vllm.input_fusion import Fusion
-from lrq_vllm.kernels import reference
+from lrq_vllm.kernels import low_rank, reference
 from lrq_vllm.kernels.arranged_linear import prepare
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
+from lrq_vllm.low_rank_factors import factors_of, put_factors
 
-__all__ = ["arranged_linear", "keep_arranged", "quantized_in_graph"]
+__all__ = ["arranged_linear", "keep_arranged", "keep_factors", "quantized_in_graph"]
 
 
 def keep_arranged(layer: Any, weight: ArrangedWeight, dtype: torch.dtype, kind: InputKind = InputKind.PER_TOKEN) -> None:
@@ -23,13 +25,24 @@ def keep_arranged(layer: Any, weight: ArrangedWeight, dtype: torch.dtype, kind: 
     layer.lrq_facts = Parameter(weight.facts, requires_grad=False)
     layer.lrq_flags = Parameter(weight.flags, requires_grad=False)
     layer.lrq_weight_shape = shape
+    layer.lrq_input_kind = kind
+
+
+def keep_factors(layer: Any, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+    """Put the factors of a correction, U [out, k] and V [in, k] of each part, on a layer that has its weight, and compile their
+    kernels. dtype: of activations.
+    """
+    factors = low_rank.arrange(pairs, dtype)
+    low_rank.prepare(factors)
+    prepare(layer.lrq_weight_shape, dtype, factors.v.device, layer.lrq_input_kind, factors.parts)
+    put_factors(layer, factors)
 
 
 def arranged_linear(layer: Any, x: Tensor, bias: Tensor | None, grid: InputGrid = PER_TOKEN) -> Tensor:
     """y [tokens, out] of x [tokens, in], in x's dtype."""
     from lrq_vllm.kernels import ops
 
-    return ops.arranged_linear(x, *_arranged(layer), bias, grid.kind, list(grid.calibrated))
+    return ops.arranged_linear(x, *_arranged(layer), bias, grid.kind, list(grid.calibrated), *factors_of(layer))
 
 
 def quantized_in_graph(layer: Any, x: Tensor, bias: Tensor | None, grid: InputGrid, fusion: Fusion) -> Tensor:
@@ -38,7 +51,11 @@ def quantized_in_graph(layer: Any, x: Tensor, bias: Tensor | None, grid: InputGr
 
     tokens = reference.quantize_input(x, grid)
     total = tokens.total if fusion is Fusion.INTEGERS_AND_TOTALS else None
-    return ops.arranged_product(tokens.q, *grid.calibrated, total, *_arranged(layer), bias, x.dtype)
+    y = ops.arranged_product(tokens.q, *grid.calibrated, total, *_arranged(layer), bias, x.dtype)
+    factors, widths, ranks = factors_of(layer)
+    if factors:
+        ops.add_low_rank_(y, x, *factors, widths, ranks, True)
+    return y
 
 
 def _arranged(layer: Any) -> tuple[Tensor, Tensor, Tensor, list[int]]:

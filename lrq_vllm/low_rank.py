@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lrq_vllm import exact_ops
+from lrq_vllm.arranged_layer import keep_factors
 from lrq_vllm.kernel_choice import HOPPER, REFERENCE
 from lrq_vllm.kernels import low_rank
+from lrq_vllm.low_rank_factors import factors_of, put_factors
 
 __all__ = ["LowRank", "Pair", "choose_low_rank"]
 
@@ -28,35 +30,39 @@ class LowRank(Protocol):
 
 
 def choose_low_rank(device: torch.device, kernel: str) -> LowRank:
-    """By device: a GPU adds where y stands already; on a CPU torch adds as the reference says. kernel: what multiplies."""
+    """By device and by what multiplies, ``kernel``."""
     if kernel == REFERENCE:
         return Exact()
-    return InPlace(hopper=kernel == HOPPER) if device.type == "cuda" else Composed()
+    if kernel == HOPPER:
+        return InProduct()
+    return InPlace() if device.type == "cuda" else Composed()
 
 
-class InPlace:
-    """A GPU, as one opaque op: y is read and written once more, and no sum of both products is ever stored apart.
-
-    hopper: whether our kernels for that generation are to be used.
-    """
-
-    def __init__(self, *, hopper: bool) -> None:
-        self._hopper = hopper
+class InProduct:
+    """A Hopper GPU: what multiplies adds the correction too."""
 
     def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
         """Lay the factors out, and compile what they may need."""
-        factors = low_rank.arrange(pairs, dtype)
-        if self._hopper:
-            low_rank.prepare(factors)
-        layer.lrq_low_rank_v = Parameter(factors.v, requires_grad=False)
-        layer.lrq_low_rank_u = Parameter(factors.u, requires_grad=False)
-        layer.lrq_low_rank_sizes = list(factors.widths), list(factors.ranks)
+        keep_factors(layer, pairs, dtype)
+
+    def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
+        """y, which has it already."""
+        return y
+
+
+class InPlace:
+    """Another GPU, as one opaque op: y is read and written once more, and no sum of both products is ever stored apart."""
+
+    def prepare(self, layer: Any, pairs: Sequence[Pair], dtype: torch.dtype) -> None:
+        """Lay the factors out."""
+        put_factors(layer, low_rank.arrange(pairs, dtype))
 
     def add(self, layer: Any, y: Tensor, x: Tensor) -> Tensor:
         """Two products in 16 bits with float32 sums."""
         from lrq_vllm.kernels import ops
 
-        ops.add_low_rank_(y, x, layer.lrq_low_rank_v, layer.lrq_low_rank_u, *layer.lrq_low_rank_sizes, self._hopper)
+        factors, widths, ranks = factors_of(layer)
+        ops.add_low_rank_(y, x, *factors, widths, ranks, False)
         return y
 
 

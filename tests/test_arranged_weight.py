@@ -9,11 +9,12 @@ from torch import Tensor
 from lrq_vllm import arranged_layer
 from lrq_vllm.input_fusion import Fusion, fusion_of
 from lrq_vllm.integer_backends import HopperBackend
-from lrq_vllm.kernels import arranged_linear, cuda_kernel, hopper_table, reference, stream_linear, tile_linear
+from lrq_vllm.kernels import arranged_linear, cuda_kernel, hopper_table, low_rank, reference, stream_linear, tile_linear
 from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, arranged_integers, no_flags
-from lrq_vllm.kernels.hopper_table import STREAM
+from lrq_vllm.kernels.hopper_table import APART, STREAM
 from lrq_vllm.kernels.reference import InputKind
 from lrq_vllm.kernels.stream_linear import Input, plan
+from lrq_vllm.low_rank_factors import put_factors
 from tests.arranged_weights import GROUPED_KINDS, KINDS, Weight, grids
 
 # N and K: whole chunks, and parts of them; more outputs than are arranged at a time.
@@ -149,6 +150,40 @@ def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: b
                 assert found.stages >= 2 and found.shared_bytes <= (227 * 1024) // tile.blocks
 
 
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "another"])
+@pytest.mark.parametrize(("bits", "integer"), KINDS)
+def test_a_kernel_that_also_corrects_has_all_inputs_of_a_tile_in_one_block(bits: int, integer: bool, gpu: str) -> None:
+    for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336), (512, 512)):
+        choices = hopper_table.correcting_choices(WeightShape(bits, integer, rows, columns), gpu)
+        limits = [most for most, _ in choices]
+        assert limits[-1] is None and limits[:-1] == sorted(set(limits[:-1]))
+        for _, tile in choices:
+            if tile is not APART:
+                assert tile.split == 1 and tile.team == 2
+                found = tile_linear.plan(bits, *tile, integer=integer, corrected=True)
+                assert found.rank_bytes * (128 + tile.tokens) <= found.shared_bytes // found.stages
+                assert found.shared_bytes <= (227 * 1024) // tile.blocks
+
+
+def test_a_correction_is_added_apart_where_the_kernel_of_the_product_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_kernel, "gpu_name", lambda device: "NVIDIA H200")
+    fused, one = low_rank.Parts((4096, 1024, 1024), (416, 112, 112)), low_rank.Parts((6144,), (416,))
+    shape = WeightShape(4, False, 6144, 4096)
+
+    def adds(tokens: int, shape: WeightShape, parts: low_rank.Parts) -> bool:
+        return arranged_linear.adding_tile(tokens, shape, parts, torch.device("cuda")) is not APART
+
+    for tokens in (16, 300, 4096):
+        assert adds(tokens, shape, fused) and adds(tokens, shape, one)
+        assert not adds(tokens, shape, low_rank.Parts((4000, 1072, 1072), (416, 112, 112)))  # a part ends within a tile
+        assert not adds(tokens, shape, low_rank.Parts((1536,) * 4, (64,) * 4))  # too many parts
+        assert not adds(tokens, shape, low_rank.Parts((6144,), (0,)))  # nothing to add
+        assert not adds(tokens, shape._replace(whole_outputs=6144), one)  # bits may not depend on how GPUs share the outputs
+        assert not adds(tokens, shape._replace(grouped=True), one)
+    for tokens in (0, 1, 8):
+        assert not adds(tokens, shape, one)
+
+
 @pytest.mark.parametrize(
     ("bits", "integer", "group", "unit"),
     [(4, True, 128, None), (4, True, 64, 128), (4, False, 64, None), (3, False, 32, 64)],
@@ -211,10 +246,15 @@ class ArrangedLayer(torch.nn.Module):
         return arranged_layer.arranged_linear(self, x.reshape(-1, x.shape[-1]), None).view(*x.shape[:-1], -1)
 
 
+@pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize(("bits", "integer", "grouped"), [(4, False, False), *((*kind, True) for kind in GROUPED_KINDS)])
-def test_a_layer_compiles_whole_and_for_any_number_of_tokens(bits: int, integer: bool, grouped: bool) -> None:
-    shape = WeightShape(bits, integer, 96, 256, grouped)
-    compiled = torch.compile(ArrangedLayer(shape), fullgraph=True, dynamic=True, backend="eager")
+def test_a_layer_compiles_whole_and_for_any_number_of_tokens(bits: int, integer: bool, grouped: bool, corrected: bool) -> None:
+    layer = ArrangedLayer(WeightShape(bits, integer, 96, 256, grouped))
+    if corrected:
+        v, u = (torch.zeros(32 * size, dtype=torch.bfloat16, device="meta") for size in (256, 96))
+        put_factors(layer, low_rank.Factors(v.view(32, 256), u, (96,), (32,)))
+    torch.compiler.reset()  # each layer counts as another compilation of the same code
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
     for tokens in (1, 5, 300):
         assert compiled(torch.zeros(tokens, 256, dtype=torch.bfloat16, device="meta")).shape == (tokens, 96)
 

@@ -10,14 +10,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lrq_vllm.kernels import cuda_kernel, quantize_tokens, stream_linear, tile_linear
+from lrq_vllm.kernels import cuda_kernel, low_rank, quantize_tokens, stream_linear, tile_linear
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape, group_unit
-from lrq_vllm.kernels.hopper_table import STREAM, Tile, choices, chosen
+from lrq_vllm.kernels.hopper_table import APART, STREAM, Tile, choices, chosen, correcting, correcting_choices
+from lrq_vllm.kernels.low_rank import Factors, Parts
 from lrq_vllm.kernels.quantize_tokens import IntegerTokens
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 from lrq_vllm.kernels.stream_linear import Input
 
-__all__ = ["arranged_linear", "arranged_product", "prepare", "why_not"]
+__all__ = ["adding_tile", "arranged_linear", "arranged_product", "prepare", "why_not"]
 
 _COMPILING_THREADS = 8
 _MOST_INPUTS = 2**31 // (16 * 15 * 128)  # of 4-bit weights that meet integers without groups: 16 * q for half of the outputs
@@ -40,13 +41,25 @@ def why_not(device: torch.device, weight: WeightShape, groups: int) -> str | Non
     return None
 
 
-def arranged_linear(x: Tensor, weight: ArrangedWeight, bias: Tensor | None, grid: InputGrid = PER_TOKEN) -> Tensor:
-    """y [T, N] for x [T, K], bfloat16 or float16. grid: how x is quantized if ``weight.integer``."""
+def arranged_linear(
+    x: Tensor, weight: ArrangedWeight, bias: Tensor | None, grid: InputGrid = PER_TOKEN, factors: Factors | None = None
+) -> Tensor:
+    """y [T, N] for x [T, K], bfloat16 or float16. grid: how x is quantized if ``weight.integer``.
+
+    factors: of a low-rank correction. To many tokens the product's own kernel adds it, before it rounds.
+    """
+    if factors is not None:
+        tile = adding_tile(len(x), weight.shape, factors.parts, x.device)
+        if tile is not APART:
+            correction = low_rank.shrink(x, factors), factors
+            plan = _plan(tile, weight.shape, x.dtype, corrected=True)
+            return tile_linear.tile_linear(_given(x, weight, grid), weight, bias, plan, correction)
     tile = _tile(len(x), weight.shape, x.device, stream_linear.read_as(len(x), weight.shape, grid.kind))
     if tile is STREAM:
-        return stream_linear.stream_linear(x, weight, bias, grid)
-    given = quantize_tokens.quantize_tokens(x, grid) if weight.shape.integer else x
-    return tile_linear.tile_linear(given, weight, bias, _plan(tile, weight.shape, x.dtype))
+        y = stream_linear.stream_linear(x, weight, bias, grid)
+    else:
+        y = tile_linear.tile_linear(_given(x, weight, grid), weight, bias, _plan(tile, weight.shape, x.dtype))
+    return y if factors is None else low_rank.add_low_rank_(y, x, factors, hopper=True)
 
 
 def arranged_product(x: IntegerTokens, weight: ArrangedWeight, bias: Tensor | None) -> Tensor:
@@ -59,9 +72,12 @@ def arranged_product(x: IntegerTokens, weight: ArrangedWeight, bias: Tensor | No
 
 
 @cache
-def prepare(weight: WeightShape, dtype: torch.dtype, device: torch.device, kind: InputKind) -> None:
+def prepare(
+    weight: WeightShape, dtype: torch.dtype, device: torch.device, kind: InputKind,
+    parts: Parts | None = None,
+) -> None:  # fmt: skip
     """Compile every kernel that :func:`arranged_linear` and :func:`arranged_product` may take for such a weight: a CUDA graph
-    cannot record compiling.
+    cannot record compiling. parts: of its correction.
     """
     sources = set(quantize_tokens.sources(weight.in_features, dtype, kind)) if weight.integer else set()
     limits = [most for most, _ in choices(weight, cuda_kernel.gpu_name(device)) if most is not None]
@@ -72,12 +88,37 @@ def prepare(weight: WeightShape, dtype: torch.dtype, device: torch.device, kind:
                 sources.add(stream_linear.source(tokens, weight, dtype, device, given))
             else:
                 sources.add(_plan(tile, weight, dtype).source())
+    if parts is not None:
+        sources |= {_plan(tile, weight, dtype, corrected=True).source() for tile in _all_adding_tiles(weight, parts, device)}
     with ThreadPoolExecutor(min(_COMPILING_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda one: cuda_kernel.compiled(one, device), sources))
 
 
-def _plan(tile: Tile, weight: WeightShape, dtype: torch.dtype) -> tile_linear.Plan:
-    return tile_linear.plan(weight.bits, *tile, integer=weight.integer, float16=dtype == torch.float16, grouped=weight.grouped)
+def _given(x: Tensor, weight: ArrangedWeight, grid: InputGrid) -> IntegerTokens | Tensor:
+    return quantize_tokens.quantize_tokens(x, grid) if weight.shape.integer else x
+
+
+def adding_tile(tokens: int, weight: WeightShape, parts: Parts, device: torch.device) -> Tile | None:
+    """The tile whose kernel adds a correction of these parts as it multiplies, or APART: for few tokens; and where nothing may
+    depend on how many GPUs share the outputs, as it does whether tiles and parts end together.
+    """
+    if tokens <= low_rank.MOST_FEW or weight.whole_outputs:
+        return APART
+    tile = correcting(tokens, weight, cuda_kernel.gpu_name(device))
+    return tile if tile is not APART and tile_linear.adds(parts, tile.share) else APART
+
+
+def _all_adding_tiles(weight: WeightShape, parts: Parts, device: torch.device) -> set[Tile]:
+    """Those of any number of tokens."""
+    limits = [most for most, _ in correcting_choices(weight, cuda_kernel.gpu_name(device)) if most is not None]
+    tiles = (adding_tile(tokens, weight, parts, device) for tokens in (*limits, max(limits, default=low_rank.MOST_FEW) + 1))
+    return {tile for tile in tiles if tile is not APART}
+
+
+def _plan(tile: Tile, weight: WeightShape, dtype: torch.dtype, *, corrected: bool = False) -> tile_linear.Plan:
+    return tile_linear.plan(
+        weight.bits, *tile, integer=weight.integer, float16=dtype == torch.float16, grouped=weight.grouped, corrected=corrected
+    )
 
 
 def _tile(tokens: int, weight: WeightShape, device: torch.device, x: Input) -> Tile | None:

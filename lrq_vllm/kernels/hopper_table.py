@@ -1,7 +1,7 @@
 """Which of the kernels for Hopper GPUs is the fastest for a layer and a number of tokens: measured, hopper_table.json.
 
-bench/tune_hopper.py writes the table, for the GPU that it runs on. Layers that it does not know take the plans of the most
-similar one, and GPUs that it does not know those of any.
+bench/tune_hopper.py writes the table, for the GPU that it runs on, and bench/tune_corrections.py adds to it. Layers that it
+does not know take the plans of the most similar one, and GPUs that it does not know those of any.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lrq_vllm.kernels.arranged_weight import WeightShape
 
-__all__ = ["STREAM", "Tile", "choices", "chosen"]
+__all__ = ["APART", "STREAM", "Tile", "choices", "chosen", "correcting", "correcting_choices"]
 
 
 class Tile(NamedTuple):
@@ -35,6 +35,9 @@ class Tile(NamedTuple):
 STREAM = None
 """In place of a tile: stream_linear."""
 
+APART = None
+"""In place of a tile whose kernel adds a low-rank correction: another kernel adds it."""
+
 
 def chosen(tokens: int, weight: WeightShape, gpu: str) -> Tile | None:
     """The tile for so many tokens, or STREAM. gpu: its name."""
@@ -44,16 +47,36 @@ def chosen(tokens: int, weight: WeightShape, gpu: str) -> Tile | None:
 @cache
 def choices(weight: WeightShape, gpu: str) -> list[tuple[int | None, Tile | None]]:
     """Up to how many tokens (None: any number) which kernel is the fastest; the numbers rise."""
-    measured = [layer for layer in _table() if layer["scheme"] == weight.scheme]
-    on_such = [layer for layer in measured if layer["gpu"] == gpu] or measured
-    outputs = weight.whole_outputs or weight.out_features
-    nearest = min(
-        on_such, key=lambda layer: _distance(outputs, layer["out_features"], weight.in_features, layer["in_features"])
-    )
+    nearest = _nearest([layer for layer in _table() if layer["scheme"] == weight.scheme], weight, gpu)
     tiles = [(most, STREAM if tile == "stream" else Tile(*tile)) for most, tile in nearest["choices"]]
     if not weight.whole_outputs:
         return tiles
     return [(most, tile if tile is STREAM else tile.divided_alike()) for most, tile in tiles]
+
+
+def correcting(tokens: int, weight: WeightShape, gpu: str) -> Tile | None:
+    """The tile whose kernel multiplies so many tokens and adds a low-rank correction, or APART."""
+    return next(tile for most, tile in correcting_choices(weight, gpu) if most is None or tokens <= most)
+
+
+@cache
+def correcting_choices(weight: WeightShape, gpu: str) -> list[tuple[int | None, Tile | None]]:
+    """As :func:`choices`. A scheme that was not measured takes what is fastest for another one with such activations; groups,
+    which were not measured, are corrected by another kernel.
+    """
+    if weight.grouped:
+        return [(None, APART)]
+    measured = [layer for layer in _table() if "corrected" in layer]
+    same = [layer for layer in measured if layer["scheme"] == weight.scheme]
+    alike = [layer for layer in measured if layer["scheme"].endswith("a8") == weight.integer]
+    choices = _nearest(same or alike, weight, gpu)["corrected"]
+    return [(most, APART if tile == "apart" else Tile(*tile)) for most, tile in choices]
+
+
+def _nearest(layers: list[dict[str, Any]], weight: WeightShape, gpu: str) -> dict[str, Any]:
+    on_such = [layer for layer in layers if layer["gpu"] == gpu] or layers
+    outputs = weight.whole_outputs or weight.out_features
+    return min(on_such, key=lambda layer: _distance(outputs, layer["out_features"], weight.in_features, layer["in_features"]))
 
 
 def _distance(outputs: int, measured_outputs: int, inputs: int, measured_inputs: int) -> float:

@@ -1,8 +1,8 @@
 """y += U (V^T x) on a GPU, in y. Twin: reference.add_low_rank.
 
 For few tokens on a Hopper GPU, CUDA C++: two kernels for all parts, which read U and V before the kernels in front of them have
-ended. Else cuBLAS: V^T x of all parts in one product, then one for each U, or one for parts that are alike, which adds where y
-stands.
+ended. For more, cuBLAS makes V^T x of all parts in one product, and the kernel of the layer's own product adds U (V^T x), where
+that is faster (arranged_linear.py). Else cuBLAS adds it where y stands: a product for each U, or one for parts that are alike.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,23 @@ from torch import Tensor
 from lrq_vllm.kernels import cuda_kernel
 from lrq_vllm.kernels.quantize_tokens import aligned
 
-__all__ = ["Factors", "Plan", "add_low_rank_", "add_to_few_", "add_to_many_", "arrange", "plan", "prepare"]
+__all__ = ["Factors", "Plan", "add_low_rank_", "add_to_few_", "add_to_many_", "arrange", "plan", "prepare", "shrink"]
 
 _RANK_UNIT = 16  # what tensor cores take at a time: products of other sizes are several times slower
-_MOST_TOKENS = 8  # with 16, cuBLAS is faster (bench/results/correction-parts-h200.json)
+MOST_FEW = 8  # tokens, of our kernels for few: with 16, cuBLAS is faster (bench/results/correction-parts-h200.json)
 _MOST_RANK = 2048  # of a part: for more, t does not fit shared memory beside other blocks
 _CHUNK = 32  # inputs, or ranks, of a 16-byte word of each of 4 lanes
 _SHRINKING_WARPS = 8
 _AHEAD = 8  # chunks that a warp reads ahead
 _MOST_SHARES = 4
 _MOST_TURNS = 20  # of a warp: with more, cuBLAS is faster (bench/results/correction-speed-*.json: down, from 20% on)
+
+
+class Parts(NamedTuple):
+    """What stands one after the other in y."""
+
+    widths: tuple[int, ...]  # N_i
+    ranks: tuple[int, ...]  # k_i
 
 
 class Factors(NamedTuple):
@@ -35,6 +42,11 @@ class Factors(NamedTuple):
     u: Tensor  # [sum of N_i * k_i]: U of each part, row by row
     widths: tuple[int, ...]  # N_i
     ranks: tuple[int, ...]  # k_i
+
+    @property
+    def parts(self) -> Parts:
+        """Their sizes."""
+        return Parts(self.widths, self.ranks)
 
     def each_u(self) -> list[Tensor]:
         """U [N_i, k_i] of each part."""
@@ -53,19 +65,21 @@ def arrange(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Facto
     return Factors(torch.cat(vs).contiguous(), torch.cat([u.flatten() for u in us]), widths, ranks)
 
 
-def add_low_rank_(y: Tensor, x: Tensor, factors: Factors, *, hopper: bool) -> None:
-    """y [T, N] += U (V^T x) for x [T, K]; y with rows of whole elements one after the other. hopper: whether our kernels may
-    add to few tokens.
+def add_low_rank_(y: Tensor, x: Tensor, factors: Factors, *, hopper: bool) -> Tensor:
+    """y [T, N] += U (V^T x) for x [T, K], and y; its rows have their elements one after the other.
+
+    hopper: whether our kernels may add to few tokens.
     """
     if hopper and _are_few(x, factors):
         add_to_few_(y, x, factors)
     else:
         add_to_many_(y, x, factors)
+    return y
 
 
 def prepare(factors: Factors) -> None:
     """Compile our kernels that :func:`add_low_rank_` may take for these: a CUDA graph cannot record compiling."""
-    x = torch.empty(_MOST_TOKENS, factors.v.shape[1], dtype=factors.v.dtype, device=factors.v.device)
+    x = torch.empty(MOST_FEW, factors.v.shape[1], dtype=factors.v.dtype, device=factors.v.device)
     if _are_few(x, factors):
         kernels = _plan_for(x, factors)
         for source in (kernels.shrink, kernels.expand):
@@ -74,7 +88,7 @@ def prepare(factors: Factors) -> None:
 
 def add_to_many_(y: Tensor, x: Tensor, factors: Factors) -> None:
     """As :func:`add_low_rank_`, by cuBLAS, or on a CPU by torch's own products."""
-    shrunk = x @ factors.v.t()
+    shrunk = shrink(x, factors)
     parts = list(zip(factors.widths, factors.ranks, strict=True))
     if len(parts) > 1 and len(set(parts)) == 1:
         many, each = (
@@ -86,8 +100,13 @@ def add_to_many_(y: Tensor, x: Tensor, factors: Factors) -> None:
         part.addmm_(values, u.t())
 
 
+def shrink(x: Tensor, factors: Factors) -> Tensor:
+    """V^T x [T, sum of k_i] of all parts, rounded to x's dtype."""
+    return x @ factors.v.t()
+
+
 def _are_few(x: Tensor, factors: Factors) -> bool:
-    if not (0 < len(x) <= _MOST_TOKENS and x.shape[1] % 8 == 0 and 0 < max(factors.ranks) <= _MOST_RANK):
+    if not (0 < len(x) <= MOST_FEW and x.shape[1] % 8 == 0 and 0 < max(factors.ranks) <= _MOST_RANK):
         return False
     shares = _shares(factors.ranks, cuda_kernel.processors(x.device))
     return _turns(x.shape[1], shares) <= _MOST_TURNS

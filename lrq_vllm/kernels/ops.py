@@ -98,19 +98,24 @@ def _(x: Tensor, qweight: Tensor, step: Tensor, zero_point: Tensor, bits: int, b
 @torch.library.custom_op("lrq::arranged_linear", mutates_args=())
 def arranged_linear(
     x: Tensor, q: Tensor, facts: Tensor, flags: Tensor, shape: list[int],
-    bias: Tensor | None, x_kind: int, x_calibrated: list[Tensor],
+    bias: Tensor | None, x_kind: int, x_calibrated: list[Tensor], factors: list[Tensor], widths: list[int], ranks: list[int],
 ) -> Tensor:  # fmt: skip
-    """kernels/arranged_linear.py; shape: a WeightShape's fields; x_kind and x_calibrated are a reference.InputGrid."""
-    from lrq_vllm.kernels import arranged_linear as kernel
+    """kernels/arranged_linear.py; shape: a WeightShape's fields; x_kind and x_calibrated are a reference.InputGrid.
 
-    weight = ArrangedWeight(q, facts, flags, WeightShape.of(shape))
-    return kernel.arranged_linear(x, weight, bias, InputGrid(InputKind(x_kind), tuple(x_calibrated)))
+    factors: V and U of low_rank.Factors, with its widths and ranks, or nothing.
+    """
+    from lrq_vllm.kernels import arranged_linear as kernel
+    from lrq_vllm.kernels.low_rank import Factors
+
+    weight, grid = ArrangedWeight(q, facts, flags, WeightShape.of(shape)), InputGrid(InputKind(x_kind), tuple(x_calibrated))
+    correction = Factors(factors[0], factors[1], tuple(widths), tuple(ranks)) if factors else None
+    return kernel.arranged_linear(x, weight, bias, grid, correction)
 
 
 @arranged_linear.register_fake
 def _(
     x: Tensor, q: Tensor, facts: Tensor, flags: Tensor, shape: list[int],
-    bias: Tensor | None, x_kind: int, x_calibrated: list[Tensor],
+    bias: Tensor | None, x_kind: int, x_calibrated: list[Tensor], factors: list[Tensor], widths: list[int], ranks: list[int],
 ) -> Tensor:  # fmt: skip
     return torch.empty((x.shape[0], WeightShape.of(shape).out_features), dtype=x.dtype, device=x.device)
 

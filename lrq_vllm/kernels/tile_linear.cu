@@ -21,8 +21,13 @@
 // arXiv 2301.03598). Who has the first stages of a tile finishes it, with the sums of those that have the others, which come by
 // way of global memory.
 //
+// If CORRECTED, a low-rank correction U t is added (twin: reference.add_low_rank; t = V^T x, in 16 bits). Behind its other stages a
+// tile has those of U and t, RANK_BYTES of an output or a token at a time, which the tensor cores add to the sums when they have been
+// scaled. The outputs are up to PARTS parts that follow each other, each with its own U and columns of t.
+//
 // Constants: BITS, INTEGER, FLOAT16, GROUPED, TOKENS, SPLIT, SHARE (one of them is 1), EVEN (SPLIT is 1 then), BLOCKS (1 or 2 that
-// share a multiprocessor), TEAM (warpgroups that share a tile: 2 or 1), STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns),
+// share a multiprocessor), TEAM (warpgroups that share a tile: 2 or 1), RANK_BYTES (0 if nothing is CORRECTED; else 64 or 128, SPLIT
+// is 1 and TEAM 2), STAGE_CHUNKS, STAGES, BAND (tiles of tokens that take turns),
 // CENTRED (whether steps are of groups that meet integers), WARPS (8, that multiply), ROW_BYTES (128 of x, that are fetched at once: a line of the cache), and the macros of
 // tile_linear._wgmma_macros. hopper.cuh and weight_chunk.cuh come before.
 
@@ -51,12 +56,17 @@
 #define BIAS 0x4b400000  // the bits of 1.5 * 2^23
 #define BUFFERS (BLOCKS == 1 ? 2 : 1)  // of unpacked stages: one is filled while the tensor cores read the other
 #define PIECE (SPLIT == 1 ? 2 : 1)  // columns that a warp writes at a time
+#define CORRECTED (RANK_BYTES > 0)
+#define PARTS 3  // at most, that a correction has
+#define RANKS (RANK_BYTES / 2)  // of a stage
+#define U_BYTES (128 * RANK_BYTES)
 
 static_assert(STAGE_CHUNKS % 2 == 0);  // chunks take turns with the registers
 static_assert(!CENTRED || STAGE_CHUNKS == 2 && TOKENS <= 128);  // a part of one group; registers for two kinds of sums
 static_assert(SPLIT == 1 || SHARE == 1);
 static_assert(!EVEN || SPLIT == 1);
 static_assert(TEAM == 2 || BITS == 8 && SPLIT == 1 && !EVEN && BLOCKS == 1);
+static_assert(!CORRECTED || SPLIT == 1 && TEAM == 2 && U_BYTES + TOKENS * RANK_BYTES <= STAGE_BYTES);
 
 struct Shared {
     u8 turned[WARPS][PIECE * 256];  // of a piece: 8 tokens x 8 outputs, for each column and half of the warp's outputs
@@ -109,6 +119,16 @@ __device__ __forceinline__ void multiply(product_t (&sums)[TOKENS / 2], const Le
 #endif
         : WGMMA_SUMS(sums) : WGMMA_LEFT(w), "l"(x));
 }
+
+#if CORRECTED
+// sums += u t.
+__device__ __forceinline__ void multiply_ranks(float (&sums)[TOKENS / 2], u64 u, u64 t) {
+    asm volatile(
+        "{\n .reg .pred add;\n setp.eq.u32 add, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n" WGMMA_TOKENS "k16.f32." FORMAT "." FORMAT " " RANK_OPERANDS ", add, 1, 1, 0, 0;\n}"
+        : RANK_SUMS(sums) : "l"(u), "l"(t));
+}
+#endif
 
 #if !INTEGER
 // Weights that meet 16-bit activations are (q - zero_point) * FRACTION: an operand times FRACTION / UNIT, less the rest.
@@ -177,7 +197,12 @@ __device__ __forceinline__ Words load_sums(const void* from) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(CLUSTER, 1, 1) tile_linear(
     const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap x, const float* x_steps, const u8* x_zeros,
     const int* x_totals, const Facts* facts, const unsigned short* bias, unsigned short* y, u8* parts, int* flags,
-    int x_kind, int has_bias, int tokens, int outputs, int chunks, int stripes) {
+    int x_kind, int has_bias, int tokens, int outputs, int chunks, int stripes
+#if CORRECTED
+    , const __grid_constant__ TensorMap t, const __grid_constant__ TensorMap u0, const __grid_constant__ TensorMap u1,
+    const __grid_constant__ TensorMap u2, int begin1, int begin2, int rank0, int rank1, int rank2
+#endif
+) {
     extern __shared__ __align__(1024) u8 memory[];
     u8* const ring = memory;
     Shared& shared = *(Shared*)(memory + STAGES * STAGE_BYTES);
@@ -212,6 +237,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
         stripe = (within / height * SHARE + rank % SHARE) * STRIPES;
         token = (band * BAND + within % height) * TOKENS;
     };
+
+#if CORRECTED
+    // The part that a tile's outputs belong to: its U, first output, first column of t, and how many there are.
+    struct Part { const TensorMap* u; int begin, column, ranks; };
+    auto part_of = [&](int output) -> Part {
+        if (output < begin1) return {&u0, 0, 0, rank0};
+        if (output < begin2) return {&u1, begin1, rank0, rank1};
+        return {&u2, begin2, rank0 + rank1, rank2};
+    };
+#endif
 
     if (thread == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
@@ -280,6 +315,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                     }
                     if (++stage == STAGES) { stage = 0; parity ^= 1; }
                 }
+#if CORRECTED
+                if (work.begin == 0) {
+                    const Part part = part_of(stripe * 16);
+                    for (int rank_at = 0; rank_at < part.ranks; rank_at += RANKS) {
+                        wait_for(&shared.empty[stage], parity);
+                        expect(&shared.full[stage], U_BYTES + TOKENS * RANK_BYTES);
+                        u8* const here = ring + stage * STAGE_BYTES;
+                        fetch_box(here, *part.u, rank_at * 2 / 8, stripe * 16 - part.begin, &shared.full[stage]);
+                        const int element = (part.column + rank_at) * 2 / 8;
+#if SHARE > 1
+                        const int row = rank % SHARE * (TOKENS / SHARE);
+                        fetch_box_for_all(here + U_BYTES + row * RANK_BYTES, t, element, token + row, &shared.full[stage]);
+#else
+                        fetch_box(here + U_BYTES, t, element, token, &shared.full[stage]);
+#endif
+                        if (++stage == STAGES) { stage = 0; parity ^= 1; }
+                    }
+                }
+#endif
             }
         }
     } else {
@@ -554,6 +608,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                 [[maybe_unused]] const int zeros[2] = {-of.zero[row], -of.zero[row + 8]};
                 const sum_t totals[2] = {-of.total[row], -of.total[row + 8]};
 #endif
+                auto scaled_sum = [&](int column, int i, sum_t sum) {  // of token 2 quarter or 2 quarter + 1 of a column; output g or g + 8
+#if INTEGER
+                    const Grid grid = shared.grids[group][8 * column + 2 * quarter + i % 2];
+#if CENTRED
+                    const float whole = sum + (float)grid.zero * totals[i / 2];
+#else
+                    const int whole = (sum >> (i / 2 ? HIGH_BITS : 0)) + grid.zero * totals[i / 2] + grid.total * zeros[i / 2];
+#endif
+                    return __fmul_rn(__fmul_rn((float)whole, grid.step), steps_of[i / 2]);
+#else
+                    return __fmul_rn(sum, steps_of[i / 2]);
+#endif
+                };
+#if CORRECTED
+                float corrected[TOKENS / 2];
+#pragma unroll
+                for (int i = 0; i < TOKENS / 2; i++) corrected[i] = scaled_sum(i / 4, i % 4, sums[slab][i]);
+                const int ranks = part_of(stripe * 16).ranks;
+#pragma unroll 1
+                for (int rank_at = 0; rank_at < ranks; rank_at += RANKS) {
+                    wait_for(&shared.full[stage], parity);
+                    const u8* const here = ring + stage * STAGE_BYTES;
+                    const u64 u = operand(here + warp / 4 * (64 * RANK_BYTES), RANK_BYTES), t_at = operand(here + U_BYTES, RANK_BYTES);
+                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+                    for (int step = 0; step < RANKS / 16; step++) multiply_ranks(corrected, u + step * 32 / 16, t_at + step * 32 / 16);
+                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    if (rank_at) release(stage ? stage - 1 : STAGES - 1);
+                    if (++stage == STAGES) { stage = 0; parity ^= 1; }
+                }
+                asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+                for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(corrected[i]) :: "memory");
+                if (ranks) release(stage ? stage - 1 : STAGES - 1);
+#endif
                 const int output = own * 16 + row;
                 const float bias_low = has_bias && output < outputs ? low_half(bias[output]) : 0.0f;
                 const float bias_high = has_bias && output + 8 < outputs ? low_half(bias[output + 8]) : 0.0f;
@@ -567,12 +657,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                 for (int column = 0; column < COLUMNS; column += PIECE, to += 8 * PIECE * (u64)outputs) {
                     if (SPLIT > 1 && column % SPLIT != rank) continue;
                     asm volatile("" ::: "memory");  // grids stay in shared memory until they are used
-                    u32 pairs[2 * PIECE];  // tokens 2 quarter and 2 quarter + 1 of a column; outputs g, g + 8
+                    u32 pairs[2 * PIECE];  // of tokens and outputs as above
 #pragma unroll
                     for (int piece = 0; piece < PIECE; piece++) {
+#if !CORRECTED
                         sum_t four[4];
 #pragma unroll
                         for (int i = 0; i < 4; i++) four[i] = sums[slab][4 * (column + piece) + i];
+#endif
 #if SPLIT > 1
 #pragma unroll
                         for (int sender = 0; sender < SPLIT - 1; sender++)
@@ -582,16 +674,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                         float values[4];
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
-#if INTEGER
-                            const Grid grid = shared.grids[group][8 * (column + piece) + 2 * quarter + i % 2];
-#if CENTRED
-                            const float sum = four[i] + (float)grid.zero * totals[i / 2];
+#if CORRECTED
+                            values[i] = corrected[4 * (column + piece) + i];
 #else
-                            const int sum = (four[i] >> (i / 2 ? HIGH_BITS : 0)) + grid.zero * totals[i / 2] + grid.total * zeros[i / 2];
-#endif
-                            values[i] = __fmul_rn(__fmul_rn((float)sum, grid.step), steps_of[i / 2]);
-#else
-                            values[i] = __fmul_rn(four[i], steps_of[i / 2]);
+                            values[i] = scaled_sum(column + piece, i, four[i]);
 #endif
                             values[i] = __fadd_rn(values[i], i < 2 ? bias_low : bias_high);
                         }

@@ -5,21 +5,25 @@ Twins: reference.integer_linear and reference.weight_only_linear. Needs an NVIDI
 
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lrq_vllm.kernels import cuda_kernel
 from lrq_vllm.kernels.arranged_weight import STRIPE, WARPS, ArrangedWeight, WeightShape
+from lrq_vllm.kernels.low_rank import Factors, Parts
 from lrq_vllm.kernels.quantize_tokens import IntegerTokens, aligned
 
-__all__ = ["Plan", "plan", "tile_linear"]
+__all__ = ["Plan", "adds", "plan", "tile_linear"]
 
 _OUTPUTS = 128  # of a tile
 _ROW_BYTES = 128  # of a token, that are fetched at once
 _THREADS = 32 * WARPS + 128  # two warpgroups multiply, one gives them its registers and fills
 _SHARED_BYTES = 227 * 1024
 _BAND = 8
+_PARTS = 3  # of a correction, at most
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Plan:
     share: int
     team: int
     even: int
+    rank_bytes: int
     stage_chunks: int
     stages: int
     band: int
@@ -51,7 +56,7 @@ class Plan:
 
 def plan(
     bits: int, tokens: int, split: int = 1, blocks: int = 1, share: int = 1, team: int = 2, even: int = 0, *,
-    integer: bool, float16: bool = False, grouped: bool = False,
+    integer: bool, float16: bool = False, grouped: bool = False, corrected: bool = False,
 ) -> Plan:  # fmt: skip
     """The kernel with tiles of ``tokens``, and as long a ring as there is memory for.
 
@@ -59,7 +64,8 @@ def plan(
     tile. blocks: 2 share a multiprocessor, each with half its registers, which is enough for 64 tokens; or 1. share: 1, or 2
     blocks of a cluster fetch tokens for each other; with split 1. team: 2 warpgroups share a tile; or 1, and while one writes
     its tile, the other multiplies: 8-bit weights, split 1, blocks 1, 160 tokens at most. even: 0, or as many clusters as there
-    are, but no more than this for a tile, have the same amount of work each; with split 1, team 2.
+    are, but no more than this for a tile, have the same amount of work each; with split 1, team 2. corrected: a low-rank
+    correction is added; with split 1, team 2.
     """
     chunk_bytes = WeightShape(bits, integer, 0, 0, grouped).chunk_bytes
     stage_chunks = 4 if bits <= 4 and tokens <= 64 and blocks == 1 and not grouped else 2
@@ -67,13 +73,28 @@ def plan(
     fixed = 48 + 2048 * (2 if split == 1 else 1) + (2 * (16 * tokens + 8 * 12 * STRIPE) if integer else 0)
     stages = min(12, (_SHARED_BYTES // blocks - 1024 - fixed) // (stage + 16))
     shared_bytes = stages * (stage + 16) + fixed
+    most_rank_bytes = 128 if 128 * (_OUTPUTS + tokens) <= stage else 64  # of U's and t's rows, that fit a stage
+    rank_bytes = most_rank_bytes if corrected else 0
     return Plan(
-        bits, integer, float16, grouped, tokens, split, blocks, share, team, even, stage_chunks, stages, _BAND, shared_bytes
-    )
+        bits, integer, float16, grouped, tokens, split, blocks, share, team, even, rank_bytes, stage_chunks, stages, _BAND,
+        shared_bytes,
+    )  # fmt: skip
 
 
-def tile_linear(x: IntegerTokens | Tensor, weight: ArrangedWeight, bias: Tensor | None, chosen: Plan) -> Tensor:
-    """y [T, N] in x's dtype. x: integers and their totals if the weight meets integers, else [T, K]."""
+def adds(parts: Parts, share: int) -> bool:
+    """Whether the kernel can add the correction of these parts: each tile, or ``share`` tiles side by side, belongs to one."""
+    few = len(parts.widths) <= _PARTS and any(parts.ranks)
+    return few and all(width % (_OUTPUTS * share) == 0 for width in parts.widths[:-1])
+
+
+def tile_linear(
+    x: IntegerTokens | Tensor, weight: ArrangedWeight, bias: Tensor | None, chosen: Plan,
+    correction: tuple[Tensor, Factors] | None = None,
+) -> Tensor:  # fmt: skip
+    """y [T, N] in x's dtype. x: integers and their totals if the weight meets integers, else [T, K].
+
+    correction: V^T x [T, sum of k_i] in x's dtype and the factors, if the plan is for one and :func:`adds` them.
+    """
     stripes, chunks, _ = weight.q.shape
     outputs = weight.shape.out_features
     if isinstance(x, IntegerTokens):
@@ -105,9 +126,23 @@ def tile_linear(x: IntegerTokens | Tensor, weight: ArrangedWeight, bias: Tensor 
         [
             boxes, given, *grids, weight.facts, y if bias is None else bias, y, parts, weight.flags,
             kind, int(bias is not None), tokens, outputs, chunks, stripes,
+            *([] if correction is None else _correction_arguments(*correction, chosen)),
         ],
     )  # fmt: skip
     return y
+
+
+def _correction_arguments(shrunk: Tensor, factors: Factors, chosen: Plan) -> list[Any]:
+    box = chosen.tokens // chosen.share, chosen.rank_bytes
+    given = cuda_kernel.boxes(shrunk.data_ptr(), len(shrunk), 2 * shrunk.shape[1], box, swizzled=True)
+    box = _OUTPUTS, chosen.rank_bytes
+    parts = [
+        cuda_kernel.boxes(u.data_ptr(), len(u), 2 * u.shape[1], box, swizzled=True) if u.shape[1] else given
+        for u in factors.each_u()
+    ]
+    missing = _PARTS - len(parts)
+    ends = [*accumulate(factors.widths), *[sum(factors.widths)] * missing]
+    return [given, *parts, *[given] * missing, *ends[:-1], *factors.ranks, *[0] * missing]
 
 
 @cache
@@ -116,13 +151,21 @@ def _compiled(chosen: Plan, device: torch.device) -> cuda_kernel.CudaKernel:
 
 
 def _wgmma_macros(sums: int, *, integer: bool, registers: bool) -> str:
-    """What names the operands of a wgmma with so many sums to a thread; registers: that the left operand comes from."""
+    """What names the operands of a wgmma with so many sums to a thread; registers: that the left operand comes from.
+
+    RANK_...: of one with 16-bit floats, whose operands both come from shared memory.
+    """
     kind, count = "+r" if integer else "+f", 4 if registers else 1
-    listed = ", ".join(f'"{kind}"(sums[{i}])' for i in range(sums))
     left = ", ".join(f"%{sums + i}" for i in range(count))
-    operands = f"{{{', '.join(f'%{i}' for i in range(sums))}}}, {f'{{{left}}}' if registers else left}, %{sums + count}"
+    all_sums = f"{{{', '.join(f'%{i}' for i in range(sums))}}}"
     given = ", ".join(f'"r"(w.at[{i}])' for i in range(4)) if registers else '"l"(w)'
-    return (
-        f'#define WGMMA_TOKENS "{2 * sums}"\n#define WGMMA_SUM(sum) "{kind}"(sum)\n#define WGMMA_LEFT(w) {given}\n'
-        f'#define WGMMA_SUMS(sums) {listed}\n#define WGMMA_OPERANDS "{operands}"\n'
-    )
+    macros = {
+        "WGMMA_TOKENS": f'"{2 * sums}"',
+        "WGMMA_SUM(sum)": f'"{kind}"(sum)',
+        "WGMMA_SUMS(sums)": ", ".join(f'"{kind}"(sums[{i}])' for i in range(sums)),
+        "WGMMA_LEFT(w)": given,
+        "WGMMA_OPERANDS": f'"{all_sums}, {f"{{{left}}}" if registers else left}, %{sums + count}"',
+        "RANK_SUMS(sums)": ", ".join(f'"+f"(sums[{i}])' for i in range(sums)),
+        "RANK_OPERANDS": f'"{all_sums}, %{sums}, %{sums + 1}"',
+    }
+    return "".join(f"#define {name} {value}\n" for name, value in macros.items())
