@@ -11,7 +11,7 @@ from lrq_vllm.input_fusion import Fusion, fusion_of
 from lrq_vllm.integer_backends import HopperBackend
 from lrq_vllm.kernels import arranged_linear, cuda_kernel, hopper_table, low_rank, reference, stream_linear, tile_linear
 from lrq_vllm.kernels.arranged_weight import CHUNK, STRIPE, ArrangedWeight, WeightShape, arranged_integers, no_flags
-from lrq_vllm.kernels.hopper_table import APART, STREAM
+from lrq_vllm.kernels.hopper_table import STREAM, Tile
 from lrq_vllm.kernels.reference import InputKind
 from lrq_vllm.kernels.stream_linear import Input, plan
 from lrq_vllm.low_rank_factors import put_factors
@@ -150,38 +150,41 @@ def test_every_number_of_tokens_has_a_kernel_that_takes_it(bits: int, integer: b
                 assert found.stages >= 2 and found.shared_bytes <= (227 * 1024) // tile.blocks
 
 
-@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "another"])
-@pytest.mark.parametrize(("bits", "integer"), KINDS)
-def test_a_kernel_that_also_corrects_has_all_inputs_of_a_tile_in_one_block(bits: int, integer: bool, gpu: str) -> None:
-    for rows, columns in ((6144, 4096), (28672, 4096), (4096, 14336), (512, 512)):
-        choices = hopper_table.correcting_choices(WeightShape(bits, integer, rows, columns), gpu)
-        limits = [most for most, _ in choices]
-        assert limits[-1] is None and limits[:-1] == sorted(set(limits[:-1]))
-        for _, tile in choices:
-            if tile is not APART:
-                assert tile.split == 1 and tile.team == 2
-                found = tile_linear.plan(bits, *tile, integer=integer, corrected=True)
-                assert found.rank_bytes * (128 + tile.tokens) <= found.shared_bytes // found.stages
-                assert found.shared_bytes <= (227 * 1024) // tile.blocks
+@pytest.mark.parametrize("tokens", [16, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("bits", "integer", "grouped"), [*((*kind, False) for kind in KINDS), *((*kind, True) for kind in GROUPED_KINDS)]
+)
+def test_factors_of_a_correction_fit_a_stage_of_the_ring(bits: int, integer: bool, grouped: bool, tokens: int) -> None:
+    if not (integer and grouped and tokens > 128):
+        found = tile_linear.plan(bits, tokens, integer=integer, grouped=grouped, corrected=True)
+        assert found.stages >= 2
+        assert found.rank_bytes in (64, 128) and found.rank_bytes * (128 + tokens) <= found.shared_bytes // found.stages
 
 
 def test_a_correction_is_added_apart_where_the_kernel_of_the_product_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_kernel, "gpu_name", lambda device: "NVIDIA H200")
-    fused, one = low_rank.Parts((4096, 1024, 1024), (416, 112, 112)), low_rank.Parts((6144,), (416,))
-    shape = WeightShape(4, False, 6144, 4096)
+    shape, one = WeightShape(4, False, 6144, 4096), low_rank.Parts((6144,), (416,))
+    layer = next(
+        layer
+        for layer in hopper_table._table()
+        if (layer["gpu"], layer["scheme"], layer["out_features"]) == ("NVIDIA H200", "w4a16", 6144)
+    )
+    monkeypatch.setitem(layer, "corrected", [[512, [64, 1, 1, 2]], [None, "apart"]])
+    hopper_table.correcting_choices.cache_clear()
 
     def adds(tokens: int, shape: WeightShape, parts: low_rank.Parts) -> bool:
-        return arranged_linear.adding_tile(tokens, shape, parts, torch.device("cuda")) is not APART
+        return arranged_linear.adding_tile(tokens, shape, parts, torch.device("cuda")) == Tile(64, share=2)
 
-    for tokens in (16, 300, 4096):
-        assert adds(tokens, shape, fused) and adds(tokens, shape, one)
-        assert not adds(tokens, shape, low_rank.Parts((4000, 1072, 1072), (416, 112, 112)))  # a part ends within a tile
+    for tokens in (16, 300):
+        assert adds(tokens, shape, one) and adds(tokens, shape, low_rank.Parts((4096, 1024, 1024), (416, 112, 112)))
+        assert not adds(tokens, shape, low_rank.Parts((4096 - 128, 1024 + 128, 1024), (416, 112, 112)))  # ends within a cluster
         assert not adds(tokens, shape, low_rank.Parts((1536,) * 4, (64,) * 4))  # too many parts
         assert not adds(tokens, shape, low_rank.Parts((6144,), (0,)))  # nothing to add
         assert not adds(tokens, shape._replace(whole_outputs=6144), one)  # bits may not depend on how GPUs share the outputs
-        assert not adds(tokens, shape._replace(grouped=True), one)
-    for tokens in (0, 1, 8):
+        assert not adds(tokens, WeightShape(3, False, 6144, 4096), one)  # not measured
+    for tokens in (0, 1, 8, 513):
         assert not adds(tokens, shape, one)
+    hopper_table.correcting_choices.cache_clear()
 
 
 @pytest.mark.parametrize(

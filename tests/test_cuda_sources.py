@@ -8,7 +8,7 @@ import torch
 from lrq_vllm.kernels import hopper_table, low_rank, quantize_tokens, rotate_tokens, stream_linear, tile_linear
 from lrq_vllm.kernels.arranged_weight import WeightShape
 from lrq_vllm.kernels.cuda_kernel import Source, binary_of
-from lrq_vllm.kernels.hopper_table import APART, STREAM
+from lrq_vllm.kernels.hopper_table import STREAM, Tile
 from lrq_vllm.kernels.reference import InputKind
 from tests.arranged_weights import GROUPED_KINDS, KINDS
 
@@ -36,8 +36,8 @@ def test_the_products_of_every_kind_of_weight_compile(bits: int, integer: bool, 
             sources += [plan.source()] if plan is not None else []
         tiles = [tile for _, tile in hopper_table.choices(shape, "NVIDIA H200") if tile is not STREAM]
         sources += [tile_linear.plan(bits, *tile, integer=integer, grouped=grouped).source() for tile in tiles]
-        adding = [tile for _, tile in hopper_table.correcting_choices(shape, "NVIDIA H200") if tile is not APART]
-        sources += [tile_linear.plan(bits, *tile, integer=integer, corrected=True).source() for tile in adding]
+    for tile in (Tile(64, blocks=2, even=2), Tile(128, share=2)):
+        sources.append(tile_linear.plan(bits, *tile, integer=integer, grouped=grouped, corrected=True).source())
     assert_compile(sources)
 
 

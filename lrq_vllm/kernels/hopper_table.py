@@ -61,15 +61,11 @@ def correcting(tokens: int, weight: WeightShape, gpu: str) -> Tile | None:
 
 @cache
 def correcting_choices(weight: WeightShape, gpu: str) -> list[tuple[int | None, Tile | None]]:
-    """As :func:`choices`. A scheme that was not measured takes what is fastest for another one with such activations; groups,
-    which were not measured, are corrected by another kernel.
-    """
-    if weight.grouped:
+    """As :func:`choices`. Another kernel corrects in schemes for which nothing was measured."""
+    measured = [layer for layer in _table() if layer["scheme"] == weight.scheme and "corrected" in layer]
+    if not measured:
         return [(None, APART)]
-    measured = [layer for layer in _table() if "corrected" in layer]
-    same = [layer for layer in measured if layer["scheme"] == weight.scheme]
-    alike = [layer for layer in measured if layer["scheme"].endswith("a8") == weight.integer]
-    choices = _nearest(same or alike, weight, gpu)["corrected"]
+    choices = _nearest(measured, weight, gpu)["corrected"]
     return [(most, APART if tile == "apart" else Tile(*tile)) for most, tile in choices]
 
 

@@ -2,7 +2,7 @@
 
 For few tokens on a Hopper GPU, CUDA C++: two kernels for all parts, which read U and V before the kernels in front of them have
 ended. For more, cuBLAS makes V^T x of all parts in one product, and the kernel of the layer's own product adds U (V^T x), where
-that is faster (arranged_linear.py). Else cuBLAS adds it where y stands: a product for each U, or one for parts that are alike.
+hopper_table.json says so. Else cuBLAS adds it where y stands: a product for each U, or one for parts that are alike.
 """
 
 from collections.abc import Sequence

@@ -239,9 +239,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
     };
 
 #if CORRECTED
-    // The part that a tile's outputs belong to: its U, first output, first column of t, and how many there are.
+    // The part that a tile's outputs belong to: its U, first output, first column of t, and how many there are. All blocks of a
+    // cluster, which fetch t for each other, take that of the first one's tile: others may lie behind the last output.
     struct Part { const TensorMap* u; int begin, column, ranks; };
-    auto part_of = [&](int output) -> Part {
+    auto part_of = [&](int stripe) -> Part {
+        const int output = (stripe - rank % SHARE * STRIPES) * 16;
         if (output < begin1) return {&u0, 0, 0, rank0};
         if (output < begin2) return {&u1, begin1, rank0, rank1};
         return {&u2, begin2, rank0 + rank1, rank2};
@@ -317,7 +319,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                 }
 #if CORRECTED
                 if (work.begin == 0) {
-                    const Part part = part_of(stripe * 16);
+                    const Part part = part_of(stripe);
                     for (int rank_at = 0; rank_at < part.ranks; rank_at += RANKS) {
                         wait_for(&shared.empty[stage], parity);
                         expect(&shared.full[stage], U_BYTES + TOKENS * RANK_BYTES);
@@ -625,7 +627,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) __cluster_dims__(C
                 float corrected[TOKENS / 2];
 #pragma unroll
                 for (int i = 0; i < TOKENS / 2; i++) corrected[i] = scaled_sum(i / 4, i % 4, sums[slab][i]);
-                const int ranks = part_of(stripe * 16).ranks;
+                const int ranks = part_of(stripe).ranks;
 #pragma unroll 1
                 for (int rank_at = 0; rank_at < ranks; rank_at += RANKS) {
                     wait_for(&shared.full[stage], parity);
