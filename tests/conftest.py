@@ -1,7 +1,9 @@
 """Seeds, the device, the Triton interpreter where there is no GPU, and checkpoints that several tests share."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +33,18 @@ def checkpoints(pytestconfig: pytest.Config) -> Checkpoints:
     """Checkpoints of the tiny model, by scheme and method."""
     assert pytestconfig.cache is not None
     return checkpoint_maker(pytestconfig.cache.mkdir("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def sealed(checkpoints: Checkpoints) -> Path:
+    """A checkpoint with every kind of tensor. Not to be changed."""
+    return checkpoints("w8a8", "lrq")
+
+
+@pytest.fixture
+def copy(sealed: Path, tmp_path: Path) -> Path:
+    """Of that, to be changed."""
+    return shutil.copytree(sealed, tmp_path / "changed")
 
 
 @pytest.fixture(scope="session")

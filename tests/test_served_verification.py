@@ -1,6 +1,5 @@
 """``lrq-offline verify``, and a server that tests itself, as they serve a checkpoint's golden texts by vLLM."""
 
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,17 +22,6 @@ from tests.refusals import CPU_VLLM, said_of
 pytestmark = [pytest.mark.server, CPU_VLLM]
 
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def sealed(checkpoints: Checkpoints) -> Path:
-    """Not to be changed."""
-    return checkpoints("w8a8", "lrq")
-
-
-@pytest.fixture
-def copy(sealed: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(sealed, tmp_path / "changed")
 
 
 def test_verify_says_right_of_a_right_checkpoint(sealed: Path, capsys: pytest.CaptureFixture[str]) -> None:

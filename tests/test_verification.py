@@ -1,7 +1,6 @@
 """A changed checkpoint is refused, by ``lrq-offline verify`` and by vLLM, and what was changed is named."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,9 @@ from lrq_vllm.checkpoint.seal import SEAL_NAME
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
 from lrq_vllm.errors import CheckpointError, LrqError
 from lrq_vllm.vllm_environment import serving_environment
-from tests.checkpoints import Checkpoints
 from tests.refusals import CPU_VLLM, said_of
 
 Tensors = dict[str, Tensor]
-
-
-@pytest.fixture(scope="module")
-def sealed(checkpoints: Checkpoints) -> Path:
-    """A checkpoint with every kind of tensor. Not to be changed."""
-    return checkpoints("w8a8", "lrq")
-
-
-@pytest.fixture
-def copy(sealed: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(sealed, tmp_path / "changed")
 
 
 def vllm_config(folder: Path) -> None:
