@@ -58,13 +58,8 @@ def main() -> None:
 def corrections() -> Iterator[dict[str, Any]]:
     """A row for each layer and number of tokens."""
     for layer, (inputs, widths) in LAYERS.items():
-        ranks = [math.ceil(SHARE * min(width, inputs)) for width in widths]
-        nbytes = 2 * sum(rank * (inputs + width) for rank, width in zip(ranks, widths, strict=True))
-        pairs = [
-            (torch.randn(width, rank, device="cuda"), torch.randn(inputs, rank, device="cuda") * inputs**-0.5)
-            for rank, width in zip(ranks, widths, strict=True)
-        ]
-        made = [low_rank.arrange(pairs, torch.bfloat16) for _ in range(max(2, math.ceil(CACHE_BYTES / nbytes)))]
+        nbytes = 2 * sum(rank_of(inputs, width) * (inputs + width) for width in widths)
+        made = [random_factors(inputs, widths) for _ in range(max(2, math.ceil(CACHE_BYTES / nbytes)))]
         for tokens in TOKENS:
             x, y = (torch.randn(tokens, size, device="cuda").bfloat16() for size in (inputs, sum(widths)))
             row = {"what": "correction", "layer": layer, "tokens": tokens, "bytes": nbytes}
@@ -72,6 +67,19 @@ def corrections() -> Iterator[dict[str, Any]]:
             if tokens <= MOST_TOKENS:
                 row["ours_us"] = median([adding(low_rank.add_to_few_, y, factors) for factors in made], x)
             yield row
+
+
+def rank_of(inputs: int, width: int) -> int:
+    return math.ceil(SHARE * min(width, inputs))
+
+
+def random_factors(inputs: int, widths: list[int]) -> Factors:
+    sizes = [(width, rank_of(inputs, width)) for width in widths]
+    pairs = [
+        (torch.randn(width, rank, device="cuda"), torch.randn(inputs, rank, device="cuda") * inputs**-0.5)
+        for width, rank in sizes
+    ]
+    return low_rank.arrange(pairs, torch.bfloat16)
 
 
 def adding(add: Callable[[Tensor, Tensor, Factors], None], y: Tensor, factors: Factors) -> Callable[[Tensor], Tensor]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lrq_vllm.checkpoint.hadamard import paley_order
 from lrq_vllm.kernels import low_rank, ops, reference
-from lrq_vllm.kernels.arranged_linear import arranged_linear, prepare
+from lrq_vllm.kernels.arranged_linear import arranged_linear, prepare, prepare_correction
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight, arrange
 from lrq_vllm.kernels.reference import InputGrid
 
@@ -96,8 +96,7 @@ def layers(
     def layer(weight: ArrangedWeight, u: Tensor, v: Tensor) -> Any:
         factors = low_rank.arrange([(u, v)], torch.bfloat16) if rank else None
         if factors is not None:
-            low_rank.prepare(factors)
-            prepare(weight.shape, torch.bfloat16, torch.device("cuda"), grid.kind, factors.parts)
+            prepare_correction(weight.shape, factors)
 
         def run(x: Tensor) -> Tensor:
             if rotate:

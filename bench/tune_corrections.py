@@ -10,9 +10,7 @@ Timed as in tune_hopper.py. The table has to know the layers' products already.
 
 import argparse
 import json
-import math
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,13 +18,25 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from correction_parts import LAYERS, SHARE
+from correction_parts import LAYERS, random_factors
 from linear import timed
 from measured_on import measured_on
 from torch import Tensor
-from tune_hopper import PASSES, SCHEMES, TABLE, TILES, fastest, name_of, random_weights, sensible, table_text
+from tune_hopper import (
+    PASSES,
+    SCHEMES,
+    TABLE,
+    TILES,
+    compile_plans,
+    fastest,
+    name_of,
+    place_of,
+    random_weights,
+    sensible,
+    table_text,
+)  # fmt: skip
 
-from lrq_vllm.kernels import arranged_linear, cuda_kernel, low_rank, tile_linear
+from lrq_vllm.kernels import arranged_linear, low_rank, tile_linear
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight, WeightShape
 from lrq_vllm.kernels.hopper_table import APART, Tile
 from lrq_vllm.kernels.low_rank import Factors
@@ -44,13 +54,14 @@ def main() -> None:
     parser.add_argument("--timings", type=Path, required=True, help="JSON file for everything that was measured")
     arguments = parser.parse_args()
     device = torch.device("cuda")
-    compile_all(arguments.schemes, device)
+    compile_plans([plan_of(SCHEMES[scheme], tile) for scheme in arguments.schemes for tile in ADDING], device)
     layers = json.loads(arguments.table.read_text())["layers"]
     timings: list[dict[str, Any]] = []
     for scheme in arguments.schemes:
         for name, (inputs, widths) in LAYERS.items():
             shape = SCHEMES[scheme]._replace(out_features=sum(widths), in_features=inputs)
-            entry = next(layer for layer in layers if is_of(layer, shape))
+            place = torch.cuda.get_device_name(), scheme, sum(widths), inputs
+            entry = next(layer for layer in layers if place_of(layer) == place)
             found = []
             weights = random_weights(shape, device)
             factors = [random_factors(inputs, widths) for _ in weights]
@@ -66,33 +77,12 @@ def main() -> None:
     arguments.table.write_text(table_text(layers))
 
 
-def is_of(layer: dict[str, Any], shape: WeightShape) -> bool:
-    place = torch.cuda.get_device_name(), shape.scheme, shape.out_features, shape.in_features
-    return (layer["gpu"], layer["scheme"], layer["out_features"], layer["in_features"]) == place
-
-
 def named(tile: Tile | None) -> str:
     return "apart" if tile is APART else name_of(tile)
 
 
 def plan_of(shape: WeightShape, tile: Tile) -> tile_linear.Plan:
     return tile_linear.plan(shape.bits, *tile, integer=shape.integer, grouped=shape.grouped, corrected=True)
-
-
-def compile_all(schemes: list[str], device: torch.device) -> None:
-    torch.zeros(1, device=device)
-    plans = [plan_of(SCHEMES[scheme], tile) for scheme in schemes for tile in ADDING]
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda plan: cuda_kernel.compiled(plan.source(), device), plans))
-
-
-def random_factors(inputs: int, widths: list[int]) -> Factors:
-    ranks = [math.ceil(SHARE * min(width, inputs)) for width in widths]
-    pairs = [
-        (torch.randn(width, rank, device="cuda"), torch.randn(inputs, rank, device="cuda") * inputs**-0.5)
-        for width, rank in zip(widths, ranks, strict=True)
-    ]
-    return low_rank.arrange(pairs, torch.bfloat16)
 
 
 def measured(weights: list[ArrangedWeight], factors: list[Factors], tokens: int) -> dict[Tile | None, float]:

@@ -99,8 +99,13 @@ def parsed() -> argparse.Namespace:
 
 
 def compile_all(schemes: list[str], device: torch.device) -> None:
+    compile_plans(
+        [plan_of(SCHEMES[scheme], tile) for scheme in schemes for tile in TILES if exists(tile, SCHEMES[scheme])], device
+    )
+
+
+def compile_plans(plans: list[tile_linear.Plan], device: torch.device) -> None:
     torch.zeros(1, device=device)
-    plans = [plan_of(SCHEMES[scheme], tile) for scheme in schemes for tile in TILES if exists(tile, SCHEMES[scheme])]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda plan: cuda_kernel.compiled(plan.source(), device), plans))
 

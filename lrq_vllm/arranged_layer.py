@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from lrq_vllm.input_fusion import Fusion
 from lrq_vllm.kernels import low_rank, reference
-from lrq_vllm.kernels.arranged_linear import prepare
+from lrq_vllm.kernels.arranged_linear import prepare, prepare_correction
 from lrq_vllm.kernels.arranged_weight import ArrangedWeight
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 from lrq_vllm.low_rank_factors import factors_of, put_factors
@@ -25,7 +25,6 @@ def keep_arranged(layer: Any, weight: ArrangedWeight, dtype: torch.dtype, kind: 
     layer.lrq_facts = Parameter(weight.facts, requires_grad=False)
     layer.lrq_flags = Parameter(weight.flags, requires_grad=False)
     layer.lrq_weight_shape = shape
-    layer.lrq_input_kind = kind
 
 
 def keep_factors(layer: Any, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
@@ -33,8 +32,7 @@ def keep_factors(layer: Any, pairs: Sequence[tuple[Tensor, Tensor]], dtype: torc
     kernels. dtype: of activations.
     """
     factors = low_rank.arrange(pairs, dtype)
-    low_rank.prepare(factors)
-    prepare(layer.lrq_weight_shape, dtype, factors.v.device, layer.lrq_input_kind, factors.parts)
+    prepare_correction(layer.lrq_weight_shape, factors)
     put_factors(layer, factors)
 
 

@@ -153,7 +153,8 @@ def test_a_correction_by_zeros_leaves_the_product_as_it_is(bits: int, integer: b
 def test_every_number_of_tokens_is_corrected_alike(bits: int, integer: bool, widths: list[int], ranks: list[int]) -> None:
     layer = Corrected(bits, integer, widths, ranks, 4096, torch.bfloat16)
     shape, x = layer.weight.arranged.shape, layer.tokens(600)
-    arranged_linear.prepare(shape, x.dtype, x.device, InputKind.PER_TOKEN, layer.factors.parts)
+    arranged_linear.prepare(shape, x.dtype, x.device, InputKind.PER_TOKEN)
+    arranged_linear.prepare_correction(shape, layer.factors)
     for tokens in (0, 1, 8, 9, 17, 33, 65, 150, 600):
         found = arranged_linear.arranged_linear(x[:tokens], layer.weight.arranged, None, factors=layer.factors)
         layer.assert_right(found, x[:tokens], None)

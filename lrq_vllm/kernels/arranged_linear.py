@@ -18,7 +18,7 @@ from lrq_vllm.kernels.quantize_tokens import IntegerTokens
 from lrq_vllm.kernels.reference import PER_TOKEN, InputGrid, InputKind
 from lrq_vllm.kernels.stream_linear import Input
 
-__all__ = ["adding_tile", "arranged_linear", "arranged_product", "prepare", "why_not"]
+__all__ = ["adding_tile", "arranged_linear", "arranged_product", "prepare", "prepare_correction", "why_not"]
 
 _COMPILING_THREADS = 8
 _MOST_INPUTS = 2**31 // (16 * 15 * 128)  # of 4-bit weights that meet integers without groups: 16 * q for half of the outputs
@@ -72,12 +72,9 @@ def arranged_product(x: IntegerTokens, weight: ArrangedWeight, bias: Tensor | No
 
 
 @cache
-def prepare(
-    weight: WeightShape, dtype: torch.dtype, device: torch.device, kind: InputKind,
-    parts: Parts | None = None,
-) -> None:  # fmt: skip
+def prepare(weight: WeightShape, dtype: torch.dtype, device: torch.device, kind: InputKind) -> None:
     """Compile every kernel that :func:`arranged_linear` and :func:`arranged_product` may take for such a weight: a CUDA graph
-    cannot record compiling. parts: of its correction.
+    cannot record compiling.
     """
     sources = set(quantize_tokens.sources(weight.in_features, dtype, kind)) if weight.integer else set()
     limits = [most for most, _ in choices(weight, cuda_kernel.gpu_name(device)) if most is not None]
@@ -88,8 +85,22 @@ def prepare(
                 sources.add(stream_linear.source(tokens, weight, dtype, device, given))
             else:
                 sources.add(_plan(tile, weight, dtype).source())
-    if parts is not None:
-        sources |= {_plan(tile, weight, dtype, corrected=True).source() for tile in _all_adding_tiles(weight, parts, device)}
+    _compile(sources, device)
+
+
+def prepare_correction(weight: WeightShape, factors: Factors) -> None:
+    """Compile what :func:`arranged_linear` takes besides, for such a weight with these factors."""
+    low_rank.prepare(factors)
+    _compile_adding(weight, factors.parts, factors.v.dtype, factors.v.device)
+
+
+@cache
+def _compile_adding(weight: WeightShape, parts: Parts, dtype: torch.dtype, device: torch.device) -> None:
+    tiles = _all_adding_tiles(weight, parts, device)
+    _compile({_plan(tile, weight, dtype, corrected=True).source() for tile in tiles}, device)
+
+
+def _compile(sources: set[cuda_kernel.Source], device: torch.device) -> None:
     with ThreadPoolExecutor(min(_COMPILING_THREADS, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda one: cuda_kernel.compiled(one, device), sources))
 
