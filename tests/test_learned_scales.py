@@ -161,6 +161,31 @@ def test_renewed_factors_let_the_rank_grow() -> None:
         scale.renew(generator)
 
 
+@pytest.mark.parametrize("weights", [1, 3])
+def test_renewed_factors_reach_all_inputs_before_one_again(weights: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(weights * 12, 96)
+    scale = LrqScale(weight, search_steps(weight, 4), 4, 24, generator, weights=weights, renews=True)
+    rights = []
+    for _ in range(4):
+        rights.append(scale.right.detach().clone().unflatten(0, (weights, 24)))
+        scale.renew(generator)
+    whole = torch.cat(rights, dim=1)  # [weights, 96, 96]: rows as long as Kaiming-uniform ones
+    torch.testing.assert_close(whole @ whole.mT, torch.eye(96).expand(weights, -1, -1) / 3, rtol=0, atol=1e-5)
+    assert not torch.allclose(scale.right.detach().unflatten(0, (weights, 24)), rights[0])
+    assert weights == 1 or not torch.allclose(whole[0], whole[1])
+
+
+@pytest.mark.parametrize(("size", "kept"), [(1.0, torch.float16), (1e-5, torch.float32), (1e5, torch.float32)])
+def test_a_weight_in_bfloat16_is_renewed_in_a_dtype_with_finer_units(size: float, kept: torch.dtype) -> None:
+    weight = (size * torch.randn(12, 96)).bfloat16()
+    steps = search_steps(weight, 4)
+    scale = LrqScale(weight, steps, 4, 4, torch.Generator(), renews=True)
+    assert scale.weight.dtype == kept
+    assert ((scale.weight.float() - weight.float()).abs() <= steps.step * 2**-8).all()
+    assert LrqScale(weight, steps, 4, 4, torch.Generator()).weight is weight  # no copy where nothing renews
+
+
 def test_flexround_scale_is_a_matrix_plus_a_column_of_one_value_per_row() -> None:
     weight = weight_with_outliers()
     scale = randomised(FlexRoundScale(weight, search_steps(weight, 4), 4))

@@ -368,3 +368,5 @@ def test_tokens_that_the_model_does_not_know_are_refused(
     save_file({name: tensor.contiguous() for name, tensor in cut.items()}, model / "model.safetensors")
     edit_config(model, vocab_size=rows)
     assert "a model that knows 64" in refused(quick(model, tmp_path), tmp_path, capsys)
+    assert main(["evaluate", str(model), "--text", str(HELDOUT), "--windows", "1"]) == 2
+    assert "a model that knows 64" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from lrq_offline.calibration_text import read_texts
 from lrq_offline.compute import choose_device
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.reference_model import load_model
-from lrq_offline.source_model import load_tokenizer
+from lrq_offline.source_model import check_vocabulary, load_tokenizer
 from lrq_vllm.bootstrap import mean_interval
 from lrq_vllm.checkpoint.store import read_config, read_manifest
 from lrq_vllm.errors import SettingsError
@@ -66,6 +66,7 @@ def evaluate_folder(
     tokens = token_windows(tokenizer, read_texts(text, tokenizer), windows, seq_len)
     place = choose_device(device)
     model = load_model(folder).to(place)
+    check_vocabulary(folder, tokens, model.config)
     if kv_bits is None and "quantization_config" in read_config(folder):
         kv_bits = read_manifest(folder).kv_bits
     if kv_bits is not None:

@@ -122,8 +122,10 @@ class LrqScale(LearnedRounding):
     """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5).
 
     weights: how many of one shape stand above each other in ``weight``, each with L, U, r and c of its own. renews: whether
-    :meth:`renew` will be called. Then ``weight`` is a copy, W / exp(M) in W's dtype, which is all that the arithmetic needs of
-    W and M. ranks: the processes that learn one W together; each has its rows of W, L and r, and its rows of U.
+    :meth:`renew` will be called. Then ``weight`` is a copy, W / exp(M), which is all that the arithmetic needs of W and M, in
+    :func:`_renewable`'s dtype; and the rows of each U are others of one orthogonal matrix, until all were used, so that its
+    factors together reach every input. ranks: the processes that learn one W together; each has its rows of W, L and r, and its
+    rows of U.
     """
 
     def __init__(
@@ -139,11 +141,12 @@ class LrqScale(LearnedRounding):
         renews: bool = False,
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        super().__init__(weight.clone() if renews else weight, initial, bits, dtype)
+        super().__init__(_renewable(weight, initial) if renews else weight, initial, bits, dtype)
         self.renews = renews
         self.ranks = ranks
         self._weights = weights
         out_features, in_features = weight.shape
+        self._complement = _Complement(in_features, weights)
         self.left = self._zeros(out_features, rank)
         self.right = nn.Parameter(self._first_right(generator))
         self.row = self._zeros(out_features, 1)
@@ -185,8 +188,42 @@ class LrqScale(LearnedRounding):
     def _first_right(self, generator: torch.Generator) -> Tensor:
         """This process's rows of a new U. ``generator`` is on the CPU; on a GPU it gives the seed of one there."""
         device = self.weight.device
+        if self.renews:
+            return self.ranks.own_rows(self._complement.rows(self.left.shape[1], generator, device))
         if device != generator.device:
             seed = torch.randint(2**62, (), generator=generator).item()
             generator = torch.Generator(device).manual_seed(int(seed))
         right = torch.empty((self._weights * self.left.shape[1], self.weight.shape[1]), device=device)
         return self.ranks.own_rows(nn.init.kaiming_uniform_(right, a=math.sqrt(5), generator=generator))
+
+
+def _renewable(weight: Tensor, initial: StepAndZeroPoint) -> Tensor:
+    """A copy of W that renewing factors changes again and again: float16 instead of bfloat16 if that keeps each value within
+    2^-8 steps, else float32. bfloat16 moves values by up to 2^-6 steps each time, and back across what was learned.
+    """
+    fine = initial.step.min() >= 2**-17 and weight.abs().amax() < 2**15  # below 2^-14 float16 has units of 2^-24
+    return weight.to(torch.float16 if fine else torch.float32) if weight.dtype == torch.bfloat16 else weight.clone()
+
+
+class _Complement:
+    """Rows [weights * rank, in] of random orthogonal matrices, as long as those of a Kaiming-uniform U: others each time, until
+    all were used. The matrix is a cosine transform (DCT-II) whose rows come in random order and whose columns have random
+    signs; weights differ in the signs.
+    """
+
+    def __init__(self, size: int, weights: int) -> None:
+        self._size, self._weights = size, weights
+        self._left = torch.empty(0, dtype=torch.int64)
+        self._signs = torch.empty(0)
+
+    def rows(self, rank: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        """The next ones, on ``device``. ``generator`` is on the CPU."""
+        size = self._size
+        if len(self._left) < rank:
+            self._left = torch.randperm(size, generator=generator)
+            self._signs = 2.0 * torch.randint(2, (self._weights, 1, size), generator=generator) - 1
+        order, self._left = self._left[:rank, None].to(device), self._left[rank:]
+        # Whole numbers, modulo a period: the angle is exact whatever the size.
+        turns = order * (2 * torch.arange(size, device=device) + 1) % (4 * size)
+        cosines = torch.cos(turns * (math.pi / (2 * size))) * torch.where(order == 0, 1.0, math.sqrt(2))
+        return (cosines * math.sqrt(1 / (3 * size)) * self._signs.to(device)).flatten(0, 1)
