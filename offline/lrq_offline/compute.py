@@ -65,7 +65,7 @@ def device_name(device: torch.device) -> str:
 
 def product_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor multiplies it natively, else float32. Quantizers compute in float32 throughout; a weight
-    whose scales renew keeps its own dtype in between (learned_scales.py).
+    whose scales renew has 16 bits in between, if they are enough (learned_scales.py).
     """
     native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if native else torch.float32
