@@ -39,7 +39,7 @@ def test_w4a4_is_told_once_that_w4a8_is_better_and_as_fast(
     said = " ".join("".join(capsys.readouterr()).split())
     (warning,) = json.loads((tmp_path / "out" / REPORT_NAME).read_text())["warnings"]
     assert said.count(f"warning: {warning}") == said.count("w4a8") == 1
-    assert "0.065" in warning and "0.187" in warning and "0.109 in 1.58 times as many" in warning and "51, 51 and 77" in warning
+    assert "0.065" in warning and "0.187" in warning and "0.109 in 1.58 times as many" in warning and "51, 51 and 68" in warning
     assert warning.endswith(".") and ". " not in warning
     assert main(["report", output]) == 0
     assert (tmp_path / "out" / "lrq_report.html").read_text().count("w4a8 without a correction is better") == 1
