@@ -119,7 +119,7 @@ class FlexRoundScale(LearnedRounding):
 
 
 class LrqScale(LearnedRounding):
-    """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5).
+    """S2 = L U + r + c: L, r and c zero at the start, U Kaiming-uniform with a = sqrt(5) unless it renews.
 
     weights: how many of one shape stand above each other in ``weight``, each with L, U, r and c of its own. renews: whether
     :meth:`renew` will be called. Then ``weight`` is a copy, W / exp(M), which is all that the arithmetic needs of W and M, in
@@ -186,7 +186,7 @@ class LrqScale(LearnedRounding):
         return torch.bmm(*(factor.unflatten(0, (self._weights, -1)) for factor in (left, right))).flatten(0, 1)
 
     def _first_right(self, generator: torch.Generator) -> Tensor:
-        """This process's rows of a new U. ``generator`` is on the CPU; on a GPU it gives the seed of one there."""
+        """This process's rows of a new U. ``generator`` is on the CPU; on a GPU it gives the seed of a random U."""
         device = self.weight.device
         if self.renews:
             return self.ranks.own_rows(self._complement.rows(self.left.shape[1], generator, device))
