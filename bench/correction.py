@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lrq_offline.calibration_text import shipped_calibration
 from lrq_offline.compute import Machine
-from lrq_offline.config import LOSSES, METHODS, STATISTICS, QuantizeSettings
+from lrq_offline.config import INPUTS, LOSSES, METHODS, QuantizeSettings
 from lrq_offline.pipeline import open_source, quantize_model
 from lrq_vllm.checkpoint.schema import SCHEMES, Manifest
 from lrq_vllm.checkpoint.store import read_manifest
@@ -112,7 +112,7 @@ def settings_of(cell: str, arguments: argparse.Namespace) -> tuple[QuantizeSetti
             found["method"] = word
         elif word.endswith("%"):
             found["correction_rank"] = word
-        elif word in STATISTICS:
+        elif word in INPUTS:
             found["correction_statistics"] = word
         elif word in LOSSES:
             found["loss"] = word

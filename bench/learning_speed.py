@@ -151,9 +151,11 @@ def measured(
     call = {"position_embeddings": tuple(table.to(device) for table in tables), "attention_mask": None}
     store = HiddenStatesStore(device, int(arguments.max_gpu_gb * 1e9), Path("."))
     shape = (settings.samples // ranks.size, settings.seq_len, config.hidden_size)
-    inputs, targets = store.like(shape, torch.bfloat16), store.like(shape, torch.bfloat16)
+    inputs, targets, *kept = (store.like(shape, torch.bfloat16) for _ in range(settings.caches))
     torch.manual_seed(1 + ranks.rank)
     fill(inputs, config.hidden_size)
+    for float_inputs in kept:
+        float_inputs.copy(inputs)
     metric = PLAIN
     if settings.weighs_errors:
         gradients = torch.randn(4 * config.hidden_size, config.hidden_size, device=device)
@@ -161,7 +163,8 @@ def measured(
     started = time.monotonic()
     run_block(block, inputs, targets, call, windows_at_once(block), dtype)
     quantizer = BlockQuantizer(settings, family, config, dtype, ranks)
-    result = quantizer.quantize(block, inputs, targets, call, torch.Generator().manual_seed(0), metric=metric)
+    generator, float_inputs = torch.Generator().manual_seed(0), kept[0] if kept else None
+    result = quantizer.quantize(block, inputs, targets, call, generator, float_inputs, metric=metric)
     run_block(block, inputs, inputs, call, windows_at_once(block), dtype)
     synchronize(device)
     seconds = time.monotonic() - started

@@ -80,7 +80,9 @@ def collected(files: list[str]) -> list[str]:
 
 def checked(sanitizer: str, tests: list[str]) -> Found:
     """Run these in a process of their own."""
-    allocator = {} if GRAPHS in tests[0] else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    variables = {"COLUMNS": "400"}  # room for why a test failed, behind its name
+    if GRAPHS not in tests[0]:
+        variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         names, log = Path(folder, "tests"), Path(folder, "log")
         names.write_text("\n".join(tests) + "\n")
@@ -89,7 +91,7 @@ def checked(sanitizer: str, tests: list[str]) -> Found:
             sanitizer, "--tool", "memcheck", "--report-api-errors", "no", "--target-processes", "all", "--log-file", str(log),
             sys.executable, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", f"@{names}",
         ]  # fmt: skip
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | allocator).stdout
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | variables).stdout
         found = re.findall(r"^=+ ((?:Invalid|Misaligned|Out-of-range|Warp|Unspecified|Address).*)", log.read_text(), re.M)
     passed = re.search(r"(\d+) passed", said)
     failed = re.findall(r"^(?:FAILED|ERROR|SKIPPED) .*", said, re.M)

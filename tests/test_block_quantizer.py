@@ -51,7 +51,6 @@ class Problem:
         dtype: torch.dtype = torch.float32,
         iters: int = 30,
         rank: int | None = None,
-        float_inputs: Tensor | None = None,
         **settings: Any,
     ) -> tuple[nn.Module, QuantizedBlock]:
         """A copy of the block, quantized, and what is told of it. damaged: X_q, where it is not X."""
@@ -60,8 +59,8 @@ class Problem:
         run_block(block, inputs, targets, self.arguments, 4, dtype)
         quantizer = BlockQuantizer(QuantizeSettings(scheme, method, iters=iters, rank=rank, **settings), FAMILY, CONFIG, dtype)
         inputs = inputs if damaged is None else HiddenStates(damaged, CPU)
-        others = None if float_inputs is None else HiddenStates(float_inputs, CPU)
-        return block, quantizer.quantize(block, inputs, targets, self.arguments, torch.Generator().manual_seed(0), others)
+        generator, float_inputs = torch.Generator().manual_seed(0), HiddenStates(self.inputs, CPU)
+        return block, quantizer.quantize(block, inputs, targets, self.arguments, generator, float_inputs)
 
 
 @pytest.fixture
@@ -254,14 +253,29 @@ def test_a_correction_lowers_what_any_scheme_leaves(problem: Problem, scheme: st
 
 
 def test_a_correction_is_found_with_the_inputs_that_are_asked_for(problem: Problem) -> None:
-    own = quantized_linears(problem.quantize("w4a4", "gptq", rotate=False, correction_rank=8)[0])
-    others = quantized_linears(
-        problem.quantize("w4a4", "gptq", rotate=False, correction_rank=8, float_inputs=3 * torch.randn_like(problem.inputs))[0]
+    own, others = (
+        quantized_linears(
+            problem.quantize(
+                "w4a4", "gptq", rotate=False, correction_rank=8, correction_statistics=of, damaged=problem.inputs.flip(2)
+            )[0]
+        )
+        for of in ("quantized", "float")
     )
     for name, linear in own.items():
         u, other = linear.low_rank_u, others[name].low_rank_u
         assert u is not None and other is not None and u.dtype == torch.bfloat16
         assert not torch.equal(u, other), name
+
+
+def test_a_block_learns_from_the_inputs_that_are_asked_for(problem: Problem) -> None:
+    def learned(**options: Any) -> dict[str, Tensor]:
+        block, _ = problem.quantize("w4a16", "lrq", learning_rate=2e-3, **options)
+        return {name: linear.rounding.quantized()[0] for name, linear in quantized_linears(block).items()}
+
+    damaged = problem.inputs + 0.5 * torch.randn_like(problem.inputs)
+    undamaged, behind, beside = learned(), learned(damaged=damaged), learned(damaged=damaged, learn_inputs="float")
+    for name, q in undamaged.items():
+        assert torch.equal(beside[name], q) and not torch.equal(behind[name], q), name
 
 
 def test_a_layer_that_cannot_be_corrected_is_rounded_and_says_why(problem: Problem) -> None:

@@ -142,6 +142,21 @@ def scaled_weight(scale: LrqScale) -> torch.Tensor:
     return scale.weight.float() * torch.exp(-matrix.float())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_earlier_factors_say_fades_at_each_renewal(dtype: torch.dtype) -> None:
+    weight, generator = weight_with_outliers().to(dtype), torch.Generator().manual_seed(0)
+    weight[3, 5] = 0
+    scale = randomised(LrqScale(weight, search_steps(weight, 4), 4, 4, generator, dtype, renews=True, fading=0.25))
+    said = torch.zeros(weight.shape)
+    for _ in range(2):
+        with torch.no_grad():
+            scale.left.normal_(std=0.3, generator=generator)
+        said = 0.75 * (said + (scale.left @ scale.right).detach())
+        scale.renew(generator)
+        expected = weight.float() * torch.exp(-said)
+        torch.testing.assert_close(scale.weight.float(), expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_renewing_factors_leaves_the_given_weight_alone() -> None:
     weight, generator = weight_with_outliers(), torch.Generator().manual_seed(0)
     scale = randomised(LrqScale(weight, search_steps(weight, 4), 4, 4, generator, renews=True))

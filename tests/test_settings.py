@@ -28,6 +28,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"learning_rate": float("nan")}, "lr is nan"),
     ({"kv_bits": 4}, "kv-bits is 4"),
     ({"loss": "l1"}, "loss is 'l1', but must be mse or fisher"),
+    ({"learn_inputs": "both"}, "learn-inputs is 'both', but must be quantized or float"),
     ({"group_size": 0}, "group-size is 0"),
     ({"group_size": -32}, "group-size is -32"),
     ({"group_size": 48}, "group-size is 48"),
@@ -69,6 +70,22 @@ def test_lrq_renews_its_factors_below_8_bits_where_they_have_steps_enough() -> N
     assert not QuantizeSettings("w8a8", iters=5000).renews
     for other in ({"method": "flexround"}, {"method": "gptq"}, {"rank": "full"}):
         assert not QuantizeSettings("w4a16", **other).renews  # type: ignore[arg-type]
+
+
+def test_earlier_factors_fade_as_the_present_ones_decay() -> None:
+    assert QuantizeSettings("w4a16").fading == pytest.approx(0.02)
+    assert QuantizeSettings("w4a16", weight_decay=0.5).fading == pytest.approx(0.005)
+    assert QuantizeSettings("w4a16", weight_decay=0).fading == 0
+
+
+def test_blocks_learn_from_the_float_models_inputs_at_8_bits_unless_they_are_told_or_correct() -> None:
+    assert all(QuantizeSettings("w8a8", method).learns_from_float for method in ("lrq", "flexround"))
+    assert not any(QuantizeSettings(scheme).learns_from_float for scheme in ("w4a8", "w4a16", "w3a16"))
+    assert QuantizeSettings("w4a16", learn_inputs="float").learns_from_float
+    assert not QuantizeSettings("w8a8", learn_inputs="quantized").learns_from_float
+    assert not QuantizeSettings("w8a8", correction_rank=8).learns_from_float
+    assert not QuantizeSettings("w8a8", "gptq", learn_inputs="float").learns_from_float
+    assert [QuantizeSettings(scheme).caches for scheme in ("w8a8", "w4a8")] == [3, 2]
 
 
 def test_learning_weighs_errors_below_8_bits_unless_it_is_told_or_corrects() -> None:
@@ -207,6 +224,7 @@ def test_a_number_that_overflows_is_refused(changes: dict[str, Any], said: str) 
         ("--method flexround --renew", "--renew is for method lrq"),
         ("--rank full --renew", "--renew is for the two factors of a matrix"),
         ("--method gptq --loss fisher", "--loss is for methods that learn, lrq and flexround, not for gptq"),
+        ("--method gptq --learn-inputs float", "--learn-inputs is for methods that learn"),
         ("--method rtn --lr 0.1", "--lr is for methods that learn"),
         ("--method rtn --weight-decay 1", "--weight-decay is for methods that learn"),
         ("--correction-rounds 3", "--correction-rounds is for a correction"),

@@ -2,9 +2,9 @@
 
     minimise || block_fp(X) - block_q(X_q) ||^2
 
-X is the float model's input to this block, X_q what the already quantized blocks produce (LRQ, section 2). The length may be
-that of another metric (output_metric.py). Some windows are held out: the state that is best on them is kept, and learning
-ends early when they stop getting better.
+X is the float model's input to this block, X_q what the already quantized blocks produce (LRQ, section 2), or X again. The
+length may be that of another metric (output_metric.py). Some windows are held out: the state that is best on them is kept,
+and learning ends early when they stop getting better.
 """
 
 import logging
@@ -140,9 +140,9 @@ def learn_block(
 ) -> LearningResult:
     """Learn every parameter of ``block`` that wants a gradient, in place; with none this only measures the error.
 
-    inputs, targets: X_q and block_fp(X) of this rank's windows, ``windows`` which of them are learned from; a batch is that of
-    all ranks together. ``metric`` measures the loss and all errors. Scales that renew their factors do so after each check. If
-    no state was better than the first, the block is put back to where it started.
+    inputs, targets: X_q (or X) and block_fp(X) of this rank's windows, ``windows`` which of them are learned from; a batch is
+    that of all ranks together. ``metric`` measures the loss and all errors. Scales that renew their factors do so after each
+    check. If no state was better than the first, the block is put back to where it started.
     """
     batch_size = settings.batch_size // ranks.size
     everything = list(torch.arange(len(inputs)).split(batch_size))

@@ -92,8 +92,9 @@ class BlockQuantizer:
         """Quantize a float block in place: its linear layers become :class:`FakeQuantizedLinear` with fixed integers.
 
         inputs: X_q, what the quantized blocks before it produce. targets: block_fp(X), what it should put out. float_inputs:
-        X, if corrections are to be found with its moments. All of this rank's windows; the outcome is the same in every rank.
-        hadamard: what rotates inputs in ``block`` already, and has to in the quantized one. metric: for what learning lowers.
+        X, if blocks are to learn from it, or corrections to be found with its moments. All of this rank's windows; the outcome
+        is the same in every rank. hadamard: what rotates inputs in ``block`` already, and has to in the quantized one. metric:
+        for what learning lowers.
         """
         for experts in experts_of(block):
             experts.ranks = self.ranks
@@ -111,7 +112,7 @@ class BlockQuantizer:
         windows = LearningWindows.drawn(len(inputs), generator, self.ranks) if learns_corrections else None
         batches = list(inputs.slices(self._batch_size)) if windows is None else windows.learned_from.split(self._batch_size)
         moments = None
-        if usable and float_inputs is not None:
+        if usable and float_inputs is not None and self.settings.corrects_from_float:
             quantizers = {group[0]: _in_float32(activations[group[0]]) for group in self.family.linear_groups}
             moments = rounding.moments(block, quantizers, float_inputs, arguments, batches)
         linears = {name: _linear(block, name) for name in self.family.linears}
@@ -134,10 +135,14 @@ class BlockQuantizer:
         if learns:
             learned = {name: weight for name, weight in weights.items() if name not in short}
             self._begin_learning(block, learned, steps, ranges, in_stages, generator)
+        learned_from = inputs
+        if self.settings.learns_from_float:
+            assert float_inputs is not None
+            learned_from = float_inputs
         with fused_norms(block, self.family) if learns else nullcontext():
             learning = learn_block(
                 block,
-                inputs,
+                learned_from,
                 targets,
                 arguments,
                 self.settings,
@@ -317,8 +322,9 @@ class BlockQuantizer:
             return FlexRoundScale(weight, steps, bits, self.dtype)
         rank = min(rank, ranks.size * len(weight) // weights, weight.shape[1])
         return LrqScale(
-            weight, steps, bits, rank, generator, self.dtype, weights=weights, renews=self.settings.renews, ranks=ranks
-        )
+            weight, steps, bits, rank, generator, self.dtype, weights=weights,
+            renews=self.settings.renews, fading=self.settings.fading, ranks=ranks,
+        )  # fmt: skip
 
     def _fix_corrections(self, block: nn.Module, inputs: HiddenStates, arguments: dict[str, Any]) -> None:
         """What learned corrections have become, in the order of what their columns add to outputs, and in 16 bits."""

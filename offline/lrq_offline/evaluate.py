@@ -12,8 +12,9 @@ from lrq_offline.calibration_text import read_texts
 from lrq_offline.compute import choose_device
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.reference_model import load_model
-from lrq_offline.source_model import check_vocabulary, load_tokenizer
+from lrq_offline.source_model import check_vocabulary, load_tokenizer, model_config
 from lrq_vllm.bootstrap import mean_interval
+from lrq_vllm.checkpoint.schema import config_without_quantization
 from lrq_vllm.checkpoint.store import read_config, read_manifest
 from lrq_vllm.errors import SettingsError
 
@@ -65,9 +66,10 @@ def evaluate_folder(
     tokenizer = load_tokenizer(folder)
     tokens = token_windows(tokenizer, read_texts(text, tokenizer), windows, seq_len)
     place = choose_device(device)
+    config = read_config(folder)
+    check_vocabulary(folder, tokens, model_config(config_without_quantization(config), folder))
     model = load_model(folder).to(place)
-    check_vocabulary(folder, tokens, model.config)
-    if kv_bits is None and "quantization_config" in read_config(folder):
+    if kv_bits is None and "quantization_config" in config:
         kv_bits = read_manifest(folder).kv_bits
     if kv_bits is not None:
         quantize_kv_cache(model, kv_bits)

@@ -4,7 +4,7 @@
 
 FlexRound (arXiv 2306.00317): S2 is a full matrix plus a row vector r.
 LRQ (arXiv 2407.11534, section 2): S2 = L U + r + c, with L [out, k] and U [k, in]. Renewing the factors now and
-then (as ReLoRA, arXiv 2307.05695, does) makes it S2 = M + L U + r + c, where M is the sum of the earlier factors' L U.
+then (as ReLoRA, arXiv 2307.05695, does) makes it S2 = M + L U + r + c, where M is the sum of the earlier factors' L U, fading.
 Both start at S2 = 0, that is, at round-to-nearest. Only s1, z and the integers outlive the learning.
 """
 
@@ -124,8 +124,8 @@ class LrqScale(LearnedRounding):
     weights: how many of one shape stand above each other in ``weight``, each with L, U, r and c of its own. renews: whether
     :meth:`renew` will be called. Then ``weight`` is a copy, W / exp(M), which is all that the arithmetic needs of W and M, in
     :func:`_renewable`'s dtype; and the rows of each U are others of one orthogonal matrix, until all were used, so that its
-    factors together reach every input. ranks: the processes that learn one W together; each has its rows of W, L and r, and its
-    rows of U.
+    factors together reach every input. fading: the share of M that each renewal takes away, as weight decay does of L and U.
+    ranks: the processes that learn one W together; each has its rows of W, L and r, and its rows of U.
     """
 
     def __init__(
@@ -139,10 +139,13 @@ class LrqScale(LearnedRounding):
         *,
         weights: int = 1,
         renews: bool = False,
+        fading: float = 0.0,
         ranks: Ranks = ONE_RANK,
     ) -> None:
         super().__init__(_renewable(weight, initial) if renews else weight, initial, bits, dtype)
         self.renews = renews
+        self._fading = fading
+        self._unscaled = weight
         self.ranks = ranks
         self._weights = weights
         out_features, in_features = weight.shape
@@ -161,9 +164,11 @@ class LrqScale(LearnedRounding):
 
     @torch.no_grad()
     def renew(self, generator: torch.Generator) -> None:
-        """Add L U to M and begin with new factors: S2 stays what it is (up to rounding), its rank can go on to grow."""
+        """Add L U to M, let M fade, and begin with new factors: the rank of S2 can go on to grow."""
         assert self.renews
-        self.weight.copy_(self.weight * torch.exp(-self._product(self.left, self.ranks.all_rows(self.right))))
+        scaled = self.weight * torch.exp(-self._product(self.left, self.ranks.all_rows(self.right)))
+        # W / exp(M): its ratio to W says what M is, but for zeros.
+        self.weight.copy_(scaled * torch.where(scaled == 0, 1.0, self._unscaled / scaled) ** self._fading)
         self.left.zero_()
         self.right.copy_(self._first_right(generator))
 

@@ -229,6 +229,7 @@ def _report(
         "weight_decay": settings.decay,
         "renew": settings.renews,
         "loss": settings.decided_loss,
+        "learn_inputs": "float" if settings.learns_from_float else "quantized",
         "rotate": settings.rotates,
         "calibration": calibration,
     }

@@ -132,10 +132,10 @@ def step_memory(
         learned = elements if rank is None else sum(min(rank, *shape) * sum(shape) for shape in shapes)
         # Parameters with their gradients, Adam's two moments, best values, and a copy for products.
         total += learned * (5 * 4 + dtype.itemsize)
-        # W_hat, S2's matrix and the gradients of both; the weight under earlier factors, and its best values, or the weights of
+        # W_hat, S2's matrix and the gradients of both; the weight under earlier factors, and its best values; the weights of
         # experts above each other.
         total += elements * 2 * (dtype.itemsize + (4 if rank is None else dtype.itemsize))
-        total += elements * of_weight * (2 if settings.renews else 1 if family.experts is not None else 0)
+        total += elements * of_weight * (2 * settings.renews + (family.experts is not None))
     if settings.weighs_errors:
         total += config.hidden_size**2 * dtype.itemsize
     if settings.learns and settings.corrects:
@@ -146,7 +146,7 @@ def step_memory(
         # Moments in float64: three of each input (of one after the other, or of all at once). While one is solved: regularized,
         # their Cholesky factors and what is divided by them, and a few matrices of the layer's size.
         inputs = [columns**2 for _, columns in shapes]
-        kept = sum(inputs) if settings.correction_statistics == "float" else max(inputs)
+        kept = sum(inputs) if settings.corrects_from_float else max(inputs)
         total += 8 * (3 * kept + 7 * max(inputs) + 4 * max(rows * columns for rows, columns in shapes))
     # What a step keeps for its backward pass, roughly: a dozen tensors of the block's width, four of the MLP's.
     tokens = settings.batch_size * settings.seq_len

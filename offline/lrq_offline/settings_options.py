@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lrq_offline.config import DEVICES, FULL_RANK, LOSSES, METHODS, PRESETS, STATISTICS, QuantizeSettings, default_method
+from lrq_offline.config import DEVICES, FULL_RANK, INPUTS, LOSSES, METHODS, PRESETS, QuantizeSettings, default_method
 from lrq_vllm.checkpoint.schema import SCHEMES
 from lrq_vllm.errors import SettingsError, one_paragraph
 
@@ -36,6 +36,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--loss", choices=LOSSES,
         help="squared error, or weighed by what it does to predictions (default: fisher below 8 bits)",
     )  # fmt: skip
+    parser.add_argument(
+        "--learn-inputs", choices=INPUTS,
+        help="what blocks learn from: what quantized blocks produce, or the float model's inputs (default: float with 8 bits)",
+    )  # fmt: skip
     parser.add_argument("--samples", type=int, help=f"calibration windows (default preset: {default.samples})")
     parser.add_argument("--seq-len", type=int, help=f"tokens per window (default preset: {default.seq_len})")
     parser.add_argument("--batch-size", type=int, help=f"windows per step (default preset: {default.batch_size})")
@@ -61,7 +65,7 @@ def _add_correction(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--correction-statistics",
-        choices=STATISTICS,
+        choices=INPUTS,
         default=default.correction_statistics,
         help="inputs it is found with: what quantized blocks produce, or the float model's (default: %(default)s)",
     )
@@ -96,7 +100,8 @@ def settings_of(parsed: argparse.Namespace) -> QuantizeSettings:
     settings = QuantizeSettings(
         scheme=parsed.scheme, method=parsed.method or default_method(parsed.scheme), group_size=parsed.group_size,
         symmetric=parsed.symmetric, rank=parsed.rank, learning_rate=parsed.lr, weight_decay=parsed.weight_decay,
-        renew=parsed.renew, loss=parsed.loss, kv_bits=parsed.kv_bits, correction_rank=parsed.correction_rank,
+        renew=parsed.renew, loss=parsed.loss, learn_inputs=parsed.learn_inputs, kv_bits=parsed.kv_bits,
+        correction_rank=parsed.correction_rank,
         correction_statistics=parsed.correction_statistics, correction_rounds=parsed.correction_rounds, rotate=parsed.rotate,
         hadamard_block=parsed.hadamard_block, seed=parsed.seed, calibration=parsed.calibration, **vars(preset),
     )  # fmt: skip
@@ -109,7 +114,12 @@ def settings_of(parsed: argparse.Namespace) -> QuantizeSettings:
 def _unused(settings: QuantizeSettings) -> list[str]:
     """A sentence for each option that was given and that nothing will look at."""
     of_lrq = {"--rank": settings.rank, "--renew": settings.renew}
-    of_learning = {"--lr": settings.learning_rate, "--weight-decay": settings.weight_decay, "--loss": settings.loss}
+    of_learning = {
+        "--lr": settings.learning_rate,
+        "--weight-decay": settings.weight_decay,
+        "--loss": settings.loss,
+        "--learn-inputs": settings.learn_inputs,
+    }
     unused = [
         f"{option} is for method lrq, not for {settings.method}"
         for option, value in of_lrq.items()
