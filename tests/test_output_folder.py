@@ -253,7 +253,7 @@ def test_a_run_that_is_refused_for_its_settings_keeps_the_finished_blocks(tmp_pa
 # --- what is carried over ---
 
 
-def test_all_but_weights_and_hidden_files_is_carried_over_and_nothing_is_replaced(model: Path, tmp_path: Path) -> None:
+def test_all_but_weights_checkpoints_and_hidden_files_is_carried_over_and_nothing_replaced(model: Path, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "LICENSE", ".gitattributes", "model.safetensors", "model.safetensors.index.json", "a.bin"):
         (model / name).write_text("old")
     (model / "original").mkdir()
@@ -261,6 +261,10 @@ def test_all_but_weights_and_hidden_files_is_carried_over_and_nothing_is_replace
     (model / "original" / "params.json").touch()
     target = quantized_folder(tmp_path / "out")
     written = (target / "config.json").read_text()
+    (model / "original" / "gone").symlink_to(tmp_path / "nothing")
+    for made in (model / "earlier", model / "original" / "earlier"):
+        quantized_folder(made)
+        (made / "lrq_seal.json").touch()
     carry_over(model, target)
     assert files_of(target) == ["LICENSE", "config.json", "original", "tokenizer.json"]
     assert files_of(target / "original") == ["params.json"]

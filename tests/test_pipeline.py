@@ -301,6 +301,27 @@ def test_a_missing_tensor_is_refused_by_name(model: Path, tmp_path: Path, capsys
     assert "model.layers.0.self_attn.q_proj.weight is missing" in refused(quick(model, tmp_path), tmp_path, capsys)
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_integers_in_place_of_floats_are_refused(
+    name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors[name] = (tensors[name] * 10).to(torch.int8)
+    save_file(tensors, model / "model.safetensors")
+    assert f"tensor {name} holds int8, not floats" in refused(quick(model, tmp_path), tmp_path, capsys)
+
+
+def test_windows_longer_than_the_model_reads_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit_config(model, max_position_embeddings=63)
+    assert "made for texts of 63 tokens" in refused(quick(model, tmp_path, "--seq-len", "64"), tmp_path, capsys)
+    assert main(["evaluate", str(model), "--text", str(HELDOUT), "--windows", "1", "--seq-len", "64"]) == 2
+    assert "--seq-len is 64" in " ".join(capsys.readouterr().err.split())
+    edit_config(model, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4})
+    assert main(["quantize", *quick(model, tmp_path, "--seq-len", "64", "--method", "rtn")]) == 0
+
+
 def test_a_config_that_does_not_fit_the_weights_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from lrq_offline.report_html import write_report
 from lrq_offline.report_pictures import amount, scientific
 from lrq_vllm.checkpoint.report import read_report
-from lrq_vllm.errors import CheckpointError
+from lrq_vllm.errors import CheckpointError, SettingsError
 from tests.html_pages import Page, loads_nothing
 
 LAYERS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -89,7 +89,10 @@ def test_the_page_says_in_which_measure_errors_are_and_what_was_held_out(tmp_pat
         report["settings"] |= {"loss": loss, "samples": samples}
         text = Page(written(tmp_path, report)).text
         assert ("do not compare with those of another loss" in text) == (loss == "fisher")
+        assert "with everything before it quantized too" in text
         assert ("none is held out of fewer than 16 windows" in text) == (samples < 16)
+    report["settings"]["learn_inputs"] = "float"
+    assert "with everything before it as in the float model" in Page(written(tmp_path, report)).text
 
 
 def test_layers_that_fell_back_are_listed_with_their_reason(tmp_path: Path) -> None:
@@ -189,6 +192,13 @@ def test_the_report_goes_where_it_is_told(tmp_path: Path) -> None:
     output = tmp_path / "elsewhere.html"
     assert write_report(tmp_path, output) == output
     assert {path.name for path in tmp_path.iterdir()} == {"lrq_report.json", "elsewhere.html"}
+
+
+@pytest.mark.parametrize("place", [".", "absent/report.html"])
+def test_a_place_that_no_file_can_be_at_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "lrq_report.json").write_text(json.dumps(a_report(1)))
+    with pytest.raises(SettingsError, match="a folder or lies in none"):
+        write_report(tmp_path, tmp_path / place)
 
 
 def test_a_failed_write_leaves_the_old_report_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """A run that was stopped goes on where it was, and ends with the very files of a run that was not."""
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lrq_offline import pipeline
 from lrq_offline.block_quantizer import BlockQuantizer
@@ -64,6 +67,19 @@ def test_a_stopped_run_goes_on_and_gives_the_same_bytes(tmp_path: Path, settings
     assert files_of(output) == files_of(tmp_path / "whole")
 
 
+def test_a_model_whose_tensors_are_not_in_its_own_dtype_goes_on_too(tmp_path: Path) -> None:
+    model = shutil.copytree(TINY, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    settings = replace(SETTINGS, scheme="w8a8")
+    quantize_model(model, tmp_path / "whole", settings)
+    with pytest.raises(_StoppedError):
+        quantize_model(model, tmp_path / "resumed", settings, on_block=stop_after(2))
+    quantize_model(model, tmp_path / "resumed", settings)
+    assert files_of(tmp_path / "resumed") == files_of(tmp_path / "whole")
+
+
 def test_what_a_killed_run_left_half_written_is_not_in_the_result(tmp_path: Path) -> None:
     quantize_model(TINY, tmp_path / "whole", SETTINGS)
     output, partial = tmp_path / "out", tmp_path / ".out.partial"
@@ -99,6 +115,17 @@ def test_a_changed_setting_refuses_and_says_which(tmp_path: Path, change: dict[s
     ):
         quantize_model(TINY, tmp_path / "out", replace(SETTINGS, **change))
     quantize_model(TINY, tmp_path / "out", SETTINGS)  # nothing was lost
+
+
+def test_a_layer_of_other_weights_is_another_model(tmp_path: Path) -> None:
+    model = shutil.copytree(TINY, tmp_path / "model")
+    with pytest.raises(_StoppedError):
+        quantize_model(model, tmp_path / "out", SETTINGS, on_block=stop_after(1))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][400:600] = 0
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SettingsError, match="model"):
+        quantize_model(model, tmp_path / "out", SETTINGS)
 
 
 def test_restart_throws_the_unfinished_work_away(tmp_path: Path) -> None:

@@ -29,6 +29,15 @@ def test_a_folder_gives_back_what_was_written(tmp_path: Path) -> None:
         assert torch.equal(tensors.get(name), expected)
 
 
+def test_some_rows_are_spread_over_a_tensor(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(20).view(10, 2), "b": torch.tensor(3.0), "c": torch.zeros(0, 4), "d": torch.arange(3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    folder = TensorFolder(tmp_path)
+    assert torch.equal(folder.some_rows("a", 4), tensors["a"][[0, 3, 6, 9]])
+    for name in "bcd":
+        assert torch.equal(folder.some_rows(name, 4), tensors[name])
+
+
 def test_a_model_that_lies_there_twice_is_read_by_its_index(tmp_path: Path) -> None:
     folder = write_model(tmp_path, golden_tensors())
     assert (folder / INDEX).is_file()

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 
 from lrq_vllm.checkpoint.store import replace_durably
+from lrq_vllm.errors import SettingsError
 
 __all__ = ["figure", "page", "section", "settings_list", "table", "text", "write_page"]
 
@@ -40,7 +41,9 @@ def page(
 
 
 def write_page(page: str, output: Path) -> None:
-    """The file appears whole or not at all."""
+    """The file appears whole or not at all. Raises SettingsError if it cannot be written there."""
+    if output.is_dir() or not output.parent.is_dir():
+        raise SettingsError(f"{output} is a folder or lies in none. Give the name of a file in a folder that is there.")
     partial = output.with_name(f".{output.name}.partial")
     try:
         # A name that came from a file system may hold what UTF-8 has no bytes for.

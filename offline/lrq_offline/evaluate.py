@@ -12,7 +12,7 @@ from lrq_offline.calibration_text import read_texts
 from lrq_offline.compute import choose_device
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.reference_model import load_model
-from lrq_offline.source_model import check_vocabulary, load_tokenizer, model_config
+from lrq_offline.source_model import check_windows, load_tokenizer, model_config
 from lrq_vllm.bootstrap import mean_interval
 from lrq_vllm.checkpoint.schema import config_without_quantization
 from lrq_vllm.checkpoint.store import read_config, read_manifest
@@ -67,7 +67,7 @@ def evaluate_folder(
     tokens = token_windows(tokenizer, read_texts(text, tokenizer), windows, seq_len)
     place = choose_device(device)
     config = read_config(folder)
-    check_vocabulary(folder, tokens, model_config(config_without_quantization(config), folder))
+    check_windows(folder, tokens, model_config(config_without_quantization(config), folder))
     model = load_model(folder).to(place)
     if kv_bits is None and "quantization_config" in config:
         kv_bits = read_manifest(folder).kv_bits

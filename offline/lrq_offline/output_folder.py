@@ -8,6 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lrq_offline.progress import clear_notes, has_progress
+from lrq_vllm.checkpoint.seal import SEAL_NAME
 from lrq_vllm.checkpoint.store import is_weight_file, read_manifest
 from lrq_vllm.errors import LrqError, ModelFolderError, SettingsError
 
@@ -117,7 +118,10 @@ def _new_folder(output: Path, restart: bool, check: Callable[[], None]) -> Itera
 
 
 def carry_over(source: Path, target: Path, *, without: Collection[str] = ()) -> None:
-    """Copy everything of a model folder that is not a weight and is not there yet: tokenizer, templates, licence, cards."""
+    """Copy everything of a model folder that is not a weight and is not there yet: tokenizer, templates, licence, cards.
+
+    Checkpoints of lrq's that lie in it stay where they are, as do links to nothing.
+    """
     for path in sorted(source.iterdir()):
         destination = target / path.name
         if (
@@ -128,7 +132,15 @@ def carry_over(source: Path, target: Path, *, without: Collection[str] = ()) -> 
             or not path.exists()
         ):
             continue
-        if path.is_dir():
-            shutil.copytree(path, destination, ignore=lambda folder, names: [n for n in names if is_weight_file(Path(n))])
-        else:
+        if path.is_file():
             shutil.copyfile(path, destination)
+        elif not _is_checkpoint(path):
+            shutil.copytree(path, destination, ignore=_left_out, ignore_dangling_symlinks=True)
+
+
+def _left_out(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if is_weight_file(Path(name)) or _is_checkpoint(Path(folder, name))]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / SEAL_NAME).is_file()

@@ -17,7 +17,7 @@ from lrq_offline.blockwise_run import BlockwiseRun, FinishedBlock
 from lrq_offline.calibration import token_windows
 from lrq_offline.calibration_lint import lint_texts
 from lrq_offline.calibration_text import read_texts, shipped_calibration
-from lrq_offline.compute import Machine, choose_device, device_name
+from lrq_offline.compute import Machine, choose_device, device_name, served_in
 from lrq_offline.config import QuantizeSettings
 from lrq_offline.golden_texts import golden_texts
 from lrq_offline.output_folder import carry_over, check_output, new_folder
@@ -27,7 +27,7 @@ from lrq_offline.rotated_source import RotatedSource
 from lrq_offline.rotation import rotation_of
 from lrq_offline.run_manifest import manifest_of
 from lrq_offline.scheme_advice import scheme_warnings
-from lrq_offline.source_model import SourceModel, check_vocabulary, load_tokenizer
+from lrq_offline.source_model import SourceModel, check_windows, load_tokenizer
 from lrq_offline.stored_block import block_tensors
 from lrq_vllm.checkpoint.golden import write_golden
 from lrq_vllm.checkpoint.report import REPORT_NAME
@@ -85,7 +85,7 @@ def quantize_model(
     tokenizer = load_tokenizer(model_dir)
     texts = read_texts(settings.calibration or shipped_calibration(), tokenizer)
     windows = token_windows(tokenizer, texts, settings.samples, settings.seq_len)
-    check_vocabulary(model_dir, windows, source.config)
+    check_windows(model_dir, windows, source.config)
     unseen = read_texts(evaluation, tokenizer) if evaluation else []
     warnings = source.warnings + scheme_warnings(settings)
     warnings += lint_texts(texts, tokenizer, samples=settings.samples, seq_len=settings.seq_len, evaluation=unseen)
@@ -95,7 +95,7 @@ def quantize_model(
         run = fingerprint(source.tensors, source.raw_config, windows, settings, _place(machine, device))
         progress = Progress(folder, run)
         writer = ShardWriter(folder, len(source.block_names) + 1)
-        shards = _Shards(source, manifest, writer, progress, on_block)
+        shards = _Shards(source, manifest, writer, progress, on_block, settings.smooths)
         finished = [shards.path(index) for index in range(len(progress.finished))]
         started -= sum(done["seconds"] for done in progress.finished)  # what an earlier run took for them
         progress.keep_only([writer.path(1), *finished] if finished else [])
@@ -155,6 +155,7 @@ class _Shards:
     writer: ShardWriter
     progress: Progress
     on_block: Callable[[BlockReport], None]
+    smooths: bool
 
     def start(self) -> None:
         """Write what stands outside the blocks, unless an earlier run has done it."""
@@ -177,12 +178,15 @@ class _Shards:
 
     def _tensors(self, name: str, block: nn.Module, result: QuantizedBlock) -> dict[str, Tensor]:
         """The block's shard; tensors of the source that the model does not use go along as they are."""
-        stored = block_tensors(
-            block, name, self.manifest, result.ranges, result.clips, lambda key: self.source.spec_of(key).dtype
-        )
+        stored = block_tensors(block, name, self.manifest, result.ranges, result.clips, self._dtype_of)
         replaced = {f"{module}.weight" for module in self.manifest.quantized}
         others = [key for key in self.source.names() if key.startswith(f"{name}.") and key not in {*stored, *replaced}]
         return stored | {key: self.source.read(key) for key in others}
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        """That of the source; where SmoothQuant has made values that a server's dtype holds, one that holds them too."""
+        dtype = self.source.spec_of(name).dtype
+        return torch.promote_types(dtype, served_in(self.source.config)) if self.smooths else dtype
 
 
 def _block_report(index: int, count: int, result: QuantizedBlock, seconds: float) -> dict[str, Any]:

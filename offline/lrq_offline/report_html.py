@@ -93,7 +93,8 @@ def _warnings(report: RunReport) -> str:
 
 
 def _block_errors(report: RunReport) -> str:
-    about = "How far each block's output is from the float model's, with everything before it quantized too"
+    inputs = "as in the float model" if report.settings.get("learn_inputs") == "float" else "quantized too"
+    about = f"How far each block's output is from the float model's, with everything before it {inputs}"
     about += f": {_without_learning(report)} (before), and after learning." if _learned(report) else "."
     return section("Error of each block", figure(partial(error_chart, report)), about)
 

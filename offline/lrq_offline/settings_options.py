@@ -34,11 +34,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--loss", choices=LOSSES,
-        help="squared error, or weighed by what it does to predictions (default: fisher below 8 bits)",
+        help="squared error, or weighed by what it does to predictions (default: fisher below 8 bits without a correction)",
     )  # fmt: skip
     parser.add_argument(
         "--learn-inputs", choices=INPUTS,
-        help="what blocks learn from: what quantized blocks produce, or the float model's inputs (default: float with 8 bits)",
+        help="what blocks learn from: what quantized blocks produce, or the float model's inputs (default: float at 8 bits "
+        "without a correction)",
     )  # fmt: skip
     parser.add_argument("--samples", type=int, help=f"calibration windows (default preset: {default.samples})")
     parser.add_argument("--seq-len", type=int, help=f"tokens per window (default preset: {default.seq_len})")

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lrq_offline.decoder_blocks import FAMILIES, HEAD, Family, block_names, empty_model
 from lrq_vllm.checkpoint.schema import TensorSpec
 from lrq_vllm.checkpoint.store import COMPUTED_ANYWAY, TensorFolder, check_folder, read_config
-from lrq_vllm.errors import ModelFolderError, one_paragraph
+from lrq_vllm.errors import ModelFolderError, SettingsError, one_paragraph
 
 __all__ = ["SourceModel", "check_model_tensors", "load_tokenizer", "model_config"]
 
@@ -92,14 +92,18 @@ class SourceModel:
 def check_model_tensors(model: nn.Module, tensors: TensorFolder, config: PreTrainedConfig) -> list[str]:
     """The names of the tensors that ``model`` (which may be empty) takes from a folder; a tied output head is not among them.
 
-    Raises ModelFolderError naming each tensor that is missing or has another shape than the model's.
+    Raises ModelFolderError naming each tensor that is missing, has another shape than the model's, or holds integers where it
+    has floats.
     """
     tied = {f"{HEAD}.weight"} if config.tie_word_embeddings else set()
     problems, names = [], []
     for name, parameter in model.state_dict().items():
         if name in tensors and tensors.spec(name).shape != tuple(parameter.shape):
-            found = list(tensors.spec(name).shape)
-            problems.append(f"tensor {name} has shape {found}, config.json implies {list(parameter.shape)}")
+            shape = list(tensors.spec(name).shape)
+            problems.append(f"tensor {name} has shape {shape}, config.json implies {list(parameter.shape)}")
+        elif name in tensors and parameter.is_floating_point() and not tensors.spec(name).dtype.is_floating_point:
+            dtype = str(tensors.spec(name).dtype).removeprefix("torch.")
+            problems.append(f"tensor {name} holds {dtype}, not floats")
         elif name not in tensors and name not in tied:
             problems.append(f"tensor {name} is missing")
         if name not in tied:
@@ -197,14 +201,31 @@ def _check_attention(config: PreTrainedConfig, folder: Path) -> None:
         )
 
 
-def check_vocabulary(folder: Path, tokens: Tensor, config: PreTrainedConfig) -> None:
-    """Raises ModelFolderError if the model has no embedding for some of the token ids that its tokenizer gives."""
-    largest = int(tokens.max())
+def check_windows(folder: Path, windows: Tensor, config: PreTrainedConfig) -> None:
+    """Whether the model can read windows of token ids [samples, seq_len].
+
+    Raises ModelFolderError if it has no embedding for some of the ids that its tokenizer gives, SettingsError if it was not
+    made for so many tokens.
+    """
+    most, length = longest_text(config), windows.shape[1]
+    if length > most:
+        raise SettingsError(
+            f"--seq-len is {length}, but {folder} was made for texts of {most} tokens (max_position_embeddings in "
+            f"config.json). Give {most} at most."
+        )
+    largest = int(windows.max())
     if largest >= config.vocab_size:
         raise ModelFolderError(
             f"{folder} has a tokenizer that gives token {largest}, and a model that knows {config.vocab_size} (vocab_size in "
             "config.json): they do not belong together. Download the tokenizer's files of this model."
         )
+
+
+def longest_text(config: PreTrainedConfig) -> int:
+    """How many tokens the model was made for, with what its rotary tables are stretched by."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    stretched = [kind.get("factor") or 1.0 for kind in (rope, *rope.values()) if isinstance(kind, dict)]
+    return int(config.max_position_embeddings * max([1.0, *stretched]))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
