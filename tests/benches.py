@@ -16,7 +16,7 @@ REQUESTS, CONCURRENCY = 4, 2
 
 
 def recorded_point() -> Point:
-    return read_point(RECORDED, "http://a", REQUESTS, CONCURRENCY)
+    return read_point(RECORDED, "http://a", REQUESTS, CONCURRENCY, None)
 
 
 def a_result(levels: tuple[int, ...] = (1, 4, 16), faster: float | None = 1.5, name: str = "tiny-w8a8") -> BenchResult:

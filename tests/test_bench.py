@@ -245,7 +245,7 @@ def test_a_point_is_what_its_requests_say() -> None:
 
 def test_failed_requests_are_counted_and_the_first_error_is_named() -> None:
     with pytest.raises(LrqError, match=r"4 of 4 requests to http://a failed at concurrency 2: Bad Request\."):
-        read_point(RECORDED_FAILURE, "http://a", REQUESTS, CONCURRENCY)
+        read_point(RECORDED_FAILURE, "http://a", REQUESTS, CONCURRENCY, None)
 
 
 def test_one_failed_request_is_enough(tmp_path: Path) -> None:
@@ -253,7 +253,19 @@ def test_one_failed_request_is_enough(tmp_path: Path) -> None:
     found["errors"][2] = "Traceback (most recent call last):\n  File\nConnectionResetError: gone\n"
     (tmp_path / "result.json").write_text(json.dumps(found))
     with pytest.raises(LrqError, match=r"1 of 4 requests .*: ConnectionResetError: gone\."):
-        read_point(tmp_path / "result.json", "http://a", REQUESTS, CONCURRENCY)
+        read_point(tmp_path / "result.json", "http://a", REQUESTS, CONCURRENCY, None)
+
+
+def test_an_answer_that_broke_off_is_no_answer(tmp_path: Path) -> None:
+    found = json.loads(RECORDED.read_text())
+    whole = max(found["output_lens"])
+    assert found["output_lens"] == [whole] * REQUESTS
+    read_point(RECORDED, "http://a", REQUESTS, CONCURRENCY, whole)
+    for tokens, least in ((2, whole), (0, None)):
+        found["output_lens"][1] = tokens
+        (tmp_path / "result.json").write_text(json.dumps(found))
+        with pytest.raises(LrqError, match=f"1 of 4 answers of http://a broke off at concurrency 2, after {tokens} tokens"):
+            read_point(tmp_path / "result.json", "http://a", REQUESTS, CONCURRENCY, least)
 
 
 def test_a_result_of_another_form_is_refused(tmp_path: Path) -> None:
@@ -262,7 +274,7 @@ def test_a_result_of_another_form_is_refused(tmp_path: Path) -> None:
     for content in (json.dumps(found), "[]", "{"):
         (tmp_path / "result.json").write_text(content)
         with pytest.raises(LrqError, match=r"Use vLLM 0\.25 to 0\.33"):
-            read_point(tmp_path / "result.json", "http://a", REQUESTS, CONCURRENCY)
+            read_point(tmp_path / "result.json", "http://a", REQUESTS, CONCURRENCY, None)
 
 
 def test_ratios_are_the_models_tokens_by_the_baselines() -> None:

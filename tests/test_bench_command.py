@@ -12,6 +12,8 @@ import pytest
 from lrq_server import bench_command, bench_servers, measured_servers
 from lrq_server.cli import main
 from lrq_server.endpoint import Endpoint
+from lrq_server.told_to_stop import interrupted_when_told
+from lrq_server.vllm_process import start_server
 from lrq_vllm.errors import LrqError
 from tests.benches import RECORDED, RECORDED_FAILURE
 from tests.checkpoints import TINY
@@ -142,13 +144,21 @@ def test_prompts_of_a_file_reach_the_generator_and_repeats_are_told(
     assert "5 prompts for 8 requests" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("server", "code"), [(None, 0), ("vLLM 0", 2)], ids=["another server", "vLLM"])
 def test_shorter_answers_than_asked_for_are_told(
-    generator: Any, running: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    server: str | None, code: int, generator: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    asked = Endpoint("http://127.0.0.1:1", "models/tiny", str(TINY), 512, server)
+    monkeypatch.setattr(measured_servers, "find_endpoint", lambda *_: asked)
     generator()
     load = (*QUICKLY[:-1], "9")
-    assert main(["bench", *SERVERS[:2], *load, "--out", str(tmp_path / "out")]) == 0
-    assert "The model ended answers before 9 tokens (concurrency 1, 2)" in capsys.readouterr().out
+    assert main(["bench", *SERVERS[:2], *load, "--out", str(tmp_path / "out")]) == code
+    printed = capsys.readouterr()
+    if server is None:
+        assert "The model ended answers before 9 tokens (concurrency 1, 2)" in printed.out
+    else:  # which ends no answer early that it was told to go on with
+        assert "broke off at concurrency 1, after 8 tokens of 9" in printed.err
 
 
 @pytest.mark.parametrize(
@@ -237,10 +247,24 @@ def test_auto_starts_one_server_after_the_other_and_stops_each(
 def test_a_server_ends_with_a_bench_that_is_told_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-c", _SERVER, str(TINY), str(tmp_path / "pid")]
     monkeypatch.setattr(bench_servers, "command_for", lambda *_: command)
-    with pytest.raises(KeyboardInterrupt), bench_servers.served(str(TINY), tmp_path / "server.log", []):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        interrupted_when_told(),
+        bench_servers.served(str(TINY), tmp_path / "server.log", []),
+    ):
         assert alive(tmp_path / "pid")
         os.kill(os.getpid(), signal.SIGTERM)
     assert not alive(tmp_path / "pid")
+
+
+def test_a_bench_that_nohup_started_goes_on_after_a_hangup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupted_when_told():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def alive(pid_file: Path) -> bool:
@@ -249,6 +273,32 @@ def alive(pid_file: Path) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_second_ctrl_c_leaves_no_server_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", _SERVER, str(TINY), str(tmp_path / "pid")]
+    with pytest.raises(KeyboardInterrupt), start_server(command, tmp_path / "server.log") as server:
+        server.wait_until_ready()
+        wait = server.process.wait
+
+        def interrupted(timeout: float | None = None) -> int:
+            if timeout is not None:
+                raise KeyboardInterrupt
+            return wait()
+
+        monkeypatch.setattr(server.process, "wait", interrupted)
+    assert not alive(tmp_path / "pid")
+
+
+def test_a_server_of_our_own_is_reached_past_a_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.setenv("NO_PROXY", "")
+    command = [sys.executable, "-c", _SERVER, str(TINY), str(tmp_path / "pid")]
+    monkeypatch.setattr(bench_servers, "command_for", lambda *_: command)
+    with bench_servers.served(str(TINY), tmp_path / "server.log", []) as endpoint:
+        assert endpoint.url.startswith("http://127.0.0.1:")
+        assert os.environ["no_proxy"] == "example.org,127.0.0.1" and os.environ["NO_PROXY"] == "127.0.0.1"
 
 
 def test_a_server_that_dies_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

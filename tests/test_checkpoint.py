@@ -1,6 +1,7 @@
 """The checkpoint format, held to literal bytes; docs/checkpoint-format.md shows the same bytes."""
 
 import json
+import math
 import pickle
 import struct
 from dataclasses import replace
@@ -159,6 +160,7 @@ REFUSED_MANIFESTS = {
     ),
     "sizes that fall": ({"tensor_parallel_sizes": [2, 1]}, "tensor_parallel_sizes is [2, 1]"),
     "no sizes": ({"tensor_parallel_sizes": []}, "tensor_parallel_sizes is []"),
+    "a size without end": ({"tensor_parallel_sizes": [1, math.inf]}, "wrong form"),
     "sizes that are no list": ({"tensor_parallel_sizes": 2}, "wrong form"),
     "another cache": ({"kv_cache": {"bits": 8}}, "kv_cache is {'bits': 8} where this version knows null and {'bits': 8, 'gran"),
     "packing along the outputs": ({"weight": {**grouped(32), "packed_along": "output"}}, "'packed_along': 'output'"),
@@ -186,6 +188,10 @@ REFUSED_MANIFESTS = {
     "a rotation of another module": (
         {"online_hadamard": {"modules": ["lm_head"], "block": 64, "order": 1}},
         "online_hadamard lists lm_head, which is not quantized",
+    ),
+    "a rotation of a list": (
+        {"online_hadamard": {"modules": [[1]], "block": 64, "order": 1}},
+        "online_hadamard lists [1], which is not quantized",
     ),
     "a rotation that is no matrix": (
         {"online_hadamard": {"modules": [MODULE], "block": 48, "order": 3}},

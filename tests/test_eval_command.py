@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -44,6 +46,7 @@ class _Server(ThreadingHTTPServer):
     first_token = 0
     refuses = False
     plain = False  # an OpenAI server that is not vLLM's
+    hung: threading.Event | None = None  # it answers no prompt before
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -60,6 +63,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/tokenize":
             tokens = [self.server.first_token, *(ord(letter) % VOCABULARY for letter in given["prompt"])]
             self._answer({"tokens": tokens}, 404 if self.server.plain else 200)
+        elif self.server.hung is not None:
+            os.kill(os.getpid(), signal.SIGINT)
+            self.server.hung.wait()
         elif self.server.refuses:
             self._answer({"error": {"message": "Requested prompt logprobs of 5"}}, 400)
         else:
@@ -136,6 +142,17 @@ def test_the_gate_is_exit_code_1_and_everything_is_written(
     said = capsys.readouterr().err
     assert f"recovery {recovery:.4f} (95% interval" in said and "is below --min-recovery" in said
     assert (tmp_path / "out" / "eval.json").exists()
+
+
+def test_ctrl_c_ends_it_while_a_server_hangs(
+    run: Any, servers: tuple[_Server, _Server], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    servers[0].hung = threading.Event()
+    try:
+        assert run("--concurrency", "1") == 130
+    finally:
+        servers[0].hung.set()
+    assert capsys.readouterr().err == "lrq-server: interrupted.\n" and not list(tmp_path.rglob("*.json"))
 
 
 def test_fewer_tokens_reported_say_less(run: Any, tmp_path: Path) -> None:

@@ -89,7 +89,14 @@ def test_serve_gives_a_checkpoint_the_cache_that_it_asks_for(copy: Path, served:
     (copy / "config.json").write_text(json.dumps(config))
     write_seal(copy, config)
     own = "int8_per_token_head" if torch.cuda.is_available() else "fp8"
-    for options, wanted in (([], own), (["--kv-cache-dtype=auto"], "auto"), (["--kv-cache-dtype", "auto"], "auto")):
+    (copy.parent / "vllm.yaml").write_text("kv-cache-dtype: bfloat16\n")
+    for options, wanted in (
+        ([], own),
+        (["--kv-cache-dtype=auto"], "auto"),
+        (["--kv-cache-dtype", "auto"], "auto"),
+        (["--kv_cache_dtype", "bfloat16"], "bfloat16"),
+        (["--config", str(copy.parent / "vllm.yaml")], "bfloat16"),
+    ):
         served.clear()
         assert main(["serve", str(copy), *ANY_PORT, *options]) == 0
         assert served[0].kv_cache_dtype == wanted
@@ -100,6 +107,25 @@ def test_serve_gives_a_checkpoint_the_cache_that_it_asks_for(copy: Path, served:
 def test_serve_hands_a_number_of_gpus_on_that_can_serve(option: str, checkpoint: Path, served: list[Any]) -> None:
     assert main(["serve", str(checkpoint), *ANY_PORT, option]) == 0
     assert served[0].tensor_parallel_size == 2 and served[3]["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs two GPUs")
+def test_serve_takes_a_number_of_gpus_from_vllms_file(checkpoint: Path, served: list[Any], tmp_path: Path) -> None:
+    (tmp_path / "vllm.yaml").write_text("tensor-parallel-size: 2\n")
+    for options, ranks in ([], 2), (["--tensor_parallel_size", "1"], 1):
+        served.clear()
+        assert main(["serve", str(checkpoint), *ANY_PORT, "--config", str(tmp_path / "vllm.yaml"), *options]) == 0
+        assert served[0].tensor_parallel_size == ranks
+
+
+@pytest.mark.parametrize("option", [["--max-logprobs", "0"], ["--logprobs-mode", "raw_logits"]], ids=" ".join)
+def test_what_a_self_test_cannot_read_is_refused(
+    option: list[str], checkpoint: Path, served: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(checkpoint), *ANY_PORT, *option]) == 0
+    monkeypatch.setenv("LRQ_SELFTEST", "1")
+    assert main(["serve", str(checkpoint), *ANY_PORT, *option]) == 2
+    assert f"{' '.join(option)} does not go with the self-test" in capsys.readouterr().err
 
 
 def test_serve_counts_what_is_clipped_only_where_something_can_be(

@@ -60,7 +60,10 @@ def test_a_missing_config_is_named(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "is not valid JSON"), ("[]", "is not a JSON object")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{", "is not valid JSON"), pytest.param("[" * 100_000, "is not valid JSON", id="deep"), ("[]", "is not a JSON object")],
+)
 def test_a_damaged_config_is_named(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelFolderError, match=rf"config\.json {words}"):

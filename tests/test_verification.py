@@ -185,6 +185,21 @@ def test_golden_texts_read_a_block_at_a_time(sealed: Path, monkeypatch: pytest.M
     assert passes[0] == passes[1]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"tokens": [5], "log_probabilities": []},
+        {"tokens": ["five", 6], "log_probabilities": [-1.0]},
+        {"tokens": [5, 6], "log_probabilities": [[-1.0]]},
+    ],
+    ids=str,
+)
+def test_golden_texts_without_numbers_are_refused(text: dict[str, Any], copy: Path) -> None:
+    golden = json.loads((copy / GOLDEN_NAME).read_text()) | {"texts": [text]}
+    (copy / GOLDEN_NAME).write_text(json.dumps(golden))
+    assert f"{GOLDEN_NAME} is damaged" in said_of(check_files, copy)
+
+
 @pytest.mark.parametrize("rounding", [None, "0.1 nats", -0.1, float("nan"), float("inf")])
 def test_golden_texts_that_do_not_say_what_rounding_does_are_refused(rounding: Any, copy: Path) -> None:
     golden = json.loads((copy / GOLDEN_NAME).read_text()) | {"rounding": rounding}

@@ -56,13 +56,15 @@ def read_golden(folder: Path) -> GoldenTexts:
         raise CheckpointError(f"{folder} has no {GOLDEN_NAME}, which says how it answers. Copy or quantize the model again.")
     try:
         content = json.loads(path.read_text())
-        texts = [GoldenText(list(text["tokens"]), list(text["log_probabilities"])) for text in content["texts"]]
+        texts = [
+            GoldenText(list(map(int, text["tokens"])), list(map(float, text["log_probabilities"]))) for text in content["texts"]
+        ]
         rounding = float(content["rounding"])
         if not 0 <= rounding < float("inf"):
             raise ValueError(f"rounding is {rounding}")
-        if not texts or any(len(text.tokens) != len(text.log_probabilities) + 1 for text in texts):
+        if not texts or any(not 1 <= len(text.log_probabilities) == len(text.tokens) - 1 for text in texts):
             raise ValueError("no texts, or not a number for each token")
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}). Copy or quantize the model again.") from error
     return GoldenTexts(texts, rounding)
 

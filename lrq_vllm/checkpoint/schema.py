@@ -216,9 +216,9 @@ class Manifest:
                 correction=None if correction is None else Correction.from_dict(correction),
                 online_hadamard=None
                 if hadamard is None
-                else OnlineHadamard(tuple(hadamard["modules"]), int(hadamard["block"]), int(hadamard["order"])),
+                else OnlineHadamard(tuple(map(str, hadamard["modules"])), int(hadamard["block"]), int(hadamard["order"])),
             )
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise CheckpointError(_manifest_error([f"a value has the wrong form ({error!r})"])) from error
         problems = _contradictions(manifest, config)
         if problems:

@@ -95,7 +95,7 @@ def _read_seal(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         seal = json.loads(path.read_text())
         return {"config": dict(seal["config"]), "tensors": dict(seal["tensors"])}
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}). Copy or quantize the model again.") from error
 
 

@@ -84,7 +84,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON file as a dictionary. Raises ModelFolderError if it is no JSON object."""
     try:
         config = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path} is not valid JSON ({error}). Download the model again.") from error
     if not isinstance(config, dict):
         raise ModelFolderError(f"{path} is not a JSON object. Download the model again.")
@@ -160,7 +160,7 @@ class TensorFolder:
             weight_map: dict[str, str] = dict(json.loads(path.read_text())["weight_map"])
             if not all(isinstance(file, str) for file in weight_map.values()):
                 raise TypeError("weight_map names something other than files")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelFolderError(f"{path} is damaged ({error!r}). Download the model again.") from error
         return weight_map
 

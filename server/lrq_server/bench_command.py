@@ -30,6 +30,7 @@ from lrq_server.measured_servers import (
     needs_baseline,
     running_endpoints,
 )
+from lrq_server.told_to_stop import interrupted_when_told
 from lrq_vllm.errors import SettingsError
 
 __all__ = ["add_to"]
@@ -89,6 +90,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     bench.set_defaults(run=_run, hands_on_unknown=False)
 
 
+@interrupted_when_told()
 def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
     settings = _settings(parsed)
     prompts = _prompts_of_file(settings.prompts) if isinstance(settings.prompts, Path) else None

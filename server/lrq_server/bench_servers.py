@@ -1,12 +1,10 @@
 """The servers that ``--auto`` starts itself."""
 
 import re
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from lrq_server.endpoint import Endpoint, find_endpoint
 from lrq_server.vllm_process import start_server, vllm_command
@@ -51,19 +49,10 @@ def command_for(model: str, options: Sequence[str]) -> list[str]:
 
 @contextmanager
 def served(model: str, log: Path, options: Sequence[str]) -> Iterator[Endpoint]:
-    """A server of the model, ready, for as long as the block lasts, also when this process is told to end.
+    """A server of the model, ready, for as long as the block lasts.
 
     Raises LrqError with its log's end if it does not start.
     """
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with start_server(command_for(model, options), log) as server:
-            server.wait_until_ready(_PATIENCE_S)
-            yield find_endpoint(server.url, None)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    with start_server(command_for(model, options), log) as server:
+        server.wait_until_ready(_PATIENCE_S)
+        yield find_endpoint(server.url, None)

@@ -13,8 +13,8 @@ import sys
 import warnings
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack, closing
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from inspect import signature
@@ -31,6 +31,7 @@ from lrq_server.server_metrics import ClippingMetrics, ServerMetrics
 from lrq_vllm.checkpoint.schema import Manifest
 from lrq_vllm.errors import LrqError, SettingsError
 from lrq_vllm.golden_replay import Replayed, replay_through, why_not
+from lrq_vllm.layer_self_test import VARIABLE as SELF_TEST
 from lrq_vllm.layer_self_test import wanted as self_test_wanted
 
 __all__ = ["parsed_options", "refused_options", "serve"]
@@ -70,7 +71,9 @@ def _refuse(message: str) -> None:
 
 
 def refused_options(parsed: Namespace) -> list[str]:
-    """A sentence for each of vLLM's options that makes another server of it than one front end and one engine."""
+    """A sentence for each of vLLM's options that makes another server of it than one front end and one engine, or with which
+    the self-test, if it is wanted, cannot read log-probabilities.
+    """
     given = {
         "--api-server-count": (parsed.api_server_count or 1) > 1,
         "--data-parallel-size": parsed.data_parallel_size > 1,
@@ -82,6 +85,18 @@ def refused_options(parsed: Namespace) -> list[str]:
     return [
         f"{option} does not go with `lrq-server serve`, which runs one front end and one engine: `vllm serve {parsed.model} "
         f"--quantization lrq` takes it, without what lrq-server adds."
+        for option, is_given in given.items()
+        if is_given
+    ] + (_untestable_options(parsed) if self_test_wanted() else [])
+
+
+def _untestable_options(parsed: Namespace) -> list[str]:
+    given = {
+        "--max-logprobs 0": parsed.max_logprobs == 0,
+        f"--logprobs-mode {parsed.logprobs_mode}": parsed.logprobs_mode != "raw_logprobs",
+    }
+    return [
+        f"{option} does not go with the self-test ({SELF_TEST}=1), which reads log-probabilities: leave out one of them."
         for option, is_given in given.items()
         if is_given
     ]
@@ -106,9 +121,12 @@ async def _serve(parsed: Namespace, manifest: Manifest, settings: ServeSettings)
         from vllm.entrypoints.openai import api_server
     for number in (signal.SIGTERM, signal.SIGINT):  # until the web server has handlers of its own
         signal.signal(number, _stop_loading)
-    address, listener = _bound(api_server, parsed)
-    options, readiness = _uvicorn_options(parsed), Readiness()
-    with closing(listener), ExitStack() as loading:
+    try:
+        address, listener = _bound(api_server, parsed)
+        options, readiness = _uvicorn_options(parsed), Readiness()
+    except (KeyError, TypeError, ValueError) as error:
+        raise SettingsError(f"vLLM does not take these options, or what the environment says: {error}.") from error
+    with _socket_file_removed(parsed.uds), closing(listener), ExitStack() as loading:
         loading.enter_context(web_server.answering(loading_app(readiness), listener, options))
         async with AsyncExitStack() as running:
             try:
@@ -229,6 +247,16 @@ def _bound(api_server: Any, parsed: Namespace) -> tuple[str, Any]:
     takes = signature(api_server.setup_server).parameters
     bound: tuple[str, Any] = api_server.setup_server(parsed, **({"reuse_port": False} if "reuse_port" in takes else {}))
     return bound
+
+
+@contextmanager
+def _socket_file_removed(path: str | None) -> Iterator[None]:
+    """In the end, so that the same command can listen there again."""
+    try:
+        yield
+    finally:
+        if path:
+            Path(path).unlink(missing_ok=True)
 
 
 def _first_of(names: Sequence[str]) -> Any:

@@ -23,6 +23,7 @@ from lrq_server.measured_servers import (
 )
 from lrq_server.prompt_scores import ScoreSettings
 from lrq_server.result_folder import ResultFolder
+from lrq_server.told_to_stop import interrupted_when_told
 from lrq_vllm.errors import SettingsError
 
 __all__ = ["add_to"]
@@ -77,6 +78,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     command.set_defaults(run=_run, hands_on_unknown=False)
 
 
+@interrupted_when_told()
 def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
     settings = ScoreSettings(parsed.seq_len, parsed.windows, parsed.top_logprobs, parsed.concurrency)
     tasks = _task_settings(parsed)

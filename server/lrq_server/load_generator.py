@@ -47,7 +47,7 @@ def load_arguments(
 ) -> list[str]:
     """What comes after ``vllm bench serve``. prompts: of this level, in the generator's form, if they come from a file.
 
-    The warm-up sends the first prompt once for each concurrent place; no other is one that the server has seen.
+    The warm-up sends the first prompt once for each concurrent place.
     """
     if settings.prompts == RANDOM:
         data = [
@@ -97,11 +97,13 @@ def measure(
     code = generator.run(load_arguments(endpoint, tokenizer, settings, concurrency, prompts, result), log)
     if code != 0 or not result.exists():
         raise LrqError(f"`vllm bench serve` ended with code {code} and no result. {log} ends:\n{log_end(log)}")
-    return read_point(result, endpoint.url, settings.requests(concurrency), concurrency)
+    whole = settings.output_tokens if endpoint.server is not None else None
+    return read_point(result, endpoint.url, settings.requests(concurrency), concurrency, whole)
 
 
-def read_point(result: Path, url: str, requests: int, concurrency: int) -> Point:
-    """A file that ``vllm bench serve --save-result --save-detailed`` wrote. url: for messages.
+def read_point(result: Path, url: str, requests: int, concurrency: int, whole: int | None) -> Point:
+    """A file that ``vllm bench serve --save-result --save-detailed`` wrote. url: for messages. whole: tokens of an answer that
+    did not break off; None for a server that may end it earlier.
 
     Raises LrqError if not each of the requests was answered, with the first error, or if the file is of another form.
     """
@@ -113,6 +115,14 @@ def read_point(result: Path, url: str, requests: int, concurrency: int) -> Point
                 f"{requests - completed} of {requests} requests to {url} failed at concurrency {concurrency}: "
                 f"{_first_error(found)}. A number without them would be wrong, so nothing is written. See the server's log "
                 f"and {result.with_suffix('.log')}."
+            )
+        lengths = [int(tokens) for tokens in found["output_lens"]]
+        broken_off = sum(tokens < (whole or 1) for tokens in lengths)
+        if broken_off:
+            raise LrqError(
+                f"{broken_off} of {requests} answers of {url} broke off at concurrency {concurrency}, after {min(lengths)} "
+                f"tokens of {whole or 'at least 1'}. A number with them would be wrong, so nothing is written. See the "
+                "server's log."
             )
         return Point(
             concurrency=concurrency,

@@ -3,8 +3,8 @@
 Both are vLLM's: ``prompt_logprobs`` is no part of the OpenAI API.
 """
 
+import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +50,21 @@ def tokenize(endpoint: Endpoint, texts: Sequence[str]) -> list[int]:
 
     Raises LrqError if the server has no such route or does not answer.
     """
-    ids: list[int] = []
-    with _client(endpoint) as client:
-        for text in texts:
-            found = _post(client, "/tokenize", {"model": endpoint.model, "prompt": text}, "")
-            try:
-                ids += [int(token) for token in found["tokens"]]
-            except (KeyError, TypeError, ValueError) as error:
-                raise LrqError(f"{endpoint.url}/tokenize does not answer as vLLM does ({error!r}). {_NEEDS_VLLM}") from error
-    return ids
+
+    async def ids_of_all() -> list[int]:
+        ids: list[int] = []
+        async with _client(endpoint) as client:
+            for text in texts:
+                found = await _post(client, "/tokenize", {"model": endpoint.model, "prompt": text}, "")
+                try:
+                    ids += [int(token) for token in found["tokens"]]
+                except (KeyError, TypeError, ValueError) as error:
+                    raise LrqError(
+                        f"{endpoint.url}/tokenize does not answer as vLLM does ({error!r}). {_NEEDS_VLLM}"
+                    ) from error
+        return ids
+
+    return asyncio.run(ids_of_all())
 
 
 def score(endpoint: Endpoint, windows: Tensor, settings: ScoreSettings, advance: Callable[[], None]) -> Reported:
@@ -68,34 +74,41 @@ def score(endpoint: Endpoint, windows: Tensor, settings: ScoreSettings, advance:
     """
     cure = f"--top-logprobs {settings.top_logprobs} may be more than the server's --max-logprobs. "
 
-    def read(window: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    async def read(client: httpx.AsyncClient, places: asyncio.Semaphore, window: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         request = {
             "model": endpoint.model, "prompt": window, "max_tokens": 1, "temperature": 0,
             "prompt_logprobs": settings.top_logprobs,
         }  # fmt: skip
-        found = _parsed(_post(client, "/v1/completions", request, cure), window, settings.top_logprobs + 1, endpoint)
+        async with places:
+            answer = await _post(client, "/v1/completions", request, cure)
+        found = _parsed(answer, window, settings.top_logprobs + 1, endpoint)
         advance()
         return found
 
-    with _client(endpoint) as client, ThreadPoolExecutor(settings.concurrency) as pool:
-        waiting = [pool.submit(read, window) for window in windows.tolist()]
-        try:
-            parts = [one.result() for one in waiting]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    async def read_all() -> list[tuple[Tensor, Tensor, Tensor]]:
+        places = asyncio.Semaphore(settings.concurrency)
+        async with _client(endpoint) as client:
+            reading = [asyncio.ensure_future(read(client, places, window)) for window in windows.tolist()]
+            try:
+                return await asyncio.gather(*reading)
+            finally:  # those that nobody waits for any more let go of their connections
+                for one in reading:
+                    one.cancel()
+                await asyncio.gather(*reading, return_exceptions=True)
+
+    parts = asyncio.run(read_all())  # which Ctrl-C ends at once, however long an answer takes
     return Reported(*(torch.stack(part) for part in zip(*parts, strict=True)))
 
 
-def _client(endpoint: Endpoint) -> httpx.Client:
-    return httpx.Client(base_url=endpoint.url, headers=request_headers(), timeout=_TIMEOUT_S)
+def _client(endpoint: Endpoint) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=endpoint.url, headers=request_headers(), timeout=_TIMEOUT_S)
 
 
-def _post(client: httpx.Client, route: str, request: dict[str, Any], cure: str) -> Any:
+async def _post(client: httpx.AsyncClient, route: str, request: dict[str, Any], cure: str) -> Any:
     """The JSON of a good answer. cure: what a refused request may need."""
     address = f"{str(client.base_url).rstrip('/')}{route}"
     try:
-        answer = client.post(route, json=request)
+        answer = await client.post(route, json=request)
     except httpx.TransportError as error:
         raise LrqError(f"{address} does not answer ({error!r}). See the server's log.") from error
     if answer.status_code == httpx.codes.NOT_FOUND:

@@ -60,7 +60,7 @@ def add_to(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     )
     serve.add_argument("model", type=Path, help="LRQ checkpoint folder")
     serve.add_argument(
-        *RANKS_OPTIONS, type=int, default=1, metavar="N", help="GPUs to cut the model for (default: %(default)s)"
+        *RANKS_OPTIONS, "--tensor_parallel_size", type=int, metavar="N", help="GPUs to cut the model for (default: 1)"
     )
     default = ServeSettings()
     serve.add_argument(
@@ -108,10 +108,10 @@ def _run(parsed: argparse.Namespace, vllm_options: list[str]) -> int:
         os.environ[SERVED_RANK] = parsed.correction_rank
     _check_rank(manifest)
     ranks = parsed.tensor_parallel_size
-    os.environ |= serving_environment(ranks)
-    arguments = [str(parsed.model), "--quantization", "lrq", RANKS_OPTIONS[0], str(ranks), *vllm_options]
-    if manifest.kv_bits is not None and not any(option.split("=")[0] == CACHE_OPTION for option in vllm_options):
-        arguments += [CACHE_OPTION, cache_dtype(on_cpu=not torch.cuda.is_available())]
+    os.environ |= serving_environment(1 if ranks is None else ranks)
+    arguments = [str(parsed.model), "--quantization", "lrq", *vllm_options]
+    if ranks is not None:
+        arguments += [RANKS_OPTIONS[0], str(ranks)]
     with json_logs() if settings.log_format == "json" else nullcontext():
         return _checked_and_served(parsed.model, manifest, settings, arguments)
 
@@ -135,6 +135,9 @@ def _checked_and_served(folder: Path, manifest: Manifest, settings: ServeSetting
     from lrq_server import engine
 
     options = engine.parsed_options(arguments)
+    says_cache = any(argument.split("=")[0].replace("_", "-") == CACHE_OPTION for argument in arguments)
+    if manifest.kv_bits is not None and options.kv_cache_dtype == "auto" and not says_cache:
+        options.kv_cache_dtype = cache_dtype(on_cpu=not torch.cuda.is_available())
     problems += [*engine.refused_options(options), *preflight.start_problems(folder, manifest, options)]
     preflight.raise_all(folder, problems)
     os.environ[HASH_VARIABLE] = "0"  # vLLM's side need not do again what was done, or was not wanted

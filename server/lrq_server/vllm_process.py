@@ -19,6 +19,7 @@ __all__ = ["NO_VLLM", "VllmServer", "log_end", "reserve_port", "start_server", "
 
 NO_VLLM = "vLLM is not installed here. In a clone of lrq: pip install '.[cuda]', or '.[cpu]' without a GPU."
 """To whoever asked for something that takes it."""
+_HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,22 @@ def start_vllm(model: Path, log: Path, options: Sequence[str] = ()) -> AbstractC
 def start_server(command: Sequence[str], log: Path) -> Iterator[VllmServer]:
     """Start a command that takes vLLM's options on a free port of 127.0.0.1 and stop it at the end.
 
-    It loads while the block goes on; VllmServer.wait_until_ready waits for it.
+    It loads while the block goes on; VllmServer.wait_until_ready waits for it. No proxy that the environment names stands
+    before it, for this process and those it starts.
     """
     port = reserve_port()
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = os.environ.get(name, "").split(",")
+        if _HOST not in hosts:
+            os.environ[name] = ",".join([*filter(None, hosts), _HOST])
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            [*command, "--host", _HOST, "--port", str(port)],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             env=serving_environment(), start_new_session=True,
         )  # fmt: skip
     try:
-        yield VllmServer(f"http://127.0.0.1:{port}", log, process)
+        yield VllmServer(f"http://{_HOST}:{port}", log, process)
     finally:
         _stop(process)
 
@@ -88,7 +94,7 @@ def reserve_port() -> int:
 
     It has just had a connection. Programs that set SO_REUSEADDR, as servers do, may listen on it at once.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+    with socket.create_server((_HOST, 0)) as listener, socket.create_connection(listener.getsockname()):
         listener.accept()[0].close()  # who closes first waits
         return int(listener.getsockname()[1])
 
@@ -96,8 +102,10 @@ def reserve_port() -> int:
 def _stop(process: "subprocess.Popen[bytes]", patience_s: float = 20) -> None:
     """Ask the server to end, then end whatever is left of its process group."""
     process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(patience_s)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+    finally:  # also for whom that takes too long
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
