@@ -144,3 +144,5 @@ def test_a_plan_refuses_what_quantize_would_refuse(tmp_path: Path, capsys: pytes
     assert main(["plan", str(tmp_path / "absent"), "--scheme", "w4a16"]) == 2
     assert main(["plan", str(TINY), "--scheme", "w4a16", "--group-size", "96"]) == 2
     assert "96 does not divide" in capsys.readouterr().err
+    assert main(["plan", str(TINY), "--scheme", "w4a16", "--seq-len", "4096"]) == 2
+    assert "--seq-len is 4096" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from lrq_offline.calibration_text import read_texts
 from lrq_offline.compute import choose_device
 from lrq_offline.kv_cache import quantize_kv_cache
 from lrq_offline.reference_model import load_model
-from lrq_offline.source_model import check_windows, load_tokenizer, model_config
+from lrq_offline.source_model import check_length, check_vocabulary, load_tokenizer, model_config
 from lrq_vllm.bootstrap import mean_interval
 from lrq_vllm.checkpoint.schema import config_without_quantization
 from lrq_vllm.checkpoint.store import read_config, read_manifest
@@ -63,13 +63,15 @@ def evaluate_folder(
             f"{folder} knows {vocabularies[0]} tokens and the reference {reference} {vocabularies[1]}: it is another model. "
             "Give the one that was quantized."
         )
+    raw_config = read_config(folder)
+    config = model_config(config_without_quantization(raw_config), folder)
+    check_length(folder, seq_len, config)
     tokenizer = load_tokenizer(folder)
     tokens = token_windows(tokenizer, read_texts(text, tokenizer), windows, seq_len)
+    check_vocabulary(folder, tokens, config)
     place = choose_device(device)
-    config = read_config(folder)
-    check_windows(folder, tokens, model_config(config_without_quantization(config), folder))
     model = load_model(folder).to(place)
-    if kv_bits is None and "quantization_config" in config:
+    if kv_bits is None and "quantization_config" in raw_config:
         kv_bits = read_manifest(folder).kv_bits
     if kv_bits is not None:
         quantize_kv_cache(model, kv_bits)

@@ -27,7 +27,7 @@ from lrq_offline.rotated_source import RotatedSource
 from lrq_offline.rotation import rotation_of
 from lrq_offline.run_manifest import manifest_of
 from lrq_offline.scheme_advice import scheme_warnings
-from lrq_offline.source_model import SourceModel, check_windows, load_tokenizer
+from lrq_offline.source_model import SourceModel, check_length, check_vocabulary, load_tokenizer
 from lrq_offline.stored_block import block_tensors
 from lrq_vllm.checkpoint.golden import write_golden
 from lrq_vllm.checkpoint.report import REPORT_NAME
@@ -85,7 +85,7 @@ def quantize_model(
     tokenizer = load_tokenizer(model_dir)
     texts = read_texts(settings.calibration or shipped_calibration(), tokenizer)
     windows = token_windows(tokenizer, texts, settings.samples, settings.seq_len)
-    check_windows(model_dir, windows, source.config)
+    check_vocabulary(model_dir, windows, source.config)
     unseen = read_texts(evaluation, tokenizer) if evaluation else []
     warnings = source.warnings + scheme_warnings(settings)
     warnings += lint_texts(texts, tokenizer, samples=settings.samples, seq_len=settings.seq_len, evaluation=unseen)
@@ -117,8 +117,12 @@ def quantize_model(
 
 
 def open_source(model_dir: Path, settings: QuantizeSettings, device: torch.device = _CPU) -> SourceModel:
-    """The float model as it is going to be quantized: rotated on ``device``, if the settings say so."""
+    """The float model as it is going to be quantized: rotated on ``device``, if the settings say so.
+
+    Raises ModelFolderError for a folder that cannot be quantized, SettingsError for windows longer than it was made for.
+    """
     source = SourceModel.open(model_dir)
+    check_length(model_dir, settings.seq_len, source.config)
     if not settings.rotates:
         return source
     rotation = rotation_of(source.config, source.family, settings.seed, settings.hadamard_block, device)

@@ -201,19 +201,19 @@ def _check_attention(config: PreTrainedConfig, folder: Path) -> None:
         )
 
 
-def check_windows(folder: Path, windows: Tensor, config: PreTrainedConfig) -> None:
-    """Whether the model can read windows of token ids [samples, seq_len].
-
-    Raises ModelFolderError if it has no embedding for some of the ids that its tokenizer gives, SettingsError if it was not
-    made for so many tokens.
-    """
-    most, length = longest_text(config), windows.shape[1]
-    if length > most:
+def check_length(folder: Path, seq_len: int, config: PreTrainedConfig) -> None:
+    """Raises SettingsError if the model was not made for windows of so many tokens."""
+    most = _longest_text(config)
+    if seq_len > most:
         raise SettingsError(
-            f"--seq-len is {length}, but {folder} was made for texts of {most} tokens (max_position_embeddings in "
+            f"--seq-len is {seq_len}, but {folder} was made for texts of {most} tokens (max_position_embeddings in "
             f"config.json). Give {most} at most."
         )
-    largest = int(windows.max())
+
+
+def check_vocabulary(folder: Path, tokens: Tensor, config: PreTrainedConfig) -> None:
+    """Raises ModelFolderError if the model has no embedding for some of the token ids that its tokenizer gives."""
+    largest = int(tokens.max())
     if largest >= config.vocab_size:
         raise ModelFolderError(
             f"{folder} has a tokenizer that gives token {largest}, and a model that knows {config.vocab_size} (vocab_size in "
@@ -221,7 +221,7 @@ def check_windows(folder: Path, windows: Tensor, config: PreTrainedConfig) -> No
         )
 
 
-def longest_text(config: PreTrainedConfig) -> int:
+def _longest_text(config: PreTrainedConfig) -> int:
     """How many tokens the model was made for, with what its rotary tables are stretched by."""
     rope = getattr(config, "rope_parameters", None) or {}
     stretched = [kind.get("factor") or 1.0 for kind in (rope, *rope.values()) if isinstance(kind, dict)]

@@ -73,10 +73,8 @@ def start_server(command: Sequence[str], log: Path) -> Iterator[VllmServer]:
     before it, for this process and those it starts.
     """
     port = reserve_port()
-    for name in ("no_proxy", "NO_PROXY"):
-        hosts = os.environ.get(name, "").split(",")
-        if _HOST not in hosts:
-            os.environ[name] = ",".join([*filter(None, hosts), _HOST])
+    hosts = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")).split(",")
+    os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(dict.fromkeys([*filter(None, hosts), _HOST])))
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--host", _HOST, "--port", str(port)],
