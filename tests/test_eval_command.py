@@ -47,6 +47,11 @@ class _Server(ThreadingHTTPServer):
     refuses = False
     plain = False  # an OpenAI server that is not vLLM's
     hung: threading.Event | None = None  # it answers no prompt before
+    sends = signal.SIGINT  # to this process, when it is asked then
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients may leave
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -64,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
             tokens = [self.server.first_token, *(ord(letter) % VOCABULARY for letter in given["prompt"])]
             self._answer({"tokens": tokens}, 404 if self.server.plain else 200)
         elif self.server.hung is not None:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), self.server.sends)
             self.server.hung.wait()
         elif self.server.refuses:
             self._answer({"error": {"message": "Requested prompt logprobs of 5"}}, 400)
@@ -144,13 +149,16 @@ def test_the_gate_is_exit_code_1_and_everything_is_written(
     assert (tmp_path / "out" / "eval.json").exists()
 
 
-def test_ctrl_c_ends_it_while_a_server_hangs(
-    run: Any, servers: tuple[_Server, _Server], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_it_while_a_server_hangs(
+    number: signal.Signals, run: Any, servers: tuple[_Server, _Server], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    servers[0].hung = threading.Event()
+    servers[0].hung, servers[0].sends = threading.Event(), number
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts in the background ignore it
     try:
         assert run("--concurrency", "1") == 130
     finally:
+        signal.signal(signal.SIGINT, before)
         servers[0].hung.set()
     assert capsys.readouterr().err == "lrq-server: interrupted.\n" and not list(tmp_path.rglob("*.json"))
 
