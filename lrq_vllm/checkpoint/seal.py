@@ -18,7 +18,7 @@ from torch import Tensor
 from lrq_vllm.checkpoint.store import TensorFolder, read_config
 from lrq_vllm.errors import CheckpointError, one_paragraph
 
-__all__ = ["HASH_VARIABLE", "SEAL_NAME", "check_seal", "hashing_wanted", "write_seal"]
+__all__ = ["HASH_VARIABLE", "SEAL_NAME", "check_seal", "digest", "hashing_wanted", "write_seal"]
 
 SEAL_NAME = "lrq_seal.json"
 HASH_VARIABLE = "LRQ_HASH"
@@ -103,13 +103,14 @@ def _digests(tensors: TensorFolder, on_read: Callable[[int], None] = lambda _: N
     """Name -> SHA-256 of dtype, shape and bytes. Threads, because hashing lets go of the interpreter."""
     names, digests = sorted(tensors), {}
     with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
-        for name, digest in zip(names, pool.map(lambda name: _digest(tensors.get(name)), names), strict=True):
-            digests[name] = digest
+        for name, found in zip(names, pool.map(lambda name: digest(tensors.get(name)), names), strict=True):
+            digests[name] = found
             on_read(tensors.spec(name).nbytes)
     return digests
 
 
-def _digest(tensor: Tensor) -> str:
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
     content = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
     content.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()

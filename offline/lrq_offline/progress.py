@@ -10,12 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import lrq_offline
 import lrq_vllm
 from lrq_offline.config import QuantizeSettings
+from lrq_vllm.checkpoint.seal import digest
 from lrq_vllm.checkpoint.store import TensorFolder, replace_durably
 from lrq_vllm.errors import SettingsError
 
@@ -33,9 +33,7 @@ def fingerprint(
     model = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in sorted(tensors):
         # No training leaves these as they were, and 100 GB take no minutes.
-        rows = tensors.some_rows(name, _HASHED_ROWS)
-        model.update(f"{name} {tensors.spec(name)} ".encode())
-        model.update(rows.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        model.update(f"{name} {tensors.spec(name)} {digest(tensors.some_rows(name, _HASHED_ROWS))} ".encode())
     code = hashlib.sha256()
     for package in (lrq_offline, lrq_vllm):
         for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
